@@ -1,0 +1,72 @@
+// The multi-tensor operations of the CPU backend. One set of them is compiled for each instruction set; all give the
+// same bits, because the lanes of every sum are fixed and multiplications and additions are never contracted.
+#pragma once
+
+#include "../common/elementwise.h"
+#include "../common/rules.h"
+#include "table.h"
+
+namespace samk {
+
+enum class BaseKind : int { Sgd = 0, Adam = 1 };
+
+// One parameter group's settings of the base optimizer, named as in torch.
+struct SgdSettings {
+    double lr, momentum, dampening, weight_decay;
+    bool nesterov, maximize;
+};
+
+struct AdamSettings {
+    double lr, beta1, beta2, epsilon, weight_decay;
+    bool decoupled, amsgrad, maximize;
+};
+
+struct Launch {
+    const Row* rows = nullptr;
+    const Schedule* schedule = nullptr;
+
+    int lists = 0;
+    RuleArguments rule;
+    bool needs_gram = false;
+    bool weighted_gram = true;      // measure the lists in the rows' geometry
+    const double* scale = nullptr;  // [group][list], multiplies the rule's coefficients
+
+    double* partials = nullptr;     // [chunk][kMaxPairs]
+    double* gram = nullptr;         // [kMaxLists][kMaxLists]
+    double* coefficients = nullptr; // [kMaxLists], before the scales
+    bool finite = true;
+
+    // Write-only results bypass the cache where the launch is larger than the cache.
+    bool streaming = false;
+
+    // ascent, perturb, restore, descent: which rows hold a snapshot
+    uint8_t* taken = nullptr;
+    bool take_snapshot = false;
+
+    // descent
+    BaseKind base = BaseKind::Sgd;
+    const SgdSettings* sgd = nullptr;    // [group]
+    const AdamSettings* adam = nullptr;  // [group]
+    const uint8_t* first = nullptr;      // [row], no momentum buffer yet
+    double* steps = nullptr;             // [row], scratch: step counts after this step
+    double inverse_grad_scale = 1.0;
+    bool skip_update = false;
+};
+
+struct KernelSet {
+    const char* name;
+    void (*gram)(Launch&);
+    void (*perturb)(Launch&);   // coefficients are given
+    void (*restore)(Launch&);
+    void (*combine)(Launch&);   // coefficients are given
+    void (*ascent)(Launch&);    // Gram + rule + perturb with snapshot
+    void (*descent)(Launch&);   // [Gram + rule +] combine + restore + base update
+};
+
+const KernelSet& baseline_kernels();
+const KernelSet* avx2_kernels();  // nullptr where the compiler or the processor has none
+
+// The best set for this processor; SAM_KERNELS_CPU_ISA=baseline overrides.
+const KernelSet& kernels();
+
+}  // namespace samk

@@ -1,0 +1,465 @@
+// The bodies of the CPU kernels. Included inside the namespace of each instruction set, after tiles.inl.
+
+// Sixteen float64 lanes: products of float32 values are exact in them and no gradient overflows them. Element i of a
+// chunk always goes to lane i % 16, whatever the instruction set.
+constexpr int kLanes = 16;
+static_assert(kTile % kLanes == 0, "a tile must not shift the lanes of the next one");
+
+template <class A, class B>
+inline void add_products(const A* SAMK_RESTRICT a, const B* SAMK_RESTRICT b, int n, double* SAMK_RESTRICT lanes) {
+    double sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(a[i + lane]) * double(b[i + lane]);
+    for (int lane = 0; i < n; ++i, ++lane) sums[lane] += double(a[i]) * double(b[i]);
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
+}
+
+template <class T>
+inline void add_squares(const T* SAMK_RESTRICT a, int n, double* SAMK_RESTRICT lanes) {
+    double sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const double value = double(a[i + lane]);
+            sums[lane] += value * value;
+        }
+    for (int lane = 0; i < n; ++i, ++lane) sums[lane] += double(a[i]) * double(a[i]);
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
+}
+
+// ---------------------------------------------------------------- Gram matrix
+
+// T(w) x in float64.
+template <class T>
+inline void scale_by_geometry(const T* SAMK_RESTRICT weights, const T* SAMK_RESTRICT x, double eta, int n,
+                              double* SAMK_RESTRICT out) {
+    for (int e = 0; e < n; ++e) out[e] = (fabs(double(weights[e])) + eta) * double(x[e]);
+}
+
+template <class T>
+inline void gram_chunk(const Launch& launch, const Chunk& chunk, double* partial) {
+    const Row& row = launch.rows[chunk.row];
+    const bool weighted = launch.weighted_gram && row.eta >= 0.0;
+    double lanes[kMaxPairs][kLanes] = {};
+    T buffers[kMaxLists][kTile];
+    T weight_buffer[kTile];
+    double scaled[kMaxLists][kTile];
+
+    for (int start = 0; start < chunk.count; start += kTile) {
+        const int n = chunk.count - start < kTile ? chunk.count - start : kTile;
+        const int64_t offset = chunk.offset + start;
+        const T* tiles[kMaxLists] = {};
+        for (int i = 0; i < launch.lists; ++i)
+            if (row.cells[kList + i].pointer) tiles[i] = load(row.cells[kList + i], offset, n, buffers[i]);
+        if (weighted) {
+            const T* weights = load(row.cells[kWeight], offset, n, weight_buffer);
+            for (int i = 0; i < launch.lists; ++i)
+                if (tiles[i]) scale_by_geometry(weights, tiles[i], row.eta, n, scaled[i]);
+        }
+        for (int i = 0, pair = 0; i < launch.lists; ++i)
+            for (int j = i; j < launch.lists; ++j, ++pair) {
+                if (!tiles[i] || !tiles[j]) continue;
+                if (i == j && weighted)
+                    add_squares(scaled[i], n, lanes[pair]);
+                else if (i == j)
+                    add_squares(tiles[i], n, lanes[pair]);
+                else if (weighted)
+                    add_products(scaled[i], scaled[j], n, lanes[pair]);
+                else
+                    add_products(tiles[i], tiles[j], n, lanes[pair]);
+            }
+    }
+    for (int pair = 0; pair < kMaxPairs; ++pair) {
+        partial[pair] = 0.0;
+        for (int lane = 0; lane < kLanes; ++lane) partial[pair] += lanes[pair][lane];
+    }
+}
+
+inline bool has_float64(const Row& row, int lists) {
+    for (int i = 0; i < lists; ++i)
+        if (row.cells[kList + i].dtype == DType::Float64) return true;
+    return row.cells[kWeight].dtype == DType::Float64;
+}
+
+inline void gram_chunks(const Launch& launch, int thread) {
+    const Schedule& schedule = *launch.schedule;
+    for (int64_t c = schedule.bounds[thread]; c < schedule.bounds[thread + 1]; ++c) {
+        const Chunk& chunk = schedule.chunks[c];
+        double* partial = launch.partials + c * kMaxPairs;
+        if (has_float64(launch.rows[chunk.row], launch.lists))
+            gram_chunk<double>(launch, chunk, partial);
+        else
+            gram_chunk<float>(launch, chunk, partial);
+    }
+}
+
+// Sums the chunks in their order, whatever thread they came from, and applies the rule.
+inline void finish_gram(Launch& launch) {
+    double sums[kMaxPairs] = {};
+    const int64_t chunk_count = int64_t(launch.schedule->chunks.size());
+    for (int64_t c = 0; c < chunk_count; ++c)
+        for (int pair = 0; pair < kMaxPairs; ++pair) sums[pair] += launch.partials[c * kMaxPairs + pair];
+    for (int i = 0, pair = 0; i < launch.lists; ++i)
+        for (int j = i; j < launch.lists; ++j, ++pair)
+            launch.gram[i * kMaxLists + j] = launch.gram[j * kMaxLists + i] = sums[pair];
+    launch.finite = apply_rule(launch.rule, launch.gram, launch.lists, launch.coefficients);
+}
+
+// ---------------------------------------------------------------- combination of lists
+
+// sum_i c_i x_i over the lists that this row has, c_i as T; the lists' own memory where there is nothing to compute.
+template <class T>
+struct Combination {
+    T coefficients[kMaxLists];
+    const Row& row;
+    int lists;
+    T buffers[2][kTile];
+
+    Combination(const Launch& launch, const Row& row_, double factor) : row(row_), lists(launch.lists) {
+        for (int i = 0; i < lists; ++i)
+            coefficients[i] = T(factor * launch.coefficients[i] * launch.scale[row.group * lists + i]);
+    }
+
+    bool is_zero() const {
+        for (int i = 0; i < lists; ++i)
+            if (row.cells[kList + i].pointer && coefficients[i] != T(0)) return false;
+        return true;
+    }
+
+    const T* at(int64_t offset, int n) {
+        T* SAMK_RESTRICT sum = buffers[0];
+        bool started = false;
+        for (int i = 0; i < lists; ++i) {
+            const Cell& cell = row.cells[kList + i];
+            // A coefficient of zero leaves its list out, so that an infinite entry cannot become NaN.
+            if (!cell.pointer || coefficients[i] == T(0)) continue;
+            const T c = coefficients[i];
+            const T* SAMK_RESTRICT x = load(cell, offset, n, buffers[1]);
+            if (!started && c == T(1) && lists == 1) return x;
+            if (!started)
+                for (int e = 0; e < n; ++e) sum[e] = c * x[e];
+            else
+                for (int e = 0; e < n; ++e) sum[e] += c * x[e];
+            started = true;
+        }
+        if (!started)
+            for (int e = 0; e < n; ++e) sum[e] = T(0);
+        return sum;
+    }
+};
+
+// ---------------------------------------------------------------- perturb
+
+template <class T>
+inline void perturb_chunk(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    Combination<T> combination(launch, row, 1.0);
+    const T eta = T(row.eta);
+    const bool unperturbed = combination.is_zero();
+    T weight_buffer[kTile];
+
+    for (int start = 0; start < chunk.count; start += kTile) {
+        const int n = chunk.count - start < kTile ? chunk.count - start : kTile;
+        const int64_t offset = chunk.offset + start;
+        const Cell& cell = row.cells[kWeight];
+        if (launch.take_snapshot)
+            copy_bytes(address(row.cells[kSnapshot], offset), address(cell, offset), int64_t(n) * size_of(cell.dtype),
+                       launch.streaming);
+        if (unperturbed) continue;
+        const T* SAMK_RESTRICT direction = combination.at(offset, n);
+        T* SAMK_RESTRICT weights = load_mutable(cell, offset, n, weight_buffer);
+        if (eta < T(0))
+            for (int e = 0; e < n; ++e) weights[e] = weights[e] + direction[e];
+        else
+            for (int e = 0; e < n; ++e) weights[e] = perturbed(weights[e], direction[e], eta);
+        store(cell, offset, n, weights);
+    }
+}
+
+inline void perturb_chunks(const Launch& launch, int thread) {
+    const Schedule& schedule = *launch.schedule;
+    for (int64_t c = schedule.bounds[thread]; c < schedule.bounds[thread + 1]; ++c) {
+        const Chunk& chunk = schedule.chunks[c];
+        if (launch.rows[chunk.row].cells[kWeight].dtype == DType::Float64)
+            perturb_chunk<double>(launch, chunk);
+        else
+            perturb_chunk<float>(launch, chunk);
+    }
+    finish_streaming();
+}
+
+inline void mark_taken(Launch& launch, uint8_t value) {
+    for (const Chunk& chunk : launch.schedule->chunks) launch.taken[chunk.row] = value;
+}
+
+// ---------------------------------------------------------------- restore
+
+inline void restore_chunk(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    const int64_t bytes = int64_t(chunk.count) * size_of(row.cells[kWeight].dtype);
+    copy_bytes(address(row.cells[kWeight], chunk.offset), address(row.cells[kSnapshot], chunk.offset), bytes,
+               launch.streaming);
+}
+
+inline void restore_chunks(const Launch& launch, int thread) {
+    const Schedule& schedule = *launch.schedule;
+    for (int64_t c = schedule.bounds[thread]; c < schedule.bounds[thread + 1]; ++c)
+        restore_chunk(launch, schedule.chunks[c]);
+    finish_streaming();
+}
+
+// ---------------------------------------------------------------- combine
+
+template <class T>
+inline void combine_chunk(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    Combination<T> combination(launch, row, 1.0);
+    for (int start = 0; start < chunk.count; start += kTile) {
+        const int n = chunk.count - start < kTile ? chunk.count - start : kTile;
+        const int64_t offset = chunk.offset + start;
+        store(row.cells[kWeight], offset, n, combination.at(offset, n), launch.streaming);
+    }
+}
+
+inline void combine_chunks(const Launch& launch, int thread) {
+    const Schedule& schedule = *launch.schedule;
+    for (int64_t c = schedule.bounds[thread]; c < schedule.bounds[thread + 1]; ++c) {
+        const Chunk& chunk = schedule.chunks[c];
+        if (launch.rows[chunk.row].cells[kWeight].dtype == DType::Float64)
+            combine_chunk<double>(launch, chunk);
+        else
+            combine_chunk<float>(launch, chunk);
+    }
+    finish_streaming();
+}
+
+// ---------------------------------------------------------------- base optimizers
+
+template <class T, SgdKind kind>
+struct SgdUpdate {
+    SgdScalars<T> scalars;
+
+    SgdUpdate(const Launch& launch, int32_t row_index) {
+        const SgdSettings& s = launch.sgd[launch.rows[row_index].group];
+        const bool first = launch.first[row_index];
+        scalars = {T(s.lr),
+                   T(s.momentum),
+                   T(first ? 0.0 : s.momentum),
+                   T(first ? 1.0 : 1.0 - s.dampening),
+                   T(s.weight_decay),
+                   T(s.maximize ? -1.0 : 1.0)};
+    }
+
+    void tile(const Row& row, int64_t offset, int n, const T* SAMK_RESTRICT source, const T* SAMK_RESTRICT gradient,
+              T* SAMK_RESTRICT out) const {
+        const SgdScalars<T> s = scalars;
+        if (kind == SgdKind::Plain) {
+            T unused = T(0);
+            for (int e = 0; e < n; ++e) out[e] = sgd<T, kind>(source[e], gradient[e], unused, s);
+            return;
+        }
+        T storage[kTile];
+        T* SAMK_RESTRICT momentum = load_mutable(row.cells[kState], offset, n, storage);
+        for (int e = 0; e < n; ++e) {
+            T buffer = momentum[e];
+            out[e] = sgd<T, kind>(source[e], gradient[e], buffer, s);
+            momentum[e] = buffer;
+        }
+        store(row.cells[kState], offset, n, momentum);
+    }
+};
+
+template <class T, bool amsgrad>
+struct AdamUpdate {
+    AdamScalars<T> scalars;
+
+    AdamUpdate(const Launch& launch, int32_t row_index) {
+        const AdamSettings& s = launch.adam[launch.rows[row_index].group];
+        const double step = launch.steps[row_index];
+        scalars = {T(s.lr / (1.0 - std::pow(s.beta1, step))),
+                   T(std::sqrt(1.0 - std::pow(s.beta2, step))),
+                   T(1.0 - s.beta1),
+                   T(s.beta2),
+                   T(1.0 - s.beta2),
+                   T(s.epsilon),
+                   T(s.decoupled ? 0.0 : s.weight_decay),
+                   T(s.decoupled ? 1.0 - s.lr * s.weight_decay : 1.0),
+                   T(s.maximize ? -1.0 : 1.0)};
+    }
+
+    void tile(const Row& row, int64_t offset, int n, const T* SAMK_RESTRICT source, const T* SAMK_RESTRICT gradient,
+              T* SAMK_RESTRICT out) const {
+        const AdamScalars<T> s = scalars;
+        T storage[3][kTile];
+        T* SAMK_RESTRICT exp_avg = load_mutable(row.cells[kState], offset, n, storage[0]);
+        T* SAMK_RESTRICT exp_avg_sq = load_mutable(row.cells[kState + 1], offset, n, storage[1]);
+        T* SAMK_RESTRICT maximum = amsgrad ? load_mutable(row.cells[kState + 2], offset, n, storage[2]) : storage[2];
+        for (int e = 0; e < n; ++e) {
+            T m = exp_avg[e], v = exp_avg_sq[e], v_max = amsgrad ? maximum[e] : T(0);
+            out[e] = adam<T, amsgrad>(source[e], gradient[e], m, v, v_max, s);
+            exp_avg[e] = m;
+            exp_avg_sq[e] = v;
+            if (amsgrad) maximum[e] = v_max;
+        }
+        store(row.cells[kState], offset, n, exp_avg);
+        store(row.cells[kState + 1], offset, n, exp_avg_sq);
+        if (amsgrad) store(row.cells[kState + 2], offset, n, maximum);
+    }
+};
+
+// w <- base(snapshot or w, combination of the lists), one pass.
+template <class T, class Update>
+inline void update_chunk(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    const Update update(launch, chunk.row);
+    Combination<T> combination(launch, row, launch.inverse_grad_scale);
+    const bool restores = launch.taken && launch.taken[chunk.row];
+    const Cell& source_cell = row.cells[restores ? kSnapshot : kWeight];
+    const Cell& weight_cell = row.cells[kWeight];
+    const bool direct = restores && !launch.streaming && weight_cell.dtype == DTypeOf<T>::value;
+    T source_buffer[kTile], out_buffer[kTile];
+
+    for (int start = 0; start < chunk.count; start += kTile) {
+        const int n = chunk.count - start < kTile ? chunk.count - start : kTile;
+        const int64_t offset = chunk.offset + start;
+        const T* source = load(source_cell, offset, n, source_buffer);
+        T* out = direct ? reinterpret_cast<T*>(address(weight_cell, offset)) : out_buffer;
+        update.tile(row, offset, n, source, combination.at(offset, n), out);
+        store(weight_cell, offset, n, out, restores && launch.streaming);
+    }
+}
+
+template <class T>
+inline void descent_chunk(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    if (launch.skip_update || !row.has_gradient(launch.lists)) {
+        if (launch.taken && launch.taken[chunk.row]) restore_chunk(launch, chunk);
+        return;
+    }
+    if (launch.base == BaseKind::Adam) {
+        if (launch.adam[row.group].amsgrad)
+            update_chunk<T, AdamUpdate<T, true>>(launch, chunk);
+        else
+            update_chunk<T, AdamUpdate<T, false>>(launch, chunk);
+        return;
+    }
+    const SgdSettings& sgd = launch.sgd[row.group];
+    if (sgd.momentum == 0.0)
+        update_chunk<T, SgdUpdate<T, SgdKind::Plain>>(launch, chunk);
+    else if (sgd.nesterov)
+        update_chunk<T, SgdUpdate<T, SgdKind::Nesterov>>(launch, chunk);
+    else
+        update_chunk<T, SgdUpdate<T, SgdKind::Momentum>>(launch, chunk);
+}
+
+inline void descent_chunks(const Launch& launch, int thread) {
+    const Schedule& schedule = *launch.schedule;
+    for (int64_t c = schedule.bounds[thread]; c < schedule.bounds[thread + 1]; ++c) {
+        const Chunk& chunk = schedule.chunks[c];
+        if (launch.rows[chunk.row].cells[kWeight].dtype == DType::Float64)
+            descent_chunk<double>(launch, chunk);
+        else
+            descent_chunk<float>(launch, chunk);
+    }
+    finish_streaming();
+}
+
+// Counts this step in the step tensors, which torch keeps as float32 (or float64) scalars, one for each parameter.
+inline void count_steps(Launch& launch) {
+    if (launch.base != BaseKind::Adam || launch.skip_update) return;
+    for (const Chunk& chunk : launch.schedule->chunks) {
+        const Row& row = launch.rows[chunk.row];
+        if (chunk.offset != 0 || !row.has_gradient(launch.lists)) continue;
+        const Cell& cell = row.cells[kStep];
+        launch.steps[chunk.row] = cell.dtype == DType::Float64 ? *static_cast<double*>(cell.pointer) += 1.0
+                                                               : *static_cast<float*>(cell.pointer) += 1.0f;
+    }
+}
+
+// ---------------------------------------------------------------- the operations
+
+// Calls f(thread) on every thread that the schedule has chunks for.
+template <class F>
+inline void on_threads(const Launch& launch, F f) {
+    const int team = int(launch.schedule->bounds.size()) - 1;
+    if (team == 1) return f(0);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(team) schedule(static, 1)
+#endif
+    for (int thread = 0; thread < team; ++thread) f(thread);
+}
+
+// first(thread) on every thread, then between() once, then second(thread), with one team of threads throughout.
+template <class First, class Between, class Second>
+inline void in_two_phases(const Launch& launch, First first, Between between, Second second) {
+    const int team = int(launch.schedule->bounds.size()) - 1;
+    if (team == 1) {
+        first(0);
+        between();
+        second(0);
+        return;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(team)
+    {
+        // The runtime may grant fewer threads than asked for; each then takes several shares.
+        const int size = omp_get_num_threads();
+        for (int share = omp_get_thread_num(); share < team; share += size) first(share);
+#pragma omp barrier
+#pragma omp single
+        between();
+        for (int share = omp_get_thread_num(); share < team; share += size) second(share);
+    }
+#else
+    for (int share = 0; share < team; ++share) first(share);
+    between();
+    for (int share = 0; share < team; ++share) second(share);
+#endif
+}
+
+inline void run_gram(Launch& launch) {
+    on_threads(launch, [&](int thread) { gram_chunks(launch, thread); });
+    finish_gram(launch);
+}
+
+inline void run_perturb(Launch& launch) {
+    on_threads(launch, [&](int thread) { perturb_chunks(launch, thread); });
+    if (launch.take_snapshot) mark_taken(launch, 1);
+}
+
+inline void run_restore(Launch& launch) {
+    on_threads(launch, [&](int thread) { restore_chunks(launch, thread); });
+}
+
+inline void run_combine(Launch& launch) {
+    on_threads(launch, [&](int thread) { combine_chunks(launch, thread); });
+}
+
+inline void run_ascent(Launch& launch) {
+    in_two_phases(
+        launch, [&](int thread) { gram_chunks(launch, thread); }, [&] { finish_gram(launch); },
+        [&](int thread) {
+            if (launch.finite) perturb_chunks(launch, thread);
+        });
+    if (launch.finite && launch.take_snapshot) mark_taken(launch, 1);
+}
+
+inline void run_descent(Launch& launch) {
+    if (!launch.needs_gram) {
+        count_steps(launch);
+        on_threads(launch, [&](int thread) { descent_chunks(launch, thread); });
+    } else {
+        in_two_phases(
+            launch, [&](int thread) { gram_chunks(launch, thread); },
+            [&] {
+                finish_gram(launch);
+                launch.skip_update = launch.skip_update || !launch.finite;
+                count_steps(launch);
+            },
+            [&](int thread) { descent_chunks(launch, thread); });
+    }
+    if (launch.taken) mark_taken(launch, 0);
+}

@@ -1,0 +1,34 @@
+"""Sharpness-aware optimizers for PyTorch on fused multi-tensor kernels."""
+
+from .batch_norm import (
+    disable_running_stats,
+    enable_running_stats,
+    freeze_in_perturbed_passes,
+    frozen_batch_norm,
+    running_statistics,
+)
+from .errors import InvalidSettingError, StepOrderError
+from .optimizer import SharpnessAwareOptimizer, StepReport
+from .passes import Pass, Passes
+from .randomness import RandomState
+from .sam import ASAM, SAM
+from .schedules import LambdaRho, RhoFollowsLR
+
+__all__ = [
+    "ASAM",
+    "SAM",
+    "InvalidSettingError",
+    "LambdaRho",
+    "Pass",
+    "Passes",
+    "RandomState",
+    "RhoFollowsLR",
+    "SharpnessAwareOptimizer",
+    "StepOrderError",
+    "StepReport",
+    "disable_running_stats",
+    "enable_running_stats",
+    "freeze_in_perturbed_passes",
+    "frozen_batch_norm",
+    "running_statistics",
+]

@@ -1,0 +1,134 @@
+"""SAM and ASAM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sam_kernels.rules import NORM_EPSILON, Normalized
+
+from .errors import InvalidSettingError
+from .optimizer import BaseOptimizer, SharpnessAwareOptimizer
+from .passes import Pass, Passes
+
+# The eta of the authors of ASAM (arXiv 2102.11600, section 5).
+AUTHORS_ETA = 0.01
+
+
+class SAM(SharpnessAwareOptimizer):
+    """Sharpness-Aware Minimization (Foret et al. 2021, arXiv 2010.01412), and ASAM with ``adaptive``.
+
+    ::
+
+        g  = gradient at w                      e = rho g / |g|                (eq. 2)
+        g+ = gradient at w + e                  w <- base_optimizer(w, g+)
+
+    The norm runs over all parameters together. Weight decay is the base optimizer's and does not enter e.
+
+    Args:
+        params: parameters, (name, parameter) pairs or group dicts. A group may set ``rho``, ``adaptive``, ``eta``, and
+            ``perturb=False``, which keeps it out of the perturbation and of the norm (normalisation layers, biases).
+        base_optimizer: class or instance of a torch optimizer.
+        rho: radius of the perturbation; at least 0. At 0 in all groups the step is the base optimizer's, bit for bit.
+        adaptive: False for SAM. True or ``"elementwise"`` for ASAM with T = \\|w\\| + eta on every parameter, as in the
+            SAM packages in use (rho about 2). ``"weights"`` for ASAM as its authors run it: T = \\|w\\| + eta for parameters
+            whose name contains "weight", T = 1 for the others (rho about 0.5); ``params`` must be named then,
+            ``model.named_parameters()``.
+        eta: added to \\|w\\| in T; by default 0 for ``"elementwise"`` and 0.01 for ``"weights"``.
+        perturb_eps: guards the division by the norm.
+        closure_runs, backend, **base_kwargs: see :class:`SharpnessAwareOptimizer`.
+
+    ASAM: e = rho T^2 g / |T g| (Kwon et al. 2021, arXiv 2102.11600, eq. 6), norm and product elementwise in T.
+
+    Example::
+
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+
+        loss_fn(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_fn(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        adaptive: bool | str = False,
+        *,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        **kwargs: Any,
+    ) -> None:
+        if not perturb_eps >= 0.0:
+            raise InvalidSettingError(f"Invalid perturb_eps: {perturb_eps}; it must be at least 0")
+        self._rule = Normalized(epsilon=perturb_eps)
+        defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        super().__init__(params, base_optimizer, defaults, **kwargs)
+
+    def passes(self) -> Passes:
+        g = yield Pass()
+        self.ascend(g, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True)
+        self.descend(g_plus)
+
+    def _radii(self) -> list[list[float]]:
+        """Each group's rho."""
+        radii = [[float(group["rho"])] for group in self.param_groups]
+        for (rho,) in radii:
+            _check_rho(rho)
+        return radii
+
+    def _is_plain_step(self) -> bool:
+        return all(float(group["rho"]) == 0.0 for group in self.param_groups)
+
+    def validate_group(self, group: dict[str, Any]) -> None:
+        _check_rho(float(group["rho"]))
+        if group["adaptive"] not in (False, True, "elementwise", "weights"):
+            raise InvalidSettingError(
+                f"Invalid adaptive: {group['adaptive']!r}; it is False, True, 'elementwise' or 'weights'"
+            )
+        if group["eta"] is not None and not group["eta"] >= 0.0:
+            raise InvalidSettingError(f"Invalid eta: {group['eta']}; it must be at least 0")
+        if group["adaptive"] == "weights":
+            names = group.get("param_names") or [entry[0] for entry in group["params"] if isinstance(entry, tuple)]
+            if len(names) != len(group["params"]):
+                raise InvalidSettingError(
+                    "adaptive='weights' chooses parameters by their names: pass model.named_parameters() as params"
+                )
+
+    def geometry_of(self, group: dict[str, Any]) -> Sequence[float | None]:
+        count = len(group["params"])
+        if not group["adaptive"]:
+            return [None] * count
+        if group["adaptive"] == "weights":
+            eta = AUTHORS_ETA if group["eta"] is None else group["eta"]
+            return [eta if "weight" in name else None for name in group["param_names"]]
+        return [group["eta"] or 0.0] * count
+
+
+class ASAM(SAM):
+    """Adaptive SAM (Kwon et al. 2021, arXiv 2102.11600): :class:`SAM` with its authors' settings as defaults.
+
+    Args:
+        params: named, ``model.named_parameters()``, unless ``adaptive=True``.
+        rho: 0.5, as the authors use.
+        adaptive: ``"weights"``, the authors' choice of parameters, or True for every parameter.
+        eta, base_optimizer, **kwargs: see :class:`SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.5,
+        adaptive: bool | str = "weights",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
+
+
+def _check_rho(rho: float) -> None:
+    if not rho >= 0.0:
+        raise InvalidSettingError(f"Invalid rho: {rho}; it must be at least 0")

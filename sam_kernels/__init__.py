@@ -1,0 +1,39 @@
+"""Multi-tensor kernels for Sharpness-Aware Minimization, behind one functional API.
+
+``reference`` is the definition in plain PyTorch; the other backends agree with it and are fast.
+"""
+
+from .backends import BackendStatus, backends
+from .bases import SGD, Adam, AdamSettings, SGDSettings
+from .errors import BackendUnavailableError, UnsupportedTensorError
+from .ops import ascent_, combine_, descent_, gram, perturb_, restore_
+from .plan import Plan, Snapshot
+from .report import LaunchReport
+from .rules import Deflected, Fixed, Normalized, NormMatched, Rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamSettings",
+    "BackendStatus",
+    "BackendUnavailableError",
+    "Deflected",
+    "Fixed",
+    "LaunchReport",
+    "NormMatched",
+    "Normalized",
+    "Plan",
+    "Rule",
+    "SGDSettings",
+    "Snapshot",
+    "UnsupportedTensorError",
+    "ascent_",
+    "backends",
+    "combine_",
+    "descent_",
+    "gram",
+    "perturb_",
+    "restore_",
+]

@@ -1,0 +1,16 @@
+"""Errors of the kernel layer."""
+
+
+class UnsupportedTensorError(TypeError, RuntimeError):
+    """A tensor that the kernels cannot work on: sparse, of an unsupported dtype, without memory of its own.
+
+    Both a ``TypeError`` and a ``RuntimeError``, because torch's own optimizers raise the latter for sparse gradients.
+    """
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name that is not there; the message says why and what to do."""
+
+
+class DeviceChangedError(Exception):
+    """Internal: a plan's parameters have moved to another device; the launch must be chosen anew."""

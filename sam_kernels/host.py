@@ -1,0 +1,50 @@
+"""Small loops over lists of tensors, native where the extension is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+try:
+    from . import _cpu
+except ImportError:
+    _cpu = None
+
+
+def gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """The ``grad`` of each parameter."""
+    if _cpu is not None:
+        result: list[Tensor | None] = _cpu.gradients(params)
+        return result
+    return [p.grad for p in params]
+
+
+def same_objects(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the very same objects in the same order."""
+    if _cpu is not None:
+        return bool(_cpu.same_objects(a, b))
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def missing(entries: list[Any]) -> list[int]:
+    """The indices at which ``entries`` holds None."""
+    if _cpu is not None:
+        indices: list[int] = _cpu.missing(entries)
+        return indices
+    return [index for index, entry in enumerate(entries) if entry is None]
+
+
+def lookup(dictionaries: list[dict[str, Any]], key: str) -> list[Any]:
+    """The value of ``key`` in each dict, None where it is missing."""
+    if _cpu is not None:
+        values: list[Any] = _cpu.lookup(dictionaries, key)
+        return values
+    return [dictionary.get(key) for dictionary in dictionaries]
+
+
+def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
+    """The entries at the given indices."""
+    return [entries[i] for i in index]

@@ -1,0 +1,283 @@
+"""The operations on lists of tensors.
+
+Everywhere ``params`` is a :class:`Plan` or a list of tensors (from which a plan is made for this call alone), ``xs`` is
+a list of one to three gradient lists, and a gradient list has an entry for each parameter: a tensor of the parameter's
+shape and device, or None. A tensor for which no list has an entry is left alone.
+
+Supported are float32, float64, bfloat16, float16, complex64 and complex128, in any mixture. ``scale`` is a number, or
+for each group a sequence of one number for each list; it multiplies the coefficients. No operation records gradients.
+
+All operations raise :class:`UnsupportedTensorError` for tensors that no kernel can work on (sparse, integer, without
+memory), and ``ValueError`` for lists, shapes or devices that do not fit together; nothing has been changed then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .backends import backend_for
+from .bases import Base, TensorList
+from .errors import DeviceChangedError
+from .host import pick
+from .plan import Plan, Snapshot
+from .report import LaunchReport
+from .rules import Fixed, Normalized, Rule, RuleLike
+
+MAX_LISTS = 3
+
+Params = Plan | Sequence[Tensor]
+Scale = float | Sequence[Sequence[float]]
+Result = TypeVar("Result")
+
+_FIXED = Fixed()
+_NORMALIZED = Normalized()
+
+
+def gram(xs: Sequence[TensorList], params: Params | None = None, *, backend: str | None = None) -> Tensor:
+    """The Gram matrix of the gradient lists, G[i, j] = sum over tensors of <T x_i, T x_j>.
+
+    The sum runs in float64 in an order that depends on nothing but the shapes, so its bits are the same on every run
+    and for every number of threads.
+
+    Args:
+        xs: k gradient lists.
+        params: the weights, for their geometry; without them T = 1.
+
+    Returns:
+        Float64 tensor of shape (k, k) on the tensors' device.
+    """
+    if params is None:
+        _check_lists(xs, len(xs[0]) if len(xs) > 0 else 0)
+        plan = Plan([_first_entry(entries) for entries in zip(*xs, strict=True)])
+    else:
+        plan = _plan(params)
+        _check_lists(xs, len(plan))
+    return _gram(plan, xs, plan.is_weighted, backend)
+
+
+def perturb_(
+    params: Params,
+    xs: Sequence[TensorList],
+    coefficients: Tensor | Sequence[float],
+    *,
+    scale: Scale = 1.0,
+    snapshot: Snapshot | None = None,
+    backend: str | None = None,
+) -> None:
+    """snapshot <- w, then w <- w + T(w)^2 sum_i c_i x_i, with given coefficients.
+
+    Args:
+        coefficients: k numbers, or a tensor of shape (k,) on the parameters' device. A list whose coefficient is zero
+            is left out, whatever it holds.
+        snapshot: takes the weights' copies; None if none are wanted.
+    """
+    plan = _plan(params)
+    _check_lists(xs, len(plan))
+    flat = _flat_scale(scale, plan, len(xs))
+    coefficients = _coefficients(coefficients, len(xs))
+    for part in _parts(plan, xs, snapshot):
+        _launch(part.plan, backend, lambda b, part=part: b.perturb_(part.plan, part.xs, coefficients, flat, part.snapshot))
+
+
+def restore_(params: Params, snapshot: Snapshot, *, backend: str | None = None) -> None:
+    """w <- snapshot, bit for bit, for each tensor of which a copy is held; the snapshot is then empty."""
+    plan = _plan(params)
+    for part in _parts(plan, [], snapshot):
+        _launch(part.plan, backend, lambda b, part=part: b.restore_(part.plan, part.snapshot))
+    snapshot.discard()
+
+
+def combine_(
+    out: Params,
+    xs: Sequence[TensorList],
+    coefficients: Tensor | Sequence[float],
+    *,
+    scale: Scale = 1.0,
+    backend: str | None = None,
+) -> None:
+    """out <- sum_i c_i x_i; zero for tensors of which no list has an entry. ``out`` may be one of the lists."""
+    plan = _plan(out)
+    _check_lists(xs, len(plan))
+    flat = _flat_scale(scale, plan, len(xs))
+    coefficients = _coefficients(coefficients, len(xs))
+    for part in _parts(plan, xs, None):
+        _launch(part.plan, backend, lambda b, part=part: b.combine_(part.plan, part.xs, coefficients, flat))
+
+
+def ascent_(
+    params: Params,
+    xs: Sequence[TensorList],
+    *,
+    rule: RuleLike = _NORMALIZED,
+    scale: Scale = 1.0,
+    snapshot: Snapshot | None = None,
+    backend: str | None = None,
+) -> LaunchReport:
+    """Gram matrix, rule, and perturbation with snapshot, in one launch.
+
+    w <- w + T(w)^2 sum_i scale_i c_i x_i with c = rule(G). SAM is one list, :class:`Normalized` and ``scale=rho``.
+
+    Args:
+        rule: of :mod:`sam_kernels.rules`, or any callable from the Gram matrix (float64, shape (k, k)) to k
+            coefficients, which takes separate launches for Gram matrix and perturbation.
+        snapshot: takes the weights' copies.
+
+    Returns:
+        The launch's scalars. If the Gram matrix is not finite, no weight was changed and no copy taken.
+    """
+    plan = _plan(params)
+    _check_lists(xs, len(plan))
+    flat = _flat_scale(scale, plan, len(xs))
+    if isinstance(rule, Rule) and not plan.parts:
+        return _launch(plan, backend, lambda b: b.ascent_(plan, xs, rule, flat, snapshot))
+    report = _apply(rule, _gram(plan, xs, plan.is_weighted, backend))
+    if report.finite:
+        perturb_(plan, xs, report.coefficients, scale=scale, snapshot=snapshot, backend=backend)
+    return report
+
+
+def descent_(
+    params: Params,
+    xs: Sequence[TensorList],
+    base: Base,
+    *,
+    rule: RuleLike = _FIXED,
+    scale: Scale = 1.0,
+    weighted: bool = False,
+    snapshot: Snapshot | None = None,
+    grad_scale: Tensor | float | None = None,
+    found_inf: Tensor | bool | None = None,
+    backend: str | None = None,
+) -> LaunchReport:
+    """[Gram matrix, rule,] combination, restoring and the base optimizer's update, in one launch.
+
+    w <- base(snapshot, sum_i scale_i c_i x_i / grad_scale), with w itself where no copy is held. Tensors with a copy
+    but no entry in any list are restored. The snapshot is empty afterwards.
+
+    Args:
+        base: the update and its state, see :mod:`sam_kernels.bases`.
+        rule: as for :func:`ascent_`; :class:`Fixed` needs no Gram matrix.
+        weighted: whether the Gram matrix is taken in the tensors' geometry, at the weights as they are now.
+        grad_scale: what the gradients have been multiplied by (one element), as torch's GradScaler gives it.
+        found_inf: nonzero (one element) to restore without an update, as torch's GradScaler gives it.
+
+    Returns:
+        The launch's scalars. If the Gram matrix is not finite, the weights were restored and not updated.
+    """
+    plan = _plan(params)
+    _check_lists(xs, len(plan))
+    inverse = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    skip = False if found_inf is None else bool(found_inf)
+    flat = _flat_scale(scale, plan, len(xs))
+    if isinstance(rule, Rule) and not plan.parts:
+        return _launch(
+            plan, backend, lambda b: b.descent_(plan, xs, base, snapshot, rule, flat, weighted, inverse, skip)
+        )
+
+    if not skip and not (isinstance(rule, Rule) and not rule.needs_gram):
+        report = _apply(rule, _gram(plan, xs, weighted, backend))
+    else:
+        report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan), [1.0] * len(xs))
+    skip = skip or not report.finite
+    flat = [value * float(report.coefficients[index % len(xs)]) for index, value in enumerate(flat)]
+    for part in _parts(plan, xs, snapshot, base):
+        _launch(
+            part.plan,
+            backend,
+            lambda b, part=part: b.descent_(
+                part.plan, part.xs, part.base, part.snapshot, _FIXED, flat, weighted, inverse, skip
+            ),
+        )
+    return report
+
+
+class _Part:
+    """What one device has of a launch's arguments."""
+
+    def __init__(self, plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None, base: Base | None) -> None:
+        self.plan, self.xs, self.snapshot, self.base = plan, xs, snapshot, base
+
+
+def _parts(
+    plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None, base: Base | None = None
+) -> Iterator[_Part]:
+    """The arguments device by device. The snapshot's flags are brought home after each part, also on an exception."""
+    if not plan.parts:
+        yield _Part(plan, xs, snapshot, base)
+        return
+    for part, index in plan.parts:
+        lists = [pick(x, index) for x in xs]
+        share = None if snapshot is None else snapshot.subset(index)
+        try:
+            yield _Part(part, lists, share, None if base is None else base.subset(index))
+        finally:
+            if snapshot is not None and share is not None:
+                for position, i in enumerate(index):
+                    snapshot.taken[i] = share.taken[position]
+
+
+def _launch(plan: Plan, backend: str | None, call: Callable[[ModuleType], Result]) -> Result:
+    try:
+        return call(backend_for(plan.device, backend))
+    except DeviceChangedError:
+        if plan.parts:
+            raise ValueError("parameters have been moved to several devices; make a new plan") from None
+        return call(backend_for(plan.device, backend))
+
+
+def _gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, backend: str | None) -> Tensor:
+    total: Tensor | None = None
+    for part in _parts(plan, xs, None):
+        matrix = _launch(part.plan, backend, lambda b, part=part: b.gram(part.plan, part.xs, weighted))
+        total = matrix if total is None else total + matrix.to(total.device)
+    assert total is not None
+    return total
+
+
+def _apply(rule: RuleLike, matrix: Tensor) -> LaunchReport:
+    """A rule's coefficients, zero if the Gram matrix is not finite."""
+    if not bool(matrix.isfinite().all()):
+        return LaunchReport(False, matrix, [0.0] * matrix.shape[0])
+    coefficients = torch.as_tensor(rule(matrix), dtype=torch.float64)
+    if coefficients.shape != (matrix.shape[0],):
+        raise ValueError(f"the rule gave coefficients of shape {tuple(coefficients.shape)} for {matrix.shape[0]} lists")
+    return LaunchReport(True, matrix, coefficients)
+
+
+def _plan(params: Params) -> Plan:
+    return params if isinstance(params, Plan) else Plan(params)
+
+
+def _first_entry(entries: tuple[Tensor | None, ...]) -> Tensor:
+    found = next((entry for entry in entries if entry is not None), None)
+    return torch.empty(0) if found is None else found
+
+
+def _check_lists(xs: Sequence[TensorList], count: int) -> None:
+    if not 1 <= len(xs) <= MAX_LISTS:
+        raise ValueError(f"Invalid number of gradient lists: {len(xs)}; it must be 1 to {MAX_LISTS}")
+    for number, x in enumerate(xs):
+        if len(x) != count:
+            raise ValueError(f"gradient list {number} has {len(x)} entries for {count} tensors")
+
+
+def _coefficients(coefficients: Tensor | Sequence[float], count: int) -> Tensor:
+    result = torch.as_tensor(coefficients, dtype=torch.float64).detach()
+    if result.shape != (count,):
+        raise ValueError(f"expected {count} coefficients, got shape {tuple(result.shape)}")
+    return result
+
+
+def _flat_scale(scale: Scale, plan: Plan, count: int) -> list[float]:
+    """One number for each group and list, group by group."""
+    if isinstance(scale, (int, float)):
+        return [float(scale)] * (count * plan.group_count)
+    flat = [float(value) for group in scale for value in group]
+    if len(flat) != len(scale) * count or len(scale) < plan.group_count:
+        raise ValueError(f"scale must give {count} numbers for each group, got {scale}")
+    return flat

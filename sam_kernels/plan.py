@@ -1,0 +1,216 @@
+"""Plans and snapshots: what is known of a list of parameters before a launch.
+
+A :class:`Plan` is a cache and never changes a result; it also carries what is fixed for each tensor, its group and its
+geometry. A :class:`Snapshot` holds the copies that a perturbation takes and that restoring needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedTensorError
+from .host import pick
+
+REAL_DTYPE = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *REAL_DTYPE)
+
+# Start of each tensor within a snapshot's buffer, in bytes: a cache line, and more than any vector load needs.
+_ALIGNMENT = 64
+
+
+def has_own_memory(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a dense tensor whose memory holds its values.
+
+    Tensor subclasses that compute elsewhere (DTensor, fake and wrapped tensors) are not.
+    """
+    dispatches = type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return tensor.layout is torch.strided and (plain or not dispatches) and tensor.device.type != "meta"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one range of memory, each once, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Layout(NamedTuple):
+    """Where a parameter's elements lie."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]  # the tensor's own, or those of a contiguous copy where it is not dense
+    numel: int  # real elements
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: Tensor, name: str) -> Layout:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is not a tensor but {type(tensor).__name__}")
+        check_supported(tensor, name)
+        own_order = tensor.numel() > 0 and is_dense(tensor)
+        strides = tensor.stride() if own_order else torch.empty(tensor.shape, device="meta").stride()
+        numel = tensor.numel() * (2 if tensor.is_complex() else 1)
+        return Layout(tensor.shape, strides, numel, tensor.dtype, tensor.device)
+
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has this shape, and this order in memory (strides of dimensions of size 1 say nothing)."""
+        if tensor.shape != self.shape or tensor.is_conj() or tensor.is_neg():
+            return False
+        pairs = zip(tensor.stride(), self.strides, self.shape, strict=True)
+        return self.numel == 0 or all(own == wanted for own, wanted, size in pairs if size != 1)
+
+    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor that matches."""
+        return torch.empty_strided(self.shape, self.strides, dtype=dtype or self.dtype, device=self.device)
+
+
+def check_supported(tensor: Tensor, name: str) -> None:
+    """Raises :class:`UnsupportedTensorError` unless the kernels can read ``tensor``."""
+    if tensor.layout is not torch.strided:
+        raise UnsupportedTensorError(
+            f"{name} is sparse ({tensor.layout}); the kernels need dense tensors. Use sparse=False in the embedding, "
+            "or give sparse parameters an optimizer of their own."
+        )
+    if not has_own_memory(tensor):
+        raise UnsupportedTensorError(
+            f"{name} is a {type(tensor).__name__} on {tensor.device}, which has no memory that a kernel can read; "
+            "pass its local, materialised tensor."
+        )
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+        raise UnsupportedTensorError(f"{name} is of {tensor.dtype}; supported are {supported}")
+
+
+class Plan:
+    """A list of parameters, prepared for many launches.
+
+    Args:
+        params: the tensors that launches change.
+        groups: index of each tensor's group into the per-group arguments of the operations; all 0 by default.
+        geometry: for each tensor None for T = 1, or eta >= 0 for ASAM's T(w) = ``|w|`` + eta.
+        names: of the tensors, for messages.
+
+    Raises:
+        UnsupportedTensorError: for a tensor that no kernel can work on.
+        ValueError: if the lists differ in length or eta is negative.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        groups: Sequence[int] | None = None,
+        geometry: Sequence[float | None] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.params = list(params)
+        count = len(self.params)
+        self.groups = [0] * count if groups is None else list(groups)
+        self.geometry: list[float | None] = [None] * count if geometry is None else list(geometry)
+        self.group_count = max(self.groups, default=0) + 1
+        self.is_weighted = any(eta is not None for eta in self.geometry)
+        self.names = [f"tensor {index}" for index in range(count)] if names is None else list(names)
+        for argument in ("groups", "geometry", "names"):
+            if len(getattr(self, argument)) != count:
+                raise ValueError(f"{argument} has {len(getattr(self, argument))} entries for {count} tensors")
+        if any(eta is not None and not eta >= 0.0 for eta in self.geometry):
+            raise ValueError(f"Invalid eta in geometry: {self.geometry}; it must be None or at least 0")
+        if any(group < 0 for group in self.groups):
+            raise ValueError(f"Invalid groups: {self.groups}; they must be at least 0")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Inspects the parameters anew, after one of them changed its dtype, device, shape or strides."""
+        self.layouts = [Layout.of(p, name) for p, name in zip(self.params, self.names, strict=True)]
+        self.tables: dict[str, Any] = {}
+        devices = dict.fromkeys(layout.device for layout in self.layouts)
+        self.device = next(iter(devices), torch.device("cpu"))
+        self._parts: list[tuple[Plan, list[int]]] = []
+        if len(devices) > 1:
+            for device in devices:
+                index = [i for i, layout in enumerate(self.layouts) if layout.device == device]
+                self._parts.append((self.subset(index), index))
+
+    def subset(self, index: Sequence[int]) -> Plan:
+        """The plan of some of the tensors."""
+        return Plan(*(pick(column, index) for column in (self.params, self.groups, self.geometry, self.names)))
+
+    @property
+    def parts(self) -> list[tuple[Plan, list[int]]]:
+        """Plans of one device each, with the indices of their tensors; empty if there is only one device."""
+        return self._parts
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+
+class Snapshot:
+    """Copies of a plan's tensors, bit for bit, in one buffer for each dtype and device.
+
+    ``taken`` has a byte for each tensor: 1 while the copy is valid and the tensor may hold something else. Kernels set
+    and clear the bytes themselves, so the flags are right wherever an exception strikes.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.taken = bytearray(len(plan))
+        self._allocate(plan)
+
+    def _allocate(self, plan: Plan) -> None:
+        self.layouts = list(plan.layouts)
+        self.tensors: list[Tensor] = [torch.empty(0)] * len(plan)
+        by_buffer: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for index, layout in enumerate(self.layouts):
+            by_buffer.setdefault((layout.dtype, layout.device), []).append(index)
+        for (dtype, device), members in by_buffer.items():
+            unit = _ALIGNMENT // dtype.itemsize
+            starts, total = [], 0
+            for index in members:
+                starts.append(total)
+                elements = self.layouts[index].shape.numel()
+                total += -(-elements // unit) * unit
+            buffer = torch.empty(total, dtype=dtype, device=device)
+            for index, start in zip(members, starts, strict=True):
+                layout = self.layouts[index]
+                self.tensors[index] = buffer.as_strided(layout.shape, layout.strides, start)
+
+    def fit(self, plan: Plan) -> None:
+        """Allocates anew if the plan's tensors changed their dtype, device, shape or strides.
+
+        Raises:
+            RuntimeError: if the copies are still needed.
+        """
+        if self.layouts == plan.layouts:
+            return
+        if self.is_taken:
+            raise RuntimeError(
+                "parameters changed their dtype, device or shape while they were perturbed; "
+                "convert or move the model between steps"
+            )
+        self.taken = bytearray(len(plan))
+        self._allocate(plan)
+
+    def subset(self, index: Sequence[int]) -> Snapshot:
+        """A snapshot that shares the memory of some of the tensors, with flags of its own."""
+        part = Snapshot.__new__(Snapshot)
+        part.layouts = pick(self.layouts, index)
+        part.taken = bytearray(pick(self.taken, index))
+        part.tensors = pick(self.tensors, index)
+        return part
+
+    @property
+    def is_taken(self) -> bool:
+        return 1 in self.taken
+
+    def discard(self) -> None:
+        """Forgets the copies without restoring them."""
+        self.taken[:] = bytes(len(self.taken))

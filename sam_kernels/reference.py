@@ -1,0 +1,209 @@
+"""The definition: every operation in plain PyTorch, on any device.
+
+The other backends agree with this one. Arithmetic is float64 for float64 weights and float32 for all others; a result
+is rounded to its storage type once. Gram matrices are summed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .bases import SGD, AdamSettings, Base, SGDSettings, TensorList
+from .plan import Plan, Snapshot
+from .report import LaunchReport
+from .rules import Fixed, Rule
+
+name = "reference"
+
+
+def unavailable_reason() -> str | None:
+    """Always there."""
+    return None
+
+
+def describe() -> str:
+    return "plain PyTorch, any device"
+
+
+@torch.no_grad()
+def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool) -> Tensor:
+    """G[i, j] = sum over tensors of <T x_i, T x_j>; a missing entry counts as zero. Float64, shape (k, k)."""
+    count = len(xs)
+    result = torch.zeros(count, count, dtype=torch.float64, device=plan.device)
+    for index, param in enumerate(plan.params):
+        eta = plan.geometry[index] if weighted else None
+        scale = 1.0 if eta is None else _real(param).double().abs() + eta
+        columns = [None if x[index] is None else _real(x[index]).double() * scale for x in xs]
+        for i, a in enumerate(columns):
+            for j, b in enumerate(columns):
+                if a is not None and b is not None:
+                    result[i, j] += (a * b).sum()
+    return result
+
+
+@torch.no_grad()
+def perturb_(
+    plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: Sequence[float], snapshot: Snapshot | None
+) -> None:
+    """snapshot <- w; w <- w + T(w)^2 sum_i c_i x_i, for each tensor that has an entry in some list."""
+    active = [i for i in range(len(plan)) if any(x[i] is not None for x in xs)]
+    if snapshot is not None:
+        for i in active:
+            snapshot.tensors[i].copy_(plan.params[i])
+        # All copies are complete before the first weight changes, and say so.
+        for i in active:
+            snapshot.taken[i] = 1
+    for i in active:
+        direction = _combination(plan, xs, i, coefficients, scale)
+        if direction is None:
+            continue
+        weight = _real(plan.params[i])
+        wide = _widened(weight)
+        eta = plan.geometry[i]
+        if eta is not None:
+            operator = wide.abs() + eta
+            direction = operator * operator * direction
+        weight.copy_(wide + direction)
+
+
+@torch.no_grad()
+def restore_(plan: Plan, snapshot: Snapshot) -> None:
+    """w <- snapshot where one is held. The flags stay; the caller clears them."""
+    for i, param in enumerate(plan.params):
+        if snapshot.taken[i]:
+            param.copy_(snapshot.tensors[i])
+
+
+@torch.no_grad()
+def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: Sequence[float]) -> None:
+    """out <- sum_i c_i x_i; zero where no list has an entry."""
+    for i, out in enumerate(plan.params):
+        total = _combination(plan, xs, i, coefficients, scale)
+        _real(out).copy_(torch.zeros(()) if total is None else total)
+
+
+@torch.no_grad()
+def ascent_(
+    plan: Plan, xs: Sequence[TensorList], rule: Rule, scale: Sequence[float], snapshot: Snapshot | None
+) -> LaunchReport:
+    """Gram -> rule -> perturb with snapshot. A Gram matrix that is not finite leaves everything as it is."""
+    report = _apply(rule, gram(plan, xs, weighted=True))
+    if report.finite:
+        perturb_(plan, xs, report.coefficients, scale, snapshot)
+    return report
+
+
+@torch.no_grad()
+def descent_(
+    plan: Plan,
+    xs: Sequence[TensorList],
+    base: Base,
+    snapshot: Snapshot | None,
+    rule: Rule,
+    scale: Sequence[float],
+    weighted: bool,
+    inverse_grad_scale: float,
+    skip_update: bool,
+) -> LaunchReport:
+    """[Gram -> rule ->] combine -> restore -> base update. Skipping the update restores all the same."""
+    if rule.needs_gram and not skip_update:
+        report = _apply(rule, gram(plan, xs, weighted))
+    else:
+        empty = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64)
+        report = LaunchReport(True, empty, Fixed()(empty))
+    if snapshot is not None:
+        restore_(plan, snapshot)
+    if not skip_update and report.finite:
+        for i in range(len(plan)):
+            if all(x[i] is None for x in xs):
+                continue
+            gradient = _combination(plan, xs, i, report.coefficients, scale, inverse_grad_scale)
+            weight = _real(plan.params[i])
+            if gradient is None:
+                gradient = torch.zeros_like(_widened(weight))
+            if isinstance(base, SGD):
+                _sgd(base, i, base.settings[plan.groups[i]], weight, gradient)
+            else:
+                _adam(base, i, base.settings[plan.groups[i]], weight, gradient)
+    if snapshot is not None:
+        snapshot.discard()
+    return report
+
+
+def _apply(rule: Rule, matrix: Tensor) -> LaunchReport:
+    finite = bool(matrix.isfinite().all())
+    return LaunchReport(finite, matrix, rule(matrix) if finite else torch.zeros(matrix.shape[0], dtype=torch.float64))
+
+
+def _real(tensor: Tensor | None) -> Tensor:
+    """A view of complex elements as pairs of real ones; other tensors as they are."""
+    assert tensor is not None
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In the type of the arithmetic."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _combination(
+    plan: Plan,
+    xs: Sequence[TensorList],
+    index: int,
+    coefficients: Tensor,
+    scale: Sequence[float],
+    factor: float = 1.0,
+) -> Tensor | None:
+    """sum_i c_i x_i of one tensor, None if every coefficient is zero: an infinite entry times zero must not be NaN."""
+    wide = torch.float64 if plan.params[index].dtype in (torch.float64, torch.complex128) else torch.float32
+    total: Tensor | None = None
+    for i, x in enumerate(xs):
+        c = torch.tensor(factor * float(coefficients[i]) * scale[plan.groups[index] * len(xs) + i], dtype=wide)
+        if x[index] is None or c == 0.0:
+            continue
+        term = c.to(plan.device) * _real(x[index]).to(wide)
+        total = term if total is None else total + term
+    return total
+
+
+def _sgd(base: SGD, index: int, s: SGDSettings, weight: Tensor, gradient: Tensor) -> None:
+    wide = _widened(weight)
+    direction = (-gradient if s.maximize else gradient) + s.weight_decay * wide
+    if s.momentum != 0.0:
+        momentum_buffer = _real(base.momentum_buffer[index])
+        if base.first[index]:
+            buffer = direction
+        else:
+            buffer = s.momentum * _widened(momentum_buffer) + (1.0 - s.dampening) * direction
+        momentum_buffer.copy_(buffer)
+        direction = direction + s.momentum * buffer if s.nesterov else buffer
+    if s.lr != 0.0:
+        weight.copy_(wide - s.lr * direction)
+
+
+def _adam(base: Base, index: int, s: AdamSettings, weight: Tensor, gradient: Tensor) -> None:
+    wide = _widened(weight)
+    step_tensor = base.step[index]
+    assert step_tensor is not None
+    step_tensor += 1
+    step = float(step_tensor)
+    gradient = -gradient if s.maximize else gradient
+    if not s.decoupled:
+        gradient = gradient + s.weight_decay * wide
+    moments = [_real(column[index]) for column in base.columns[: 3 if s.amsgrad else 2]]
+    exp_avg, exp_avg_sq = _widened(moments[0]), _widened(moments[1])
+    exp_avg = exp_avg + (1.0 - s.beta1) * (gradient - exp_avg)
+    exp_avg_sq = exp_avg_sq * s.beta2 + (1.0 - s.beta2) * gradient * gradient
+    moments[0].copy_(exp_avg)
+    moments[1].copy_(exp_avg_sq)
+    if s.amsgrad:
+        exp_avg_sq = torch.maximum(_widened(moments[2]), exp_avg_sq)
+        moments[2].copy_(exp_avg_sq)
+    denominator = exp_avg_sq.sqrt() / (1.0 - s.beta2**step) ** 0.5 + s.eps
+    if s.lr != 0.0:
+        decayed = wide * (1.0 - s.lr * s.weight_decay) if s.decoupled else wide
+        weight.copy_(decayed - s.lr / (1.0 - s.beta1**step) * exp_avg / denominator)
