@@ -67,6 +67,7 @@ def _table(plan: Plan) -> Any:
             [layout.shape for layout in plan.layouts],
             [layout.strides for layout in plan.layouts],
             [layout.numel for layout in plan.layouts],
+            [_code(layout.dtype) for layout in plan.layouts],
             plan.groups,
             [-1.0 if eta is None else eta for eta in plan.geometry],
         )
@@ -138,11 +139,11 @@ def _bind_odd(
             raise ValueError(f"{role} is complex ({tensor.dtype}), expected {layout.dtype}")
         if layout.dtype.is_complex != tensor.is_complex() or not layout.matches(tensor):
             tensor = staging.stand_in(tensor, layout, written)
-        table.set(column, index, tensor.data_ptr(), _code(tensor))
+        table.set(column, index, tensor.data_ptr(), _code(tensor.dtype))
 
 
-def _code(tensor: Tensor) -> int:
-    return _DTYPE_CODES[REAL_DTYPE.get(tensor.dtype, tensor.dtype)]
+def _code(dtype: torch.dtype) -> int:
+    return _DTYPE_CODES[REAL_DTYPE.get(dtype, dtype)]
 
 
 def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool) -> Tensor:
@@ -246,7 +247,7 @@ def _taken(table: Any, plan: Plan, snapshot: Snapshot | None) -> bytearray | Non
     # A snapshot's memory moves only when it is allocated anew, so its addresses are read once.
     if plan.tables.get("cpu snapshot") is not snapshot.tensors:
         for index, tensor in enumerate(snapshot.tensors):
-            table.set(_cpu.SNAPSHOT, index, tensor.data_ptr(), _code(tensor))
+            table.set(_cpu.SNAPSHOT, index, tensor.data_ptr(), _code(tensor.dtype))
         plan.tables["cpu snapshot"] = snapshot.tensors
     return snapshot.taken
 

@@ -53,7 +53,7 @@ inline void gram_chunk(const Launch& launch, const Chunk& chunk, double* partial
         const int64_t offset = chunk.offset + start;
         const T* tiles[kMaxLists] = {};
         for (int i = 0; i < launch.lists; ++i)
-            if (row.cells[kList + i].pointer) tiles[i] = load(row.cells[kList + i], offset, n, buffers[i]);
+            if (row.cells[kList + i].present()) tiles[i] = load(row.cells[kList + i], offset, n, buffers[i]);
         if (weighted) {
             const T* weights = load(row.cells[kWeight], offset, n, weight_buffer);
             for (int i = 0; i < launch.lists; ++i)
@@ -125,7 +125,7 @@ struct Combination {
 
     bool is_zero() const {
         for (int i = 0; i < lists; ++i)
-            if (row.cells[kList + i].pointer && coefficients[i] != T(0)) return false;
+            if (row.cells[kList + i].present() && coefficients[i] != T(0)) return false;
         return true;
     }
 
@@ -135,7 +135,7 @@ struct Combination {
         for (int i = 0; i < lists; ++i) {
             const Cell& cell = row.cells[kList + i];
             // A coefficient of zero leaves its list out, so that an infinite entry cannot become NaN.
-            if (!cell.pointer || coefficients[i] == T(0)) continue;
+            if (!cell.present() || coefficients[i] == T(0)) continue;
             const T c = coefficients[i];
             const T* SAMK_RESTRICT x = load(cell, offset, n, buffers[1]);
             if (!started && c == T(1) && lists == 1) return x;
@@ -192,7 +192,9 @@ inline void perturb_chunks(const Launch& launch, int thread) {
 }
 
 inline void mark_taken(Launch& launch, uint8_t value) {
-    for (const Chunk& chunk : launch.schedule->chunks) launch.taken[chunk.row] = value;
+    const std::vector<uint8_t>& active = launch.schedule->active;
+    for (size_t r = 0; r < active.size(); ++r)
+        if (active[r]) launch.taken[r] = value;
 }
 
 // ---------------------------------------------------------------- restore
@@ -370,11 +372,12 @@ inline void descent_chunks(const Launch& launch, int thread) {
 // Counts this step in the step tensors, which torch keeps as float32 (or float64) scalars, one for each parameter.
 inline void count_steps(Launch& launch) {
     if (launch.base != BaseKind::Adam || launch.skip_update) return;
-    for (const Chunk& chunk : launch.schedule->chunks) {
-        const Row& row = launch.rows[chunk.row];
-        if (chunk.offset != 0 || !row.has_gradient(launch.lists)) continue;
+    const std::vector<uint8_t>& active = launch.schedule->active;
+    for (size_t r = 0; r < active.size(); ++r) {
+        const Row& row = launch.rows[r];
+        if (!active[r] || !row.has_gradient(launch.lists)) continue;
         const Cell& cell = row.cells[kStep];
-        launch.steps[chunk.row] = cell.dtype == DType::Float64 ? *static_cast<double*>(cell.pointer) += 1.0
+        launch.steps[r] = cell.dtype == DType::Float64 ? *static_cast<double*>(cell.pointer) += 1.0
                                                                : *static_cast<float*>(cell.pointer) += 1.0f;
     }
 }

@@ -25,8 +25,10 @@ enum Column : int {
 };
 
 struct Cell {
-    void* pointer = nullptr;
+    void* pointer = nullptr;  // may be null for an empty tensor
     DType dtype = DType::None;
+
+    bool present() const { return dtype != DType::None; }
 };
 
 struct Row {
@@ -37,7 +39,7 @@ struct Row {
 
     bool has_gradient(int lists) const {
         for (int i = 0; i < lists; ++i)
-            if (cells[kList + i].pointer) return true;
+            if (cells[kList + i].present()) return true;
         return false;
     }
 };

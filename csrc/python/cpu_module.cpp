@@ -21,12 +21,13 @@ constexpr int64_t kReleaseLockAbove = 65536;
 class Table {
 public:
     // shapes, strides: of each tensor, in elements. numels: real elements of each (complex ones count twice).
-    // groups: indices into the per-group arguments. etas: geometry, negative for T = 1.
+    // dtypes: codes of the weights. groups: indices into the per-group arguments. etas: geometry, negative for T = 1.
     Table(const std::vector<std::vector<int64_t>>& shapes, const std::vector<std::vector<int64_t>>& strides,
-          const std::vector<int64_t>& numels, const std::vector<int32_t>& groups, const std::vector<double>& etas)
+          const std::vector<int64_t>& numels, const std::vector<int>& dtypes, const std::vector<int32_t>& groups,
+          const std::vector<double>& etas)
         : rows_(numels.size()), layouts_(numels.size()), steps_(numels.size()), wanted_(numels.size()) {
-        if (shapes.size() != rows_.size() || strides.size() != rows_.size() || groups.size() != rows_.size() ||
-            etas.size() != rows_.size())
+        if (shapes.size() != rows_.size() || strides.size() != rows_.size() || dtypes.size() != rows_.size() ||
+            groups.size() != rows_.size() || etas.size() != rows_.size())
             throw py::value_error("Table: the arguments differ in length");
         for (size_t r = 0; r < rows_.size(); ++r) {
             if (shapes[r].size() != strides[r].size()) throw py::value_error("Table: shape and strides differ in length");
@@ -35,12 +36,13 @@ public:
             rows_[r].eta = etas[r];
             int64_t elements = 1;
             for (const int64_t size : shapes[r]) elements *= size;
-            layouts_[r] = {shapes[r], strides[r], numels[r] != elements};
+            layouts_[r] = {shapes[r], strides[r], numels[r] != elements, DType(dtypes[r])};
         }
     }
 
     // Takes the pointers of a column from `tensors` (None leaves the cell empty). Returns the rows that need a closer
-    // look; their cells are empty until set() fills them.
+    // look; their cells are empty until set() fills them. Weights must be of the type that the table was made for, as
+    // their snapshot is; lists and state may be of any.
     py::list bind(int column, const py::list& tensors) {
         check_column(column);
         check_length(tensors.size());
@@ -50,9 +52,12 @@ public:
         for (size_t r = 0; r < rows_.size(); ++r) {
             PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
             TensorView view;
-            if (tensor != Py_None && !reader.read(tensor, column == kStep ? scalar : layouts_[r], view)) {
-                view = TensorView{};
-                odd.append(r);
+            if (tensor != Py_None) {
+                const bool readable = reader.read(tensor, column == kStep ? scalar : layouts_[r], view);
+                if (!readable || (column == kWeight && view.dtype != layouts_[r].dtype)) {
+                    view = TensorView{};
+                    odd.append(r);
+                }
             }
             rows_[r].cells[column] = Cell{view.pointer, view.dtype};
         }
@@ -96,7 +101,7 @@ public:
 
     void combine(int lists, const std::vector<double>& scale, int threads) {
         Launch launch =
-            prepare(lists, threads, 4 * lists + 4, [&](const Row& row) { return row.cells[kWeight].pointer != nullptr; });
+            prepare(lists, threads, 4 * lists + 4, [&](const Row& row) { return row.cells[kWeight].present(); });
         give_coefficients(launch, scale);
         run(launch, kernels().combine);
     }
@@ -255,15 +260,15 @@ private:
     void check_state(const Launch& launch) const {
         if (launch.skip_update) return;
         for (const Row& row : rows_) {
-            if (!row.has_gradient(launch.lists) || row.numel == 0) continue;
-            bool complete = row.cells[kWeight].pointer != nullptr;
+            if (!row.has_gradient(launch.lists)) continue;
+            bool complete = row.cells[kWeight].present();
             if (launch.base == BaseKind::Sgd) {
-                if (sgd_[row.group].momentum != 0.0) complete = complete && row.cells[kState].pointer && launch.first;
-                complete = complete && launch.first;
+                const bool has_buffer = sgd_[row.group].momentum == 0.0 || row.cells[kState].present();
+                complete = complete && has_buffer && launch.first;
             } else {
-                complete = complete && row.cells[kState].pointer && row.cells[kState + 1].pointer &&
-                           row.cells[kStep].pointer &&
-                           (!adam_[row.group].amsgrad || row.cells[kState + 2].pointer);
+                complete = complete && row.cells[kState].present() && row.cells[kState + 1].present() &&
+                           row.cells[kStep].present() &&
+                           (!adam_[row.group].amsgrad || row.cells[kState + 2].present());
             }
             if (!complete) throw py::value_error("a tensor with a gradient has no optimizer state");
         }
@@ -335,8 +340,10 @@ PYBIND11_MODULE(_cpu, module) {
 
     py::class_<Table>(module, "Table")
         .def(py::init<const std::vector<std::vector<int64_t>>&, const std::vector<std::vector<int64_t>>&,
-                      const std::vector<int64_t>&, const std::vector<int32_t>&, const std::vector<double>&>(),
-             py::arg("shapes"), py::arg("strides"), py::arg("numels"), py::arg("groups"), py::arg("etas"))
+                      const std::vector<int64_t>&, const std::vector<int>&, const std::vector<int32_t>&,
+                      const std::vector<double>&>(),
+             py::arg("shapes"), py::arg("strides"), py::arg("numels"), py::arg("dtypes"), py::arg("groups"),
+             py::arg("etas"))
         .def("bind", &Table::bind)
         .def("set", &Table::set)
         .def("clear", &Table::clear)

@@ -20,11 +20,12 @@ namespace samk {
 
 namespace py = pybind11;
 
-// How a row's elements lie in memory; the same in all its columns.
+// How a row's elements lie in memory, the same in all its columns, and the type of its weights.
 struct RowLayout {
     std::vector<int64_t> shape;
     std::vector<int64_t> strides;
     bool complex = false;
+    DType dtype = DType::None;
 };
 
 // What the kernels may know of a dense tensor. Complex elements count as two real ones.

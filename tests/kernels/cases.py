@@ -1,0 +1,129 @@
+"""Tensor lists for the kernel tests, and the operations as functions of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import sam_kernels as sk
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# (weights, gradients)
+DTYPE_PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float32),
+]
+
+# Odd sizes around every boundary: lanes (16), tiles (512), chunks (16,384), several chunks.
+SIZES = [0, 1, 3, 15, 16, 17, 129, 511, 512, 513, 1151, 16383, 16384, 16385, 65537]
+
+NAN = float("nan")
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """Agreement of two backends: one rounding of the stored type, or a few of float32."""
+    return {
+        torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+        torch.float32: {"rtol": 2e-6, "atol": 1e-6},
+        torch.bfloat16: {"rtol": 1e-2, "atol": 1e-3},
+        torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    }[dtype]
+
+
+def random_tensors(sizes: Sequence[int | tuple[int, ...]], dtype: torch.dtype, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(size,) if isinstance(size, int) else size for size in sizes]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+@dataclass
+class Problem:
+    """Weights, three gradient lists and base state, to be copied for each backend."""
+
+    params: list[Tensor]
+    xs: list[list[Tensor | None]]
+    geometry: list[float | None]
+    groups: list[int]
+    states: list[list[Tensor]] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def random(
+        sizes: Sequence[int | tuple[int, ...]],
+        weights: torch.dtype = torch.float32,
+        gradients: torch.dtype | None = None,
+        adaptive: bool = False,
+        lists: int = 1,
+        group_count: int = 2,
+    ) -> Problem:
+        gradients = gradients or weights
+        count = len(sizes)
+        # The second moments must not be negative, and their maximum not below them.
+        exp_avg_sq = [t.abs() for t in random_tensors(sizes, weights, 6)]
+        return Problem(
+            params=random_tensors(sizes, weights, 1),
+            xs=[random_tensors(sizes, gradients, 2 + i) for i in range(lists)],
+            geometry=[0.01 * (i % 3) if adaptive and i % 4 != 3 else None for i in range(count)],
+            groups=[i % group_count for i in range(count)],
+            states=[random_tensors(sizes, weights, 5), exp_avg_sq, [t * 1.5 for t in exp_avg_sq]],
+            steps=[torch.tensor(float(i % 5)) for i in range(count)],
+        )
+
+    def copy(self) -> Problem:
+        return Problem(
+            [t.clone() for t in self.params],
+            [[None if t is None else t.clone() for t in x] for x in self.xs],
+            list(self.geometry),
+            list(self.groups),
+            [[t.clone() for t in column] for column in self.states],
+            [t.clone() for t in self.steps],
+        )
+
+    def plan(self) -> sk.Plan:
+        return sk.Plan(self.params, self.groups, self.geometry)
+
+    def sgd(self, first: bool = False, **settings: float) -> sk.SGD:
+        per_group = [sk.SGDSettings(**{"lr": 0.1 * (g + 1), **settings}) for g in range(max(self.groups) + 1)]
+        buffers = [torch.zeros_like(t) for t in self.states[0]] if first else self.states[0]
+        self.states[0] = buffers
+        return sk.SGD(per_group, buffers, bytearray([int(first)] * len(self.params)))
+
+    def adam(self, **settings: float) -> sk.Adam:
+        per_group = [sk.AdamSettings(**{"lr": 0.01 * (g + 1), **settings}) for g in range(max(self.groups) + 1)]
+        return sk.Adam(per_group, *self.states, self.steps)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.params, *(t for column in self.states for t in column), *self.steps]
+
+
+def poisoned_snapshot(plan: sk.Plan) -> sk.Snapshot:
+    """A snapshot whose memory holds NaN, so that a copy that was not taken shows."""
+    snapshot = sk.Snapshot(plan)
+    for tensor in snapshot.tensors:
+        tensor.fill_(NAN)
+    return snapshot
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of every bit: -0 differs from 0, and a NaN equals itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+
+
+def assert_backends_agree(problem: Problem, run: Callable[[Problem, str], object], backend: str = "cpu") -> None:
+    """Runs ``run(problem, backend)`` on copies of the problem and compares everything it may have written."""
+    wanted, got = problem.copy(), problem.copy()
+    run(wanted, "reference")
+    run(got, backend)
+    for a, b in zip(got.tensors(), wanted.tensors(), strict=True):
+        assert torch.isfinite(a).all() == torch.isfinite(b).all()
+        torch.testing.assert_close(a, b, **tolerance(a.dtype), equal_nan=True)
