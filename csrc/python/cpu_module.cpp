@@ -53,8 +53,10 @@ public:
             PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
             TensorView view;
             if (tensor != Py_None) {
-                const bool readable = reader.read(tensor, column == kStep ? scalar : layouts_[r], view);
-                if (!readable || (column == kWeight && view.dtype != layouts_[r].dtype)) {
+                bool usable = reader.read(tensor, column == kStep ? scalar : layouts_[r], view);
+                if (column == kWeight) usable = usable && view.dtype == layouts_[r].dtype;
+                if (column == kStep) usable = usable && size_of(view.dtype) >= 4;
+                if (!usable) {
                     view = TensorView{};
                     odd.append(r);
                 }

@@ -1,0 +1,521 @@
+"""Ways of driving a step, their order, closures, hooks, schedulers, and exceptions at any point."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from sam_optim import SAM, InvalidSettingError, LambdaRho, Pass, RhoFollowsLR, SharpnessAwareOptimizer, StepOrderError
+
+from .cases import BASES, Base, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+
+SGD = BASES[1]
+BOTH_KINDS = [SGD, BASES[8], BASES[10]]
+
+
+def make(base: Base = SGD, net: nn.Module | None = None, **settings):
+    model = net or make_net()
+    settings = {"rho": 0.1, **copy.deepcopy(base.settings), **settings}
+    return model, SAM(model.parameters(), base.cls, **settings)
+
+
+def trajectory(drive, base=SGD, **settings):
+    model, optimizer = make(base, **settings)
+    losses = [drive(optimizer, model, batch) for batch in batches(6)]
+    return losses, weights_of(model)
+
+
+def by_second_pass_closure(optimizer, model, batch):
+    loss_of(model, batch).backward()
+
+    def closure():
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss.item()
+
+    loss = optimizer.step(closure)
+    optimizer.zero_grad()
+    return loss
+
+
+def by_every_pass_closure(optimizer, model, batch):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss.item()
+
+    return optimizer.step(closure)
+
+
+@pytest.mark.parametrize("base", BOTH_KINDS, ids=str)
+def test_all_drivers_give_the_same_bits(base):
+    losses, weights = trajectory(step_by_hand, base)
+    _, by_closure = trajectory(by_second_pass_closure, base)
+    every_losses, by_every = trajectory(by_every_pass_closure, base, closure_runs="every_pass")
+
+    def per_call(optimizer, model, batch):
+        def closure():
+            loss_of(model, batch).backward()
+
+        return optimizer.step(closure, closure_runs="every_pass"), optimizer.zero_grad()
+
+    losses_of_none, by_call = trajectory(per_call, base)
+    assert_same(weights, by_closure)
+    assert_same(weights, by_every)
+    assert_same(weights, by_call)
+    assert losses == every_losses
+    assert all(loss is None for loss, _ in losses_of_none)
+
+
+def test_second_pass_closure_returns_its_loss():
+    model, optimizer = make()
+    batch = batches(1)[0]
+    loss_of(model, batch).backward()
+    perturbed_losses = []
+
+    def closure():
+        assert torch.is_grad_enabled()
+        loss = loss_of(model, batch)
+        loss.backward()
+        perturbed_losses.append(loss)
+        return loss
+
+    first = loss_of(model, batch).item()
+    assert optimizer.step(closure) is perturbed_losses[0]
+    assert perturbed_losses[0].item() > first
+
+
+def test_every_pass_uses_the_same_dropout_draw():
+    model, optimizer = make(net=make_net(dropout=0.5), closure_runs="every_pass")
+    draws = []
+    model.layers[2].register_forward_hook(lambda module, args, output: draws.append((output == 0).clone()))
+    for batch in batches(2):
+        by_every_pass_closure(optimizer, model, batch)
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[2], draws[3])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_step_without_closure_completes_a_begun_step():
+    _, weights = trajectory(step_by_hand)
+
+    def drive(optimizer, model, batch):
+        loss_of(model, batch).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_of(model, batch).backward()
+        assert optimizer.step() is None
+        optimizer.zero_grad()
+
+    assert_same(trajectory(drive)[1], weights)
+
+
+def test_a_begun_step_can_be_completed_by_a_closure():
+    _, weights = trajectory(step_by_hand)
+
+    def drive(optimizer, model, batch):
+        loss_of(model, batch).backward()
+        optimizer.first_step(zero_grad=True)
+        optimizer.step(lambda: loss_of(model, batch).backward())
+        optimizer.zero_grad()
+
+    assert_same(trajectory(drive)[1], weights)
+
+
+def test_advance_tells_the_next_pass():
+    model, optimizer = make()
+    batch = batches(1)[0]
+    loss_of(model, batch).backward()
+    assert optimizer.waiting is None
+    assert optimizer.advance(zero_grad=True) == Pass(perturbed=True) == optimizer.waiting
+    loss_of(model, batch).backward()
+    assert optimizer.advance() is None
+    assert not optimizer.is_step_begun
+
+
+# ---------------------------------------------------------------- order of calls
+
+
+def test_calls_out_of_order():
+    model, optimizer = make()
+    before = weights_of(model)
+    batch = batches(1)[0]
+    with pytest.raises(StepOrderError, match="none is begun"):
+        optimizer.step()
+    with pytest.raises(StepOrderError, match="without first_step"):
+        optimizer.second_step()
+    with pytest.raises(StepOrderError, match="no parameter has a gradient"):
+        optimizer.first_step()
+    with pytest.raises(StepOrderError, match="every_pass"):
+        optimizer.step(lambda: loss_of(model, batch).backward())
+    loss_of(model, batch).backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(StepOrderError, match="first_step\\(\\) was called although"):
+        optimizer.first_step()
+    assert_same(weights_of(model), before)
+    loss_of(model, batch).backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(StepOrderError, match="no parameter has a gradient for pass 2"):
+        optimizer.second_step()
+    assert_same(weights_of(model), before)
+
+
+def test_mid_step_state_is_refused():
+    model, optimizer = make()
+    before = weights_of(model)
+    saved = optimizer.state_dict()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step()
+    for action in (
+        optimizer.state_dict,
+        lambda: optimizer.load_state_dict(saved),
+        lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+        lambda: copy.deepcopy(optimizer),
+    ):
+        with pytest.raises(StepOrderError, match="in the middle of a step"):
+            action()
+    optimizer.restore()
+    assert_same(weights_of(model), before)
+    optimizer.state_dict()
+
+
+def test_a_closure_that_reuses_the_graph_is_told_so():
+    model, optimizer = make()
+    before = weights_of(model)
+    loss = loss_of(model, batches(1)[0])
+    loss.backward()
+    with pytest.raises(StepOrderError, match="run the forward pass again"):
+        optimizer.step(loss.backward)
+    assert_same(weights_of(model), before)
+
+
+# ---------------------------------------------------------------- exceptions
+
+
+class _Boom(BaseException):
+    """Not an Exception, as KeyboardInterrupt."""
+
+
+@pytest.mark.parametrize("base", BOTH_KINDS, ids=str)
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, _Boom])
+def test_exceptions_in_a_pass_restore_the_weights(base, failing, error):
+    model, optimizer = make(base, closure_runs="every_pass", adaptive=True)
+    data = batches(4)
+    by_every_pass_closure(optimizer, model, data[0])
+    before, state = weights_of(model), copy.deepcopy(optimizer.state_dict())
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss = loss_of(model, data[1])
+        if calls == failing:
+            raise error("out of memory, say")
+        loss.backward()
+        return loss
+
+    with pytest.raises(error):
+        optimizer.step(closure)
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+    # And the run goes on as if the step had never begun.
+    by_every_pass_closure(optimizer, model, data[2])
+    other, fresh = make(base, closure_runs="every_pass", adaptive=True)
+    with torch.no_grad():
+        for p, w in zip(other.parameters(), before, strict=True):
+            p.copy_(w)
+    fresh.load_state_dict(state)
+    by_every_pass_closure(fresh, other, data[2])
+    assert_same(weights_of(model), weights_of(other))
+
+
+def test_restore_on_error_for_hand_driven_passes():
+    model, optimizer = make()
+    before = weights_of(model)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(KeyboardInterrupt), optimizer.restore_on_error():
+        raise KeyboardInterrupt
+    assert_same(weights_of(model), before)
+    optimizer.restore()
+    assert_same(weights_of(model), before)
+
+
+class _FailingBase(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        raise RuntimeError("base failed")
+
+
+def test_a_failing_base_leaves_the_weights():
+    model = make_net()
+    optimizer = SAM(model.parameters(), _FailingBase, lr=0.1)
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match="base failed"):
+        step_by_hand(optimizer, model, batches(1)[0])
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+
+
+def test_a_gradient_that_no_kernel_takes_leaves_the_weights():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    dense = nn.Linear(3, 1)
+    model = nn.Sequential(embedding, dense)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    before = weights_of(model)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.first_step()
+    assert_same(weights_of(model), before)
+    # Sparse in the second pass only.
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.first_step(zero_grad=True)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.second_step()
+    assert_same(weights_of(model), before)
+
+
+def test_passes_closed_early_run_their_clean_up():
+    closed = []
+
+    class Method(SharpnessAwareOptimizer):
+        def passes(self):
+            try:
+                yield Pass()
+                yield Pass(perturbed=True)
+            finally:
+                closed.append(True)
+
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = Method([parameter], torch.optim.SGD, {}, lr=0.1)
+    parameter.grad = torch.ones(1)
+    optimizer.advance()
+    optimizer.restore()
+    assert closed == [True]
+
+
+# ---------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("base", [*BOTH_KINDS, BASES[5]], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_parameters_without_a_gradient_in_one_pass(base, backend):
+    weights = [nn.Parameter(torch.full((3,), 2.0)) for _ in range(4)]
+    optimizer = SAM(weights, base.cls, rho=1.0, backend=backend, **copy.deepcopy(base.settings))
+    both, only_first, only_second, neither = weights
+    for _ in range(2):
+        start = [w.detach().clone() for w in weights]
+        both.grad, only_first.grad = torch.ones(3), torch.ones(3)
+        optimizer.first_step(zero_grad=True)
+        assert not torch.equal(only_first, start[1])
+        assert torch.equal(only_second, start[2])
+        both.grad, only_second.grad = torch.ones(3), torch.ones(3)
+        optimizer.second_step(zero_grad=True)
+        assert torch.equal(only_first, start[1])
+        assert torch.equal(neither, start[3])
+        assert not torch.equal(only_second, start[2])
+        assert not torch.equal(both, start[0])
+        # Momentum and moments start with each parameter's first update.
+        assert torch.allclose(both, only_second)
+    assert only_first not in optimizer.state or not optimizer.state[only_first]
+
+
+def test_empty_and_added_groups():
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = SAM([{"params": [a]}, {"params": []}], torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.5)
+    for group in ({"params": [b], "rho": 0.1, "lr": 0.2}, {"params": c, "perturb": False}):
+        for p in (a, b, c):
+            p.grad = torch.ones(2)
+        optimizer.first_step()
+        optimizer.second_step()
+        optimizer.add_param_group(group)
+    assert [group["rho"] for group in optimizer.param_groups] == [0.5, 0.5, 0.1, 0.5]
+    assert optimizer.param_groups[2]["momentum"] == 0.9
+    c_before = c.detach().clone()
+    optimizer.first_step()
+    assert torch.equal(c, c_before)
+    optimizer.second_step()
+    with pytest.raises(InvalidSettingError, match="rho"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": -1.0})
+
+
+def test_groups_are_the_base_optimizers_own():
+    model, optimizer = make()
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+    assert optimizer.state is optimizer.base_optimizer.state
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+    optimizer.param_groups[0]["lr"] = 0.7
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == 0.7
+    assert optimizer.defaults["momentum"] == 0.9
+    assert optimizer.defaults["rho"] == 0.1
+    assert "rho: 0.1" in repr(optimizer)
+
+
+def test_base_as_instance_and_as_factory():
+    _, wanted = trajectory(step_by_hand)
+    import functools
+
+    for build in (
+        lambda params: torch.optim.SGD(params, **SGD.settings),
+        functools.partial(torch.optim.SGD, **SGD.settings),
+    ):
+        model = make_net()
+        base = build(list(model.parameters())) if not isinstance(build, functools.partial) else build
+        optimizer = SAM(model.parameters(), base, rho=0.1)
+        for batch in batches(6):
+            step_by_hand(optimizer, model, batch)
+        assert_same(weights_of(model), wanted)
+
+
+def test_base_instance_keeps_its_state():
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    loss_of(model, batches(1)[0]).backward()
+    base.step()
+    buffers = [base.state[p]["momentum_buffer"] for p in model.parameters()]
+    optimizer = SAM(model.named_parameters(), base, rho=0.1)
+    assert all(optimizer.state[p]["momentum_buffer"] is b for p, b in zip(model.parameters(), buffers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rho": -0.1}, ValueError, "Invalid rho: -0.1"),
+        ({"rho": -0.1}, AssertionError, "Invalid rho: -0.1"),
+        ({"rho": float("nan")}, ValueError, "Invalid rho: nan"),
+        ({"adaptive": "sometimes"}, ValueError, "Invalid adaptive"),
+        ({"adaptive": "weights"}, ValueError, "named_parameters"),
+        ({"eta": -1.0}, ValueError, "Invalid eta"),
+        ({"perturb_eps": -1.0}, ValueError, "Invalid perturb_eps"),
+        ({"closure_runs": "never"}, ValueError, "Invalid closure_runs"),
+        ({"base_optimizer": torch.optim.LBFGS}, TypeError, "LBFGS"),
+        ({"base_optimizer": 3}, TypeError, "class or instance"),
+        ({"base_optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), "lr": None}, TypeError, "lr"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+    ],
+)
+def test_settings_out_of_range(arguments, error, message):
+    arguments = {"base_optimizer": torch.optim.SGD, "lr": 0.1, **arguments}
+    with pytest.raises(error, match=message):
+        SAM([nn.Parameter(torch.ones(2))], **arguments)
+
+
+def test_instances_that_do_not_fit():
+    mine, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="other parameters"):
+        SAM([mine], torch.optim.SGD([other], lr=0.1))
+    with pytest.raises(TypeError, match="sharpness-aware"):
+        SAM([mine], SAM([mine], torch.optim.SGD, lr=0.1))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        SAM([], torch.optim.SGD, lr=0.1)
+
+
+def test_rho_set_out_of_range_later():
+    model, optimizer = make()
+    before = weights_of(model)
+    optimizer.param_groups[0]["rho"] = -1.0
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(InvalidSettingError, match="Invalid rho"):
+        optimizer.first_step()
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+
+
+# ---------------------------------------------------------------- hooks and schedulers
+
+
+@pytest.mark.parametrize("base", BOTH_KINDS, ids=str)
+@pytest.mark.parametrize("on_base", [False, True])
+def test_schedulers_give_no_spurious_warning(base, on_base):
+    model, optimizer = make(base)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer.base_optimizer if on_base else optimizer, 1, gamma=0.5)
+    start = float(optimizer.param_groups[0]["lr"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches(3):
+            step_by_hand(optimizer, model, batch)
+            scheduler.step()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(start / 8)
+
+
+def test_one_cycle_scheduler_finds_the_momentum():
+    model, optimizer = make()
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    step_by_hand(optimizer, model, batches(1)[0])
+    scheduler.step()
+    assert optimizer.param_groups[0]["momentum"] != 0.9
+
+
+@pytest.mark.parametrize("base", BOTH_KINDS, ids=str)
+@pytest.mark.parametrize("drive", [step_by_hand, by_second_pass_closure])
+def test_step_hooks_fire_once_a_step(base, drive):
+    model, optimizer = make(base)
+    calls = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append(("pre", o)))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append(("post", o)))
+    optimizer.base_optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append(("pre", o)))
+    optimizer.base_optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append(("post", o)))
+    for batch in batches(2):
+        drive(optimizer, model, batch)
+    own, inner = optimizer, optimizer.base_optimizer
+    assert calls == [("pre", own), ("pre", inner), ("post", inner), ("post", own)] * 2
+
+
+def test_rho_follows_a_schedule():
+    model, optimizer = make()
+    schedule = LambdaRho(optimizer, lambda step: min(1.0, step / 4))
+    seen = []
+    for batch in batches(6):
+        seen.append(schedule.get_last_rho()[0])
+        start = weights_of(model)
+        loss_of(model, batch).backward()
+        optimizer.first_step(zero_grad=True)
+        moved = torch.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(weights_of(model), start, strict=True)))
+        assert moved.item() == pytest.approx(seen[-1], abs=1e-12)
+        loss_of(model, batch).backward()
+        optimizer.second_step(zero_grad=True)
+        schedule.step()
+    assert seen == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1, 0.1])
+    resumed_model, resumed = make()
+    resumed.load_state_dict(optimizer.state_dict())
+    other = LambdaRho(resumed, lambda step: min(1.0, step / 4))
+    other.load_state_dict(schedule.state_dict())
+    assert resumed.param_groups[0]["rho"] == optimizer.param_groups[0]["rho"]
+
+
+def test_rho_follows_the_learning_rate():
+    model, optimizer = make(lr=0.4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+    schedule = RhoFollowsLR(optimizer, rho_min=0.02)
+    seen = []
+    for batch in batches(4):
+        seen.append(optimizer.param_groups[0]["rho"])
+        step_by_hand(optimizer, model, batch)
+        scheduler.step()
+        schedule.step()
+    assert seen == pytest.approx([0.1, 0.08, 0.06, 0.04])
+    with pytest.raises(InvalidSettingError, match="lr_max"):
+        RhoFollowsLR(optimizer, lr_max=0.0)
+
+
+def test_copies_and_pickles_go_on_alike():
+    model, optimizer = make(BASES[8])
+    data = batches(4)
+    step_by_hand(optimizer, model, data[0])
+    pairs = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    for batch in data[1:]:
+        step_by_hand(optimizer, model, batch)
+    for other_model, other in pairs:
+        for batch in data[1:]:
+            step_by_hand(other, other_model, batch)
+        assert_same(weights_of(model), weights_of(other_model))
