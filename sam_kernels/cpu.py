@@ -16,7 +16,7 @@ from .report import LaunchReport
 from .rules import Rule
 
 try:
-    from . import _cpu
+    from . import _cpu  # type: ignore[attr-defined]
 except ImportError as error:  # built without the extension: the reference backend serves CPU tensors
     _cpu = None
     _import_error = str(error)
@@ -163,9 +163,7 @@ def perturb_(
     staging = _Staging()
     table = _bind_params(plan, staging)
     _bind_lists(table, plan, xs, staging)
-    table.perturb(
-        len(xs), _scaled(scale, coefficients), _taken(table, plan, snapshot), torch.get_num_threads()
-    )
+    table.perturb(len(xs), _scaled(scale, coefficients), _taken(table, plan, snapshot), torch.get_num_threads())
     _finish(table, plan, staging)
 
 

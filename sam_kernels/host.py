@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 try:
-    from . import _cpu
+    from . import _cpu  # type: ignore[attr-defined]
 except ImportError:
     _cpu = None
 

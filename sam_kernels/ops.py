@@ -13,9 +13,8 @@ memory), and ``ValueError`` for lists, shapes or devices that do not fit togethe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ MAX_LISTS = 3
 
 Params = Plan | Sequence[Tensor]
 Scale = float | Sequence[Sequence[float]]
-Result = TypeVar("Result")
 
 _FIXED = Fixed()
 _NORMALIZED = Normalized()
@@ -81,14 +79,14 @@ def perturb_(
     flat = _flat_scale(scale, plan, len(xs))
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, snapshot):
-        _launch(part.plan, backend, lambda b, part=part: b.perturb_(part.plan, part.xs, coefficients, flat, part.snapshot))
+        _launch(part.plan, backend, "perturb_", part.xs, coefficients, flat, part.snapshot)
 
 
 def restore_(params: Params, snapshot: Snapshot, *, backend: str | None = None) -> None:
     """w <- snapshot, bit for bit, for each tensor of which a copy is held; the snapshot is then empty."""
     plan = _plan(params)
     for part in _parts(plan, [], snapshot):
-        _launch(part.plan, backend, lambda b, part=part: b.restore_(part.plan, part.snapshot))
+        _launch(part.plan, backend, "restore_", part.snapshot)
     snapshot.discard()
 
 
@@ -106,7 +104,7 @@ def combine_(
     flat = _flat_scale(scale, plan, len(xs))
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, None):
-        _launch(part.plan, backend, lambda b, part=part: b.combine_(part.plan, part.xs, coefficients, flat))
+        _launch(part.plan, backend, "combine_", part.xs, coefficients, flat)
 
 
 def ascent_(
@@ -134,7 +132,8 @@ def ascent_(
     _check_lists(xs, len(plan))
     flat = _flat_scale(scale, plan, len(xs))
     if isinstance(rule, Rule) and not plan.parts:
-        return _launch(plan, backend, lambda b: b.ascent_(plan, xs, rule, flat, snapshot))
+        report: LaunchReport = _launch(plan, backend, "ascent_", xs, rule, flat, snapshot)
+        return report
     report = _apply(rule, _gram(plan, xs, plan.is_weighted, backend))
     if report.finite:
         perturb_(plan, xs, report.coefficients, scale=scale, snapshot=snapshot, backend=backend)
@@ -175,9 +174,10 @@ def descent_(
     skip = False if found_inf is None else bool(found_inf)
     flat = _flat_scale(scale, plan, len(xs))
     if isinstance(rule, Rule) and not plan.parts:
-        return _launch(
-            plan, backend, lambda b: b.descent_(plan, xs, base, snapshot, rule, flat, weighted, inverse, skip)
+        report: LaunchReport = _launch(
+            plan, backend, "descent_", xs, base, snapshot, rule, flat, weighted, inverse, skip
         )
+        return report
 
     if not skip and not (isinstance(rule, Rule) and not rule.needs_gram):
         report = _apply(rule, _gram(plan, xs, weighted, backend))
@@ -187,11 +187,7 @@ def descent_(
     flat = [value * float(report.coefficients[index % len(xs)]) for index, value in enumerate(flat)]
     for part in _parts(plan, xs, snapshot, base):
         _launch(
-            part.plan,
-            backend,
-            lambda b, part=part: b.descent_(
-                part.plan, part.xs, part.base, part.snapshot, _FIXED, flat, weighted, inverse, skip
-            ),
+            part.plan, backend, "descent_", part.xs, part.base, part.snapshot, _FIXED, flat, weighted, inverse, skip
         )
     return report
 
@@ -221,19 +217,20 @@ def _parts(
                     snapshot.taken[i] = share.taken[position]
 
 
-def _launch(plan: Plan, backend: str | None, call: Callable[[ModuleType], Result]) -> Result:
+def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) -> Any:
+    """One operation of the backend that serves the plan's device."""
     try:
-        return call(backend_for(plan.device, backend))
+        return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
     except DeviceChangedError:
         if plan.parts:
             raise ValueError("parameters have been moved to several devices; make a new plan") from None
-        return call(backend_for(plan.device, backend))
+        return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
 
 
 def _gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, backend: str | None) -> Tensor:
     total: Tensor | None = None
     for part in _parts(plan, xs, None):
-        matrix = _launch(part.plan, backend, lambda b, part=part: b.gram(part.plan, part.xs, weighted))
+        matrix = _launch(part.plan, backend, "gram", part.xs, weighted)
         total = matrix if total is None else total + matrix.to(total.device)
     assert total is not None
     return total

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .bases import SGD, AdamSettings, Base, SGDSettings, TensorList
+from .bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
 from .plan import Plan, Snapshot
 from .report import LaunchReport
 from .rules import Fixed, Rule
@@ -185,7 +185,7 @@ def _sgd(base: SGD, index: int, s: SGDSettings, weight: Tensor, gradient: Tensor
         weight.copy_(wide - s.lr * direction)
 
 
-def _adam(base: Base, index: int, s: AdamSettings, weight: Tensor, gradient: Tensor) -> None:
+def _adam(base: Adam, index: int, s: AdamSettings, weight: Tensor, gradient: Tensor) -> None:
     wide = _widened(weight)
     step_tensor = base.step[index]
     assert step_tensor is not None

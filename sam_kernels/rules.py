@@ -48,7 +48,7 @@ class Fixed(Rule):
 
 @dataclass(frozen=True)
 class Normalized(Rule):
-    """c_i = 1 / (|x_i| + epsilon). SAM (Foret et al. 2021, eq. 2), ASAM in its geometry, Agnostic-SAM with two lists."""
+    """c_i = 1 / (|x_i| + epsilon). SAM (Foret et al. 2021, eq. 2); ASAM in its geometry; Agnostic-SAM with two."""
 
     code: ClassVar[int] = 1
 

@@ -1,35 +1,143 @@
-"""Fusing a torch base optimizer's update into the descent.
+"""The base optimizer's update: fused into the descent where the kernels know it, else made by the base itself.
 
 The state stays in the base optimizer under torch's own keys, so that checkpoints move to and from plain torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from sam_kernels import SGD, Adam, AdamSettings, SGDSettings
-from sam_kernels.host import lookup, missing, same_objects
+import sam_kernels
+from sam_kernels import SGD, Adam, AdamSettings, LaunchReport, Plan, SGDSettings, Snapshot
+from sam_kernels.host import gradients as gradients_of
+from sam_kernels.host import lookup, missing, pick, same_objects
+from sam_kernels.ops import Scale
+from sam_kernels.rules import Fixed, RuleLike
 
 from .passes import Gradients
 
-Group = dict[str, Any]
+_FIXED = Fixed()
 
 
-class FusedUpdate:
+class BaseUpdate:
+    """Makes the last move of a step with a given base optimizer."""
+
+    def __init__(self, base_optimizer: Optimizer) -> None:
+        self.base_optimizer = base_optimizer
+        self._fused_state = FusedState(base_optimizer)
+
+    def descend(
+        self,
+        plan: Plan,
+        snapshot: Snapshot,
+        lists: Sequence[Gradients],
+        *,
+        rule: RuleLike,
+        scale: Scale,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        by_base_itself: bool,
+        backend: str | None,
+    ) -> tuple[LaunchReport, bool]:
+        """Restores the weights and updates them; see :func:`sam_kernels.descent_`.
+
+        Args:
+            by_base_itself: never fuse.
+
+        Returns:
+            The launch's report, and whether the update was made.
+        """
+        if not by_base_itself and FusedState.supports(self.base_optimizer):
+            return self._fused(plan, snapshot, lists, rule, scale, grad_scale, found_inf, backend)
+        return self._by_base(plan, snapshot, lists, rule, scale, grad_scale, found_inf, backend)
+
+    def _fused(
+        self,
+        plan: Plan,
+        snapshot: Snapshot,
+        lists: Sequence[Gradients],
+        rule: RuleLike,
+        scale: Scale,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        backend: str | None,
+    ) -> tuple[LaunchReport, bool]:
+        base = self.base_optimizer
+        for hook in list(base._optimizer_step_pre_hooks.values()):
+            hook(base, (), {})
+        update, created = self._fused_state.prepare(plan.params, _first_of(lists))
+        report = sam_kernels.descent_(
+            plan,
+            lists,
+            update,
+            rule=rule,
+            scale=scale,
+            snapshot=snapshot,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            backend=backend,
+        )
+        updated = report.finite and (found_inf is None or not bool(found_inf))
+        if updated and created:
+            self._fused_state.commit(plan.params, created)
+        # A scheduler on the base asks whether the base has stepped; it has.
+        base._opt_called = True  # type: ignore[attr-defined]
+        for post_hook in list(base._optimizer_step_post_hooks.values()):
+            post_hook(base, (), {})
+        return report, updated
+
+    def _by_base(
+        self,
+        plan: Plan,
+        snapshot: Snapshot,
+        lists: Sequence[Gradients],
+        rule: RuleLike,
+        scale: Scale,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        backend: str | None,
+    ) -> tuple[LaunchReport, bool]:
+        """Restore, put the combined gradient into ``p.grad``, ``base.step()``."""
+        plain = rule == _FIXED
+        report = LaunchReport(True, [math.nan] * len(lists) ** 2, [1.0] * len(lists))
+        skip = found_inf is not None and bool(found_inf)
+        if not skip and not plain:
+            gram = sam_kernels.gram(lists, plan, backend=backend)
+            finite = bool(gram.isfinite().all())
+            report = LaunchReport(finite, gram, torch.as_tensor(rule(gram)) if finite else [0.0] * len(lists))
+            skip = not finite
+        in_place = plain and scale == 1.0 and grad_scale is None and len(lists) == 1
+        if not skip and not (in_place and same_objects(lists[0], gradients_of(plan.params))):
+            inverse = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+            _combine_into_grad(plan, lists, report.coefficients * inverse, scale, backend)
+        copies = bytes(snapshot.taken)
+        sam_kernels.restore_(plan, snapshot, backend=backend)
+        if skip:
+            return report, False
+        # The copies stay valid until the base is through, so that its exceptions leave the weights as they were.
+        snapshot.taken[:] = copies
+        self.base_optimizer.step()
+        snapshot.discard()
+        return report, True
+
+
+class FusedState:
     """The settings and state tensors of ``torch.optim.SGD``, ``Adam`` or ``AdamW``, as the kernels want them."""
 
-    def __init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, base_optimizer: Optimizer) -> None:
         self.base_optimizer = base_optimizer
         self._params: list[Tensor] = []
         self._values: list[Any] = []
         self._states: list[dict[str, Any]] = []
 
     @staticmethod
-    def supports(base_optimizer: torch.optim.Optimizer) -> bool:
+    def supports(base_optimizer: Optimizer) -> bool:
         """Whether the base's class and present settings have a fused form; others take ``base_optimizer.step()``."""
         if type(base_optimizer) is torch.optim.SGD:
             tensors: Sequence[str] = ("momentum", "dampening", "weight_decay")
@@ -65,7 +173,7 @@ class FusedUpdate:
         state = self.base_optimizer.state
         values = list(state.values())
         if not (same_objects(values, self._values) and same_objects(params, self._params)):
-            self._states = [state[p] if p in state else {} for p in params]
+            self._states = [state.get(p, {}) for p in params]
             self._values, self._params = values, list(params)
         return self._states
 
@@ -74,9 +182,7 @@ class FusedUpdate:
     ) -> tuple[SGD, dict[int, dict[str, Any]]]:
         groups = self.base_optimizer.param_groups
         settings = [
-            SGDSettings(
-                float(g["lr"]), g["momentum"], g["dampening"], g["weight_decay"], g["nesterov"], g["maximize"]
-            )
+            SGDSettings(float(g["lr"]), g["momentum"], g["dampening"], g["weight_decay"], g["nesterov"], g["maximize"])
             for g in groups
         ]
         first = bytearray(len(params))
@@ -105,7 +211,8 @@ class FusedUpdate:
         settings = [
             AdamSettings(
                 float(g["lr"]),
-                *g["betas"],
+                g["betas"][0],
+                g["betas"][1],
                 g["eps"],
                 g["weight_decay"],
                 bool(g.get("decoupled_weight_decay", adamw)),
@@ -137,3 +244,22 @@ class FusedUpdate:
                 created.setdefault(index, {})[key] = column[index]
         maxima = columns.get("max_exp_avg_sq", [])
         return Adam(settings, columns["exp_avg"], columns["exp_avg_sq"], maxima, columns["step"]), created
+
+
+def _combine_into_grad(
+    plan: Plan, lists: Sequence[Gradients], coefficients: Tensor, scale: Scale, backend: str | None
+) -> None:
+    """p.grad <- sum_i c_i x_i for every parameter that has a gradient in some list."""
+    index = [i for i, entry in enumerate(_first_of(lists)) if entry is not None]
+    out = Plan([torch.empty_like(plan.params[i], requires_grad=False) for i in index], pick(plan.groups, index))
+    scale = scale if isinstance(scale, (int, float)) else scale[: out.group_count]
+    sam_kernels.combine_(out, [pick(x, index) for x in lists], coefficients, scale=scale, backend=backend)
+    for i, combined in zip(index, out.params, strict=True):
+        plan.params[i].grad = combined
+
+
+def _first_of(lists: Sequence[Gradients]) -> Gradients:
+    """For each parameter some gradient of it, None if no list has one."""
+    if len(lists) == 1:
+        return lists[0]
+    return [next((x for x in entries if x is not None), None) for entries in zip(*lists, strict=True)]

@@ -5,11 +5,9 @@ A method is a generator of gradient passes (:meth:`SharpnessAwareOptimizer.passe
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,21 +15,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import sam_kernels
-from sam_kernels import LaunchReport, Plan, Snapshot
+from sam_kernels import LaunchReport
 from sam_kernels.host import gradients as gradients_of
-from sam_kernels.host import missing, pick, same_objects
+from sam_kernels.host import missing
 from sam_kernels.ops import Scale
 from sam_kernels.rules import Fixed, RuleLike
 
-from .base_update import FusedUpdate
+from .base_update import BaseUpdate
+from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .passes import Gradients, Pass, Passes
+from .planning import PlanCache
 from .randomness import RandomState
 
 ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
-BaseOptimizer = Optimizer | Callable[..., Optimizer]
-
 _FIXED = Fixed()
 
 
@@ -100,7 +98,7 @@ class SharpnessAwareOptimizer(Optimizer):
     ) -> None:
         if closure_runs not in ("second_pass", "every_pass"):
             raise InvalidSettingError(f"Invalid closure_runs: {closure_runs!r}; it is 'second_pass' or 'every_pass'")
-        base = _make_base(params, base_optimizer, base_kwargs)
+        base = make_base(params, base_optimizer, base_kwargs)
         groups, state = base.param_groups, base.state
         for group in groups:
             self._complete_group(group, method_defaults)
@@ -135,102 +133,31 @@ class SharpnessAwareOptimizer(Optimizer):
 
     def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> None:
         """Perturbs the weights along a combination of gradient lists, keeping their copies."""
-        plan: Plan = self._container["plan"]
-        xs = [self._perturbed_only(x) for x in lists]
+        plans: PlanCache = self._container["plans"]
+        xs = [plans.perturbed_only(x) for x in lists]
         ascent = sam_kernels.ascent_(
-            plan, xs, rule=rule, scale=scale, snapshot=self._current_snapshot(plan), backend=self.backend
+            plans.plan, xs, rule=rule, scale=scale, snapshot=plans.snapshot, backend=self.backend
         )
         self._container["report"] = StepReport(ascent)
 
     def descend(self, *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0) -> None:
         """Restores the weights and updates them by the base optimizer with a combination of gradient lists."""
-        plan: Plan = self._container["plan"]
-        snapshot = self._current_snapshot(plan)
-        grad_scale, found_inf = self._amp_scaling()
-        if not self._is_plain_step() and FusedUpdate.supports(self.base_optimizer):
-            report, updated = self._fused_descent(plan, snapshot, lists, rule, scale, grad_scale, found_inf)
-        else:
-            report, updated = self._descent_by_base(plan, snapshot, lists, rule, scale, grad_scale, found_inf)
-        last: StepReport = self._container["report"]
-        self._container["report"] = last._replace(descent=report, updated=updated)
-
-    def _fused_descent(
-        self,
-        plan: Plan,
-        snapshot: Snapshot,
-        lists: Sequence[Gradients],
-        rule: RuleLike,
-        scale: Scale,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> tuple[LaunchReport, bool]:
-        base = self.base_optimizer
-        fused: FusedUpdate = self._container["fused"]
-        for hook in list(base._optimizer_step_pre_hooks.values()):
-            hook(base, (), {})
-        update, created = fused.prepare(plan.params, _first_of(lists))
-        report = sam_kernels.descent_(
-            plan,
+        plans: PlanCache = self._container["plans"]
+        update: BaseUpdate = self._container["update"]
+        report, updated = update.descend(
+            plans.plan,
+            plans.snapshot,
             lists,
-            update,
             rule=rule,
             scale=scale,
-            snapshot=snapshot,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            # GradScaler sets its scale and overflow flag as attributes around step().
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            by_base_itself=self._is_plain_step(),
             backend=self.backend,
         )
-        updated = report.finite and (found_inf is None or not bool(found_inf))
-        if updated and created:
-            fused.commit(plan.params, created)
-        # A scheduler on the base asks whether the base has stepped; it has.
-        base._opt_called = True  # type: ignore[attr-defined]
-        for post_hook in list(base._optimizer_step_post_hooks.values()):
-            post_hook(base, (), {})
-        return report, updated
-
-    def _descent_by_base(
-        self,
-        plan: Plan,
-        snapshot: Snapshot,
-        lists: Sequence[Gradients],
-        rule: RuleLike,
-        scale: Scale,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> tuple[LaunchReport, bool]:
-        """For bases without a fused form: restore, put the combined gradient into ``p.grad``, ``base.step()``."""
-        report = LaunchReport(True, [math.nan] * len(lists) ** 2, [1.0] * len(lists))
-        skip = found_inf is not None and bool(found_inf)
-        if not skip and rule != _FIXED:
-            gram = sam_kernels.gram(lists, plan, backend=self.backend)
-            finite = bool(gram.isfinite().all())
-            report = LaunchReport(finite, gram, torch.as_tensor(rule(gram)) if finite else [0.0] * len(lists))
-            skip = not finite
-        in_place = rule == _FIXED and scale == 1.0 and grad_scale is None and len(lists) == 1
-        if not skip and not (in_place and same_objects(lists[0], gradients_of(plan.params))):
-            inverse = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-            self._combine_into_grad(plan, lists, report.coefficients * inverse, scale)
-        copies = bytes(snapshot.taken)
-        sam_kernels.restore_(plan, snapshot, backend=self.backend)
-        if skip:
-            return report, False
-        # The copies stay valid until the base is through, so that its exceptions leave the weights as they were.
-        snapshot.taken[:] = copies
-        self.base_optimizer.step()
-        snapshot.discard()
-        return report, True
-
-    def _combine_into_grad(
-        self, plan: Plan, lists: Sequence[Gradients], coefficients: Tensor, scale: Scale
-    ) -> None:
-        """p.grad <- sum_i c_i x_i for every parameter that has a gradient in some list."""
-        index = [i for i, entry in enumerate(_first_of(lists)) if entry is not None]
-        out = Plan([torch.empty_like(plan.params[i], requires_grad=False) for i in index], pick(plan.groups, index))
-        scale = scale if isinstance(scale, (int, float)) else scale[: out.group_count]
-        sam_kernels.combine_(out, [pick(x, index) for x in lists], coefficients, scale=scale, backend=self.backend)
-        for i, combined in zip(index, out.params, strict=True):
-            plan.params[i].grad = combined
+        last: StepReport = self._container["report"]
+        self._container["report"] = last._replace(descent=report, updated=updated)
 
     def _is_plain_step(self) -> bool:
         """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""
@@ -248,20 +175,19 @@ class SharpnessAwareOptimizer(Optimizer):
             The pass whose gradient the method wants next, or None if the step is complete.
         """
         try:
-            run = self._container["run"] or self._begin()
-            gradients = gradients_of(self._current_plan().params)
+            run: _Run = self._container["run"] or self._begin()
+            gradients = gradients_of(self._params())
             if len(missing(gradients)) == len(gradients):
                 raise StepOrderError(
                     f"no parameter has a gradient for pass {run.number}: call loss.backward() first. (A closure that "
                     "runs all passes itself needs closure_runs='every_pass'.)"
                 )
+            waiting: Pass | None = None
             try:
                 waiting = run.passes.send(gradients)
+                self._container["run"] = _Run(run.passes, waiting, run.number + 1)
             except StopIteration:
                 self._container["run"] = None
-                waiting = None
-            else:
-                self._container["run"] = _Run(run.passes, waiting, run.number + 1)
         except BaseException:
             self.restore()
             raise
@@ -280,8 +206,8 @@ class SharpnessAwareOptimizer(Optimizer):
         if self.is_step_begun:
             self.restore()
             raise StepOrderError(
-                "first_step() was called although a step was begun and not completed. The weights have been restored to "
-                "what they were before that step; clear the gradients and begin again. After an exception in the "
+                "first_step() was called although a step was begun and not completed. The weights have been restored "
+                "to what they were before that step; clear the gradients and begin again. After an exception in the "
                 "second pass, call restore(), or run that pass within restore_on_error()."
             )
         self.advance(zero_grad)
@@ -332,8 +258,8 @@ class SharpnessAwareOptimizer(Optimizer):
             raise
 
     def _run_closure(self, closure: Closure, closure_runs: ClosureRuns) -> Any:
-        random_state = RandomState(param.device for param in self._current_plan().params)
-        losses = []
+        random_state = RandomState(param.device for param in self._params())
+        losses: list[Any] = []
         run = self._container["run"]
         if run is not None:
             waiting: Pass | None = run.waiting
@@ -395,9 +321,9 @@ class SharpnessAwareOptimizer(Optimizer):
         self._container["run"] = None
         if run is not None:
             run.passes.close()
-        snapshot: Snapshot | None = self._container["snapshot"]
-        if snapshot is not None and snapshot.is_taken:
-            sam_kernels.restore_(self._container["plan"], snapshot, backend=self.backend)
+        plans: PlanCache = self._container["plans"]
+        if plans.holds_copies:
+            sam_kernels.restore_(plans.plan, plans.snapshot, backend=self.backend)
 
     @contextmanager
     def restore_on_error(self) -> Iterator[None]:
@@ -414,10 +340,6 @@ class SharpnessAwareOptimizer(Optimizer):
                 f"{action} in the middle of a step, while the weights are perturbed; complete it with second_step() or "
                 "abandon it with restore() first"
             )
-
-    def _amp_scaling(self) -> tuple[Tensor | None, Tensor | None]:
-        """GradScaler's scale and overflow flag, which it sets as attributes around step()."""
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _forget_amp_scaling(self) -> None:
         """GradScaler removes its attributes only if step() returns; a later step must not find them."""
@@ -499,6 +421,11 @@ class SharpnessAwareOptimizer(Optimizer):
         super().__setstate__(state)
         self._reset_caches()
 
+    def _params(self) -> list[Tensor]:
+        """All parameters, group by group, as the kernels' plan of this moment holds them."""
+        plans: PlanCache = self._container["plans"]
+        return plans.update(self.param_groups).params
+
     def _complete_group(self, group: dict[str, Any], defaults: dict[str, Any]) -> None:
         for key, value in defaults.items():
             group.setdefault(key, value)
@@ -509,104 +436,9 @@ class SharpnessAwareOptimizer(Optimizer):
         self._container: dict[str, Any] = {
             "run": None,
             "report": StepReport(),
-            "plan": None,
-            "plan_key": None,
-            "snapshot": None,
-            "unperturbed": [],
-            "fused": FusedUpdate(self.base_optimizer),
+            "plans": PlanCache(self.geometry_of, self.is_perturbed_group),
+            "update": BaseUpdate(self.base_optimizer),
         }
-
-    # ------------------------------------------------------------------ plan
-
-    def _current_plan(self) -> Plan:
-        """The kernels' plan of all parameters, made anew if parameters or their geometry have changed."""
-        groups = self.param_groups
-        plan: Plan | None = self._container["plan"]
-        params = list(chain.from_iterable(group["params"] for group in groups))
-        key = [self._plan_key(group) for group in groups]
-        if plan is not None and key == self._container["plan_key"] and same_objects(params, plan.params):
-            return plan
-        self._refuse_replanning()
-        names = list(chain.from_iterable(_names(number, group) for number, group in enumerate(groups)))
-        plan = Plan(
-            params,
-            [number for number, group in enumerate(groups) for _ in group["params"]],
-            list(chain.from_iterable(self.geometry_of(group) for group in groups)),
-            names,
-        )
-        flags = [self.is_perturbed_group(group) for group in groups for _ in group["params"]]
-        unperturbed = [index for index, perturbed in enumerate(flags) if not perturbed]
-        self._container.update(plan=plan, plan_key=key, snapshot=None, unperturbed=unperturbed)
-        return plan
-
-    def _plan_key(self, group: dict[str, Any]) -> Any:
-        """Settings of a group that the plan depends on."""
-        return len(group["params"]), group.get("adaptive"), group.get("eta"), group.get("perturb")
-
-    def _refuse_replanning(self) -> None:
-        snapshot: Snapshot | None = self._container["snapshot"]
-        if snapshot is not None and snapshot.is_taken:
-            raise StepOrderError("parameters or their geometry were changed in the middle of a step")
-
-    def _current_snapshot(self, plan: Plan) -> Snapshot:
-        snapshot: Snapshot | None = self._container["snapshot"]
-        if snapshot is None:
-            snapshot = self._container["snapshot"] = Snapshot(plan)
-        return snapshot
-
-    def _perturbed_only(self, gradients: Gradients) -> Gradients:
-        unperturbed: list[int] = self._container["unperturbed"]
-        if not unperturbed:
-            return gradients
-        chosen = list(gradients)
-        for index in unperturbed:
-            chosen[index] = None
-        return chosen
-
-
-def _make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str, Any]) -> Optimizer:
-    if isinstance(base_optimizer, Optimizer):
-        if base_kwargs:
-            raise TypeError(
-                f"base_optimizer is an instance, so {', '.join(base_kwargs)} cannot be set here; set them where it is made"
-            )
-        base = base_optimizer
-        wanted = {id(p) for p in _tensors(params)}
-        held = {id(p) for group in base.param_groups for p in group["params"]}
-        if wanted != held:
-            raise InvalidSettingError("base_optimizer is an instance that holds other parameters than params")
-    elif callable(base_optimizer):
-        base = base_optimizer(params, **base_kwargs)
-    else:
-        raise TypeError(f"base_optimizer must be an optimizer class or instance, got {base_optimizer!r}")
-    if not hasattr(base, "param_groups") or not hasattr(base, "step"):
-        raise TypeError(f"base_optimizer made a {type(base).__name__}, which is no optimizer")
-    if isinstance(base, SharpnessAwareOptimizer):
-        raise TypeError("base_optimizer is itself sharpness-aware; pass its base instead")
-    if isinstance(base, torch.optim.LBFGS):
-        raise TypeError("LBFGS cannot be a base optimizer: it evaluates gradients of its own within a step")
-    return base
-
-
-def _tensors(params: Any) -> Iterable[Tensor]:
-    """The tensors of any form of ``params`` that torch takes."""
-    for entry in [params] if isinstance(params, Tensor) else params:
-        if isinstance(entry, dict):
-            yield from _tensors(entry["params"])
-        else:
-            yield entry[1] if isinstance(entry, tuple) else entry
-
-
-def _names(number: int, group: dict[str, Any]) -> list[str]:
-    names = group.get("param_names")
-    return list(names) if names else [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
-
-
-def _first_of(lists: Sequence[Gradients]) -> Gradients:
-    """For each parameter some gradient of it, None if no list has one."""
-    if len(lists) == 1:
-        return lists[0]
-    return [next((x for x in entries if x is not None), None) for entries in zip(*lists, strict=True)]
 
 
 def _call(closure: Closure) -> Any:
@@ -616,7 +448,7 @@ def _call(closure: Closure) -> Any:
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise StepOrderError(
-                "the closure went backward through the graph a second time. Each pass is taken at other weights, so the "
-                "closure must run the forward pass again: put loss = loss_fn(model(x), y) inside it."
+                "the closure went backward through the graph a second time. Each pass is taken at other weights, so "
+                "the closure must run the forward pass again: put loss = loss_fn(model(x), y) inside it."
             ) from error
         raise

@@ -1,6 +1,7 @@
 """The yardstick: SAM as it is commonly written, a handful of PyTorch calls for each tensor.
 
-Kept for comparisons, in the quickstart and the benchmarks. Train with :class:`sam_optim.SAM`.
+Kept for comparisons, in the quickstart and the benchmarks; it takes 92 bytes of traffic a parameter with SGD, like the
+classes in use, multiplications by 1.0 included. Train with :class:`sam_optim.SAM`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ class PerTensorSAM(Optimizer):
     """
 
     def __init__(
-        self, params: Any, base_optimizer: Callable[..., Optimizer], rho: float = 0.05, adaptive: bool = False, **kwargs: Any
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
@@ -29,7 +35,7 @@ class PerTensorSAM(Optimizer):
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         norms = [
-            (p.abs() * p.grad if group["adaptive"] else p.grad).norm()
+            ((p.abs() if group["adaptive"] else 1.0) * p.grad).norm()
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None
@@ -41,8 +47,7 @@ class PerTensorSAM(Optimizer):
                 if p.grad is None:
                     continue
                 self.state[p]["old"] = p.detach().clone()
-                direction = p.pow(2) * p.grad if group["adaptive"] else p.grad
-                p.add_(direction * scale.to(p))
+                p.add_((p.pow(2) if group["adaptive"] else 1.0) * p.grad * scale.to(p))
         if zero_grad:
             self.zero_grad()
 

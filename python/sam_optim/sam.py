@@ -7,8 +7,9 @@ from typing import Any
 
 from sam_kernels.rules import NORM_EPSILON, Normalized
 
+from .construction import BaseOptimizer
 from .errors import InvalidSettingError
-from .optimizer import BaseOptimizer, SharpnessAwareOptimizer
+from .optimizer import SharpnessAwareOptimizer
 from .passes import Pass, Passes
 
 # The eta of the authors of ASAM (arXiv 2102.11600, section 5).
@@ -30,11 +31,11 @@ class SAM(SharpnessAwareOptimizer):
             ``perturb=False``, which keeps it out of the perturbation and of the norm (normalisation layers, biases).
         base_optimizer: class or instance of a torch optimizer.
         rho: radius of the perturbation; at least 0. At 0 in all groups the step is the base optimizer's, bit for bit.
-        adaptive: False for SAM. True or ``"elementwise"`` for ASAM with T = \\|w\\| + eta on every parameter, as in the
-            SAM packages in use (rho about 2). ``"weights"`` for ASAM as its authors run it: T = \\|w\\| + eta for parameters
-            whose name contains "weight", T = 1 for the others (rho about 0.5); ``params`` must be named then,
-            ``model.named_parameters()``.
-        eta: added to \\|w\\| in T; by default 0 for ``"elementwise"`` and 0.01 for ``"weights"``.
+        adaptive: False for SAM. True or ``"elementwise"`` for ASAM with T = abs(w) + eta on every parameter, as in the
+            SAM packages in use (rho about 2). ``"weights"`` for ASAM as its authors run it: T = abs(w) + eta for
+            parameters whose name contains "weight", T = 1 for the others (rho about 0.5); ``params`` must be named
+            then, ``model.named_parameters()``.
+        eta: added to abs(w) in T; by default 0 for ``"elementwise"`` and 0.01 for ``"weights"``.
         perturb_eps: guards the division by the norm.
         closure_runs, backend, **base_kwargs: see :class:`SharpnessAwareOptimizer`.
 

@@ -116,7 +116,9 @@ def test_squares_that_float32_cannot_hold(backend, magnitude):
     gradient = torch.full((1000,), magnitude)
     report = sk.ascent_([torch.zeros(1000)], [[gradient]], backend=backend)
     assert report.finite
-    torch.testing.assert_close(report.norms, torch.tensor([magnitude * 1000**0.5], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        report.norms, torch.tensor([magnitude * 1000**0.5], dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

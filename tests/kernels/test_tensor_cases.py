@@ -211,7 +211,7 @@ def test_version_counters_of_untouched_tensors_stay():
 
 
 def test_inputs_are_not_kept_alive():
-    
+
     weight = torch.ones(4)
     plan = sk.Plan([weight])
     gradient = torch.ones(4)

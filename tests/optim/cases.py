@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from sam_optim import SAM, SharpnessAwareOptimizer
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,9 @@ def batches(count: int, dtype: torch.dtype = torch.float64, size: int = 12) -> l
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]).float() if batch[0].dtype.itemsize < 4 else model(batch[0]), batch[1])
+    return nn.functional.cross_entropy(
+        model(batch[0]).float() if batch[0].dtype.itemsize < 4 else model(batch[0]), batch[1]
+    )
 
 
 def step_by_hand(optimizer: Any, model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:

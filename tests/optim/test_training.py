@@ -6,8 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 from sam_optim import (
     SAM,
     StepOrderError,
@@ -16,6 +14,7 @@ from sam_optim import (
     freeze_in_perturbed_passes,
     frozen_batch_norm,
 )
+from torch import nn
 
 from .cases import BASES, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
 

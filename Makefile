@@ -1,0 +1,53 @@
+# `make quickstart` and `make test` do everything on a fresh clone; a second run reuses what is there.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.14.1
+
+BIN := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := sam_kernels python benches tests examples setup.py
+
+.PHONY: quickstart test bench lint format wheel test-wheel clean
+
+quickstart: $(VENV)/.built
+	$(BIN)/python -m sam_optim.quickstart
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/cpu.json
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# Built in isolation, as `pip install` does: without torch.
+wheel: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+# The tests against the wheel, away from the source tree and under another torch: make test-wheel TORCH=2.11.0
+test-wheel: wheel
+	$(PYTHON) -m venv build/torch-$(TORCH)
+	build/torch-$(TORCH)/bin/pip install --quiet torch==$(TORCH) "$$(ls dist/*.whl)[test]"
+	rm -rf build/tests-$(TORCH) && mkdir -p build/tests-$(TORCH) && cp -r tests build/tests-$(TORCH)/
+	cd build/tests-$(TORCH) && ../torch-$(TORCH)/bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir . tests
+
+clean:
+	rm -rf build dist *.egg-info .venv sam_kernels/*.so
+
+$(VENV)/.installed: requirements/develop.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/develop.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@

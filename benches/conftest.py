@@ -1,0 +1,43 @@
+"""A table of all comparisons at the end of a run."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+import pytest
+
+RESULTS: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(dict)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not RESULTS:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Optimizer side of a step: medians, and times slower than sam-kernels in the same run")
+    for column in ("shapes", "method", "base", "contender", "first + second", "GB/s of floor", "of copy", "ratio"):
+        table.add_column(
+            column, justify="right" if column in ("first + second", "GB/s of floor", "of copy", "ratio") else "left"
+        )
+    for (shapes, method, base), result in RESULTS.items():
+        ours = statistics.median(result["times"]["sam-kernels"])
+        for name, times in result["times"].items():
+            seconds = statistics.median(times)
+            ratio = seconds / ours
+            bandwidth = result["bytes"] / seconds / 1e9
+            large = result["bytes"] > 1e8
+            table.add_row(
+                shapes,
+                method,
+                base,
+                name,
+                f"{1e3 * seconds:.2f} ms" if large else f"{1e6 * seconds:.0f} µs",
+                f"{bandwidth:.0f}" if large else "",
+                f"{100 * bandwidth / result['copy bandwidth']:.0f} %" if large else "",
+                "" if seconds == ours else f"{ratio:.1f}",
+            )
+    terminalreporter.write_line("")
+    Console(width=140).print(table)

@@ -1,0 +1,101 @@
+"""Who is compared: this package and what people use today, all with first_step() and second_step()."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sam_optim import SAM
+from sam_optim.per_tensor import PerTensorSAM
+from torch import Tensor, nn
+
+from .shapes import Shape
+
+THREADS = 2
+RHO = 0.05
+
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "SGD momentum": (torch.optim.SGD, {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}),
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-6, "weight_decay": 1e-2}),
+}
+
+# Bytes a parameter that a step has to move in float32, reads and writes: ascent + descent. See docs/design.md.
+FLOOR_BYTES = {
+    ("SAM", "SGD momentum"): 20 + 20,
+    ("ASAM", "SGD momentum"): 24 + 20,
+    ("SAM", "AdamW"): 20 + 28,
+    ("ASAM", "AdamW"): 24 + 28,
+}
+
+
+class ForeachSAM:
+    """SAM written with care in torch's foreach operations, the base optimizer fused by torch."""
+
+    def __init__(self, params: list[Tensor], base: type, rho: float, adaptive: bool, **settings: Any) -> None:
+        self.params, self.rho, self.adaptive = params, rho, adaptive
+        self.base = base(params, fused=True, **settings)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        direction = [p.grad for p in self.params]
+        if self.adaptive:
+            operators = torch._foreach_abs(self.params)
+            direction = torch._foreach_mul(operators, direction)
+        norm = torch.stack(torch._foreach_norm(direction)).norm()
+        if self.adaptive:
+            torch._foreach_mul_(direction, operators)
+        self.old = [p.clone() for p in self.params]
+        torch._foreach_add_(self.params, direction, alpha=float(self.rho / (norm + 1e-12)))
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        torch._foreach_copy_(self.params, self.old)
+        self.base.step()
+
+
+def _pytorch_optimizer(params: list[Tensor], base: type, rho: float, adaptive: bool, **settings: Any) -> Any:
+    from pytorch_optimizer import SAM as PytorchOptimizerSAM  # noqa: N811
+
+    return PytorchOptimizerSAM(params, base, rho=rho, adaptive=adaptive, **settings)
+
+
+CONTENDERS: dict[str, Callable[..., Any]] = {
+    "sam-kernels": SAM,
+    "per-tensor SAM": PerTensorSAM,
+    "foreach SAM": ForeachSAM,
+    "pytorch-optimizer": _pytorch_optimizer,
+}
+
+
+def make_parameters(shapes: list[Shape]) -> list[Tensor]:
+    """Random parameters with random gradients; the same on every call."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+
+def make_optimizer(contender: str, parameters: list[Tensor], method: str, base: str, **changes: Any) -> Any:
+    cls, settings = BASES[base]
+    return CONTENDERS[contender](parameters, cls, RHO, method == "ASAM", **{**settings, **changes})
+
+
+def step_call(contender: str, shapes: list[Shape], method: str, base: str) -> Callable[[], object]:
+    """The optimizer side of a step, ready to be called again and again."""
+    torch.set_num_threads(THREADS)
+    optimizer = make_optimizer(contender, make_parameters(shapes), method, base)
+
+    def step() -> None:
+        optimizer.first_step()
+        optimizer.second_step()
+
+    return step
+
+
+def copy_call(count: int) -> Callable[[], object]:
+    """torch's copy of ``count`` float32 numbers: the bandwidth that everything is measured against."""
+    torch.set_num_threads(THREADS)
+    source, target = torch.randn(count), torch.empty(count)
+    return lambda: target.copy_(source)
