@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from sam_optim import SAM
 from sam_optim.per_tensor import PerTensorSAM
-from torch import Tensor, nn
 
 from .shapes import Shape
 

@@ -226,3 +226,39 @@ def test_out_may_be_one_of_the_lists():
     wanted = 2 * a - b
     sk.combine_([a], [[a], [b]], [2.0, -1.0], backend="cpu")
     torch.testing.assert_close(a, wanted)
+
+
+# Launches that move more than 32 MiB write past the cache; sizes that are no multiple of anything, and a tiny one whose
+# neighbour in memory must not be touched.
+LARGE = [1_300_001, 17, 777_779]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_larger_than_the_cache(dtype):
+    problem = Problem.random(LARGE, dtype, lists=2)
+    scale = [[0.05, -0.1], [0.1, 0.2]]
+
+    def step(problem, backend):
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        sk.ascent_(plan, problem.xs, scale=scale, snapshot=snapshot, backend=backend)
+        sk.descent_(plan, problem.xs, problem.sgd(momentum=0.9), snapshot=snapshot, scale=scale, backend=backend)
+
+    def restore(problem, backend):
+        before = [p.clone() for p in problem.params]
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        sk.ascent_(plan, problem.xs, scale=scale, snapshot=snapshot, backend=backend)
+        assert not torch.equal(problem.params[0], before[0])
+        sk.restore_(plan, snapshot, backend=backend)
+        assert all(same_bits(a, b) for a, b in zip(problem.params, before, strict=True))
+
+    def combine_into_unaligned_views(problem, backend):
+        out = [torch.full((p.numel() + 3,), 7.0).to(p.dtype) for p in problem.params]
+        sk.combine_([t[1:-2] for t in out], problem.xs, [0.5, -2.0], backend=backend)
+        assert all(t[0] == 7.0 and torch.equal(t[-2:], torch.full((2,), 7.0).to(t.dtype)) for t in out)
+        problem.params = [t[1:-2] for t in out]
+
+    assert_backends_agree(problem, step)
+    assert_backends_agree(problem, restore)
+    assert_backends_agree(problem, combine_into_unaligned_views)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sam_optim import SAM, SharpnessAwareOptimizer
 from torch import Tensor, nn
+
+from sam_optim import SAM, SharpnessAwareOptimizer
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import warnings
 
 import pytest
 import torch
-from sam_optim import SAM, InvalidSettingError, LambdaRho, Pass, RhoFollowsLR, SharpnessAwareOptimizer, StepOrderError
 from torch import nn
+
+from sam_optim import SAM, InvalidSettingError, LambdaRho, Pass, RhoFollowsLR, SharpnessAwareOptimizer, StepOrderError
 
 from .cases import BASES, Base, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
 

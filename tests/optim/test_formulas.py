@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+
 from sam_optim import ASAM, SAM
 
 from .cases import BASES, METHODS, assert_same, batches, loss_of, make_net, oracle_step, step_by_hand, weights_of

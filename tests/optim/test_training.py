@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from sam_optim import (
     SAM,
     StepOrderError,
@@ -14,7 +16,6 @@ from sam_optim import (
     freeze_in_perturbed_passes,
     frozen_batch_norm,
 )
-from torch import nn
 
 from .cases import BASES, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
 

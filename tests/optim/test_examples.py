@@ -1,0 +1,87 @@
+"""The quickstart and the examples run, and give what they say."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sam_optim import SAM, quickstart
+from sam_optim.per_tensor import PerTensorSAM
+
+from .cases import batches, loss_of, make_net, step_by_hand
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_quickstart(tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    runs = quickstart.main(["--epochs", "12", "--seeds", "2", "--noise", "0.3", "--output", str(picture)])
+    assert picture.stat().st_size > 10_000
+    assert set(runs) == {"SGD", "per-tensor SAM", "SAM"}
+    for of_name in runs.values():
+        assert len(of_name) == 2
+        for run in of_name:
+            assert run.accuracies[-1] > 80.0
+            assert len(run.accuracies) == 12
+            assert len(run.step_seconds) == len(run.optimizer_seconds) == 12 * 20
+    # The same method, whoever computes it.
+    for ours, theirs in zip(runs["SAM"], runs["per-tensor SAM"], strict=True):
+        assert ours.accuracies[-1] == pytest.approx(theirs.accuracies[-1], abs=1.5)
+    output = capsys.readouterr().out
+    assert "test accuracy" in output
+    assert str(picture) in output.replace("\n", "")
+
+
+def test_quickstart_noise_replaces_the_share_asked_for():
+    (_, clean), (_, test) = quickstart.load_digits(0.0, seed=1)
+    (_, noisy), (_, same_test) = quickstart.load_digits(0.6, seed=1)
+    # A tenth of random labels hits the right one.
+    assert (clean != noisy).float().mean().item() == pytest.approx(0.6 * 0.9, abs=0.03)
+    assert torch.equal(test, same_test)
+
+
+@pytest.mark.parametrize("arguments", [["--noise", "1.5"], ["--epochs", "0"], ["--rho", "large"]])
+def test_quickstart_refuses_nonsense(arguments, capsys):
+    with pytest.raises(SystemExit):
+        quickstart.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_quickstart_help():
+    run = subprocess.run([sys.executable, "-m", "sam_optim.quickstart", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert "--rho" in run.stdout
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_yardstick_computes_sam(adaptive):
+    results = []
+    for cls in (SAM, PerTensorSAM):
+        model = make_net()
+        optimizer = cls(model.parameters(), torch.optim.SGD, rho=0.3, adaptive=adaptive, lr=0.1, momentum=0.9)
+        for batch in batches(4):
+            step_by_hand(optimizer, model, batch)
+        loss_of(model, batch).backward()
+        optimizer.step(lambda batch=batch, model=model: loss_of(model, batch).backward())
+        results.append(nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="examples are not part of an installation")
+def test_own_method():
+    module = runpy.run_path(str(EXAMPLES / "own_method.py"))
+    weight = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    for adaptive_base in ({"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}):
+        with torch.no_grad():
+            weight.copy_(torch.tensor([3.0, 1.0]))
+        optimizer = module["UnifiedSAM"]([weight], torch.optim.SGD, rho=0.5, k=0.5, **adaptive_base)
+        for step in (optimizer.first_step, optimizer.second_step):
+            (0.5 * torch.tensor([1.0, 4.0]) * weight**2).sum().backward()
+            step(zero_grad=True)
+        assert weight.tolist() == pytest.approx([2.61, 0.12], abs=1e-12)
