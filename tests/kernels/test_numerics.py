@@ -148,7 +148,8 @@ numbers = torch.arange(65536).to(torch.uint16).view({dtype})
 wide = torch.zeros(65536, dtype=torch.float32)
 sk.combine_([wide], [[numbers]], [1.0])
 between = torch.nextafter(wide, torch.tensor(0.0))
-middle = wide * 1.0009765625
+above = torch.arange(1, 65537).to(torch.uint16).view({dtype}).float()
+middle = wide + (above - wide) / 2  # exactly between two neighbours: ties go to the even one
 narrow = [torch.zeros(65536, dtype={dtype}) for _ in range(3)]
 sk.combine_(narrow, [[wide, between, middle]], [1.0])
 torch.save((wide, between, middle, narrow), {str(path)!r})
