@@ -17,6 +17,7 @@ test: $(VENV)/.built
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.built
+	mkdir -p benches/results
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/cpu.json
 
 lint: $(VENV)/.installed
