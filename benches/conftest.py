@@ -7,6 +7,9 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
+import torch
+
+import sam_kernels
 
 RESULTS: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(dict)
 
@@ -41,3 +44,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             )
     terminalreporter.write_line("")
     Console(width=140).print(table)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Says what the numbers depend on, and nothing that names a host."""
+    cpu = machine_info.get("cpu", {})
+    described = {
+        "cpu": {key: cpu.get(key) for key in ("brand_raw", "arch", "count", "l2_cache_size", "l3_cache_size")},
+        "system": machine_info.get("system"),
+        "python": machine_info.get("python_version"),
+        "torch": torch.__version__,
+        "sam_kernels": {name: status.detail for name, status in sam_kernels.backends().items()},
+    }
+    machine_info.clear()
+    machine_info.update(described)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Adds the command, and leaves out the single durations: the statistics stay."""
+    output_json["command"] = "make bench"
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
