@@ -153,6 +153,22 @@ def test_unsuitable_weights(param):
         sk.Plan([param])
 
 
+class OwnParameter(torch.nn.Parameter):
+    """A subclass with memory of its own."""
+
+
+def test_subclasses():
+    weight = OwnParameter(torch.ones(5))
+    sk.perturb_([weight], [[torch.ones(5).as_subclass(OwnParameter)]], [1.0], backend="cpu")
+    assert torch.equal(weight.detach(), torch.full((5,), 2.0))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.ones(5)
+    with pytest.raises(sk.UnsupportedTensorError, match="FakeTensor"):
+        sk.perturb_([weight], [[fake]], [1.0], backend="cpu")
+
+
 def test_lists_that_do_not_fit():
     a = torch.ones(2)
     with pytest.raises(ValueError, match="2 entries for 1 tensors"):
