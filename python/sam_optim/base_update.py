@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,24 @@ from .passes import Gradients
 _FIXED = Fixed()
 
 
+class Descent(NamedTuple):
+    """The arguments of one descent; see :func:`sam_kernels.descent_`."""
+
+    plan: Plan
+    snapshot: Snapshot
+    lists: Sequence[Gradients]
+    rule: RuleLike
+    scale: Scale
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    backend: str | None
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether GradScaler has found the gradients infinite."""
+        return self.found_inf is not None and bool(self.found_inf)
+
+
 class BaseUpdate:
     """Makes the last move of a step with a given base optimizer."""
 
@@ -32,20 +50,8 @@ class BaseUpdate:
         self.base_optimizer = base_optimizer
         self._fused_state = FusedState(base_optimizer)
 
-    def descend(
-        self,
-        plan: Plan,
-        snapshot: Snapshot,
-        lists: Sequence[Gradients],
-        *,
-        rule: RuleLike,
-        scale: Scale,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        by_base_itself: bool,
-        backend: str | None,
-    ) -> tuple[LaunchReport, bool]:
-        """Restores the weights and updates them; see :func:`sam_kernels.descent_`.
+    def descend(self, descent: Descent, by_base_itself: bool) -> tuple[LaunchReport, bool]:
+        """Restores the weights and updates them.
 
         Args:
             by_base_itself: never fuse.
@@ -54,70 +60,52 @@ class BaseUpdate:
             The launch's report, and whether the update was made.
         """
         if not by_base_itself and FusedState.supports(self.base_optimizer):
-            return self._fused(plan, snapshot, lists, rule, scale, grad_scale, found_inf, backend)
-        return self._by_base(plan, snapshot, lists, rule, scale, grad_scale, found_inf, backend)
+            return self._fused(descent)
+        return self._by_base(descent)
 
-    def _fused(
-        self,
-        plan: Plan,
-        snapshot: Snapshot,
-        lists: Sequence[Gradients],
-        rule: RuleLike,
-        scale: Scale,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        backend: str | None,
-    ) -> tuple[LaunchReport, bool]:
+    def _fused(self, descent: Descent) -> tuple[LaunchReport, bool]:
         base = self.base_optimizer
         for hook in list(base._optimizer_step_pre_hooks.values()):
             hook(base, (), {})
-        update, created = self._fused_state.prepare(plan.params, _first_of(lists))
+        params = descent.plan.params
+        update, created = self._fused_state.prepare(params, _first_of(descent.lists))
         report = sam_kernels.descent_(
-            plan,
-            lists,
+            descent.plan,
+            descent.lists,
             update,
-            rule=rule,
-            scale=scale,
-            snapshot=snapshot,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            backend=backend,
+            rule=descent.rule,
+            scale=descent.scale,
+            snapshot=descent.snapshot,
+            grad_scale=descent.grad_scale,
+            found_inf=descent.found_inf,
+            backend=descent.backend,
         )
-        updated = report.finite and (found_inf is None or not bool(found_inf))
+        updated = report.finite and not descent.overflowed
         if updated and created:
-            self._fused_state.commit(plan.params, created)
+            self._fused_state.commit(params, created)
         # A scheduler on the base asks whether the base has stepped; it has.
         base._opt_called = True  # type: ignore[attr-defined]
         for post_hook in list(base._optimizer_step_post_hooks.values()):
             post_hook(base, (), {})
         return report, updated
 
-    def _by_base(
-        self,
-        plan: Plan,
-        snapshot: Snapshot,
-        lists: Sequence[Gradients],
-        rule: RuleLike,
-        scale: Scale,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        backend: str | None,
-    ) -> tuple[LaunchReport, bool]:
+    def _by_base(self, descent: Descent) -> tuple[LaunchReport, bool]:
         """Restore, put the combined gradient into ``p.grad``, ``base.step()``."""
+        plan, snapshot, lists, rule = descent.plan, descent.snapshot, descent.lists, descent.rule
         plain = rule == _FIXED
         report = LaunchReport(True, [math.nan] * len(lists) ** 2, [1.0] * len(lists))
-        skip = found_inf is not None and bool(found_inf)
+        skip = descent.overflowed
         if not skip and not plain:
-            gram = sam_kernels.gram(lists, plan, backend=backend)
+            gram = sam_kernels.gram(lists, plan, backend=descent.backend)
             finite = bool(gram.isfinite().all())
             report = LaunchReport(finite, gram, torch.as_tensor(rule(gram)) if finite else [0.0] * len(lists))
             skip = not finite
-        in_place = plain and scale == 1.0 and grad_scale is None and len(lists) == 1
+        in_place = plain and descent.scale == 1.0 and descent.grad_scale is None and len(lists) == 1
         if not skip and not (in_place and same_objects(lists[0], gradients_of(plan.params))):
-            inverse = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-            _combine_into_grad(plan, lists, report.coefficients * inverse, scale, backend)
+            inverse = 1.0 if descent.grad_scale is None else 1.0 / float(descent.grad_scale)
+            _combine_into_grad(descent, report.coefficients * inverse)
         copies = bytes(snapshot.taken)
-        sam_kernels.restore_(plan, snapshot, backend=backend)
+        sam_kernels.restore_(plan, snapshot, backend=descent.backend)
         if skip:
             return report, False
         # The copies stay valid until the base is through, so that its exceptions leave the weights as they were.
@@ -246,14 +234,14 @@ class FusedState:
         return Adam(settings, columns["exp_avg"], columns["exp_avg_sq"], maxima, columns["step"]), created
 
 
-def _combine_into_grad(
-    plan: Plan, lists: Sequence[Gradients], coefficients: Tensor, scale: Scale, backend: str | None
-) -> None:
+def _combine_into_grad(descent: Descent, coefficients: Tensor) -> None:
     """p.grad <- sum_i c_i x_i for every parameter that has a gradient in some list."""
-    index = [i for i, entry in enumerate(_first_of(lists)) if entry is not None]
+    plan, scale = descent.plan, descent.scale
+    index = [i for i, entry in enumerate(_first_of(descent.lists)) if entry is not None]
     out = Plan([torch.empty_like(plan.params[i], requires_grad=False) for i in index], pick(plan.groups, index))
     scale = scale if isinstance(scale, (int, float)) else scale[: out.group_count]
-    sam_kernels.combine_(out, [pick(x, index) for x in lists], coefficients, scale=scale, backend=backend)
+    lists = [pick(x, index) for x in descent.lists]
+    sam_kernels.combine_(out, lists, coefficients, scale=scale, backend=descent.backend)
     for i, combined in zip(index, out.params, strict=True):
         plan.params[i].grad = combined
 

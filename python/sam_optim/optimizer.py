@@ -21,7 +21,7 @@ from sam_kernels.host import missing
 from sam_kernels.ops import Scale
 from sam_kernels.rules import Fixed, RuleLike
 
-from .base_update import BaseUpdate
+from .base_update import BaseUpdate, Descent
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .passes import Gradients, Pass, Passes
@@ -144,18 +144,18 @@ class SharpnessAwareOptimizer(Optimizer):
         """Restores the weights and updates them by the base optimizer with a combination of gradient lists."""
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
-        report, updated = update.descend(
+        descent = Descent(
             plans.plan,
             plans.snapshot,
             lists,
-            rule=rule,
-            scale=scale,
+            rule,
+            scale,
             # GradScaler sets its scale and overflow flag as attributes around step().
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            by_base_itself=self._is_plain_step(),
-            backend=self.backend,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            self.backend,
         )
+        report, updated = update.descend(descent, by_base_itself=self._is_plain_step())
         last: StepReport = self._container["report"]
         self._container["report"] = last._replace(descent=report, updated=updated)
 
