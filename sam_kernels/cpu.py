@@ -146,13 +146,13 @@ def _code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[REAL_DTYPE.get(dtype, dtype)]
 
 
-def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool) -> Tensor:
+def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
     staging = _Staging()
     table = _bind_params(plan, staging) if weighted else _table(plan)
     if not weighted:
         table.clear(_cpu.WEIGHT)
     _bind_lists(table, plan, xs, staging)
-    _, matrix, _ = table.gram(len(xs), weighted, torch.get_num_threads())
+    _, matrix, _ = table.gram(len(xs), weighted, _taken(table, plan, snapshot), torch.get_num_threads())
     size = _cpu.MAX_LISTS
     return torch.tensor(matrix, dtype=torch.float64).reshape(size, size)[: len(xs), : len(xs)].clone()
 

@@ -55,7 +55,7 @@ def gram(xs: Sequence[TensorList], params: Params | None = None, *, backend: str
     else:
         plan = _plan(params)
         _check_lists(xs, len(plan))
-    return _gram(plan, xs, plan.is_weighted, backend)
+    return _gram(plan, xs, plan.is_weighted, None, backend)
 
 
 def perturb_(
@@ -68,6 +68,9 @@ def perturb_(
     backend: str | None = None,
 ) -> None:
     """snapshot <- w, then w <- w + T(w)^2 sum_i c_i x_i, with given coefficients.
+
+    Where the snapshot holds a copy already, w is that copy, so that one perturbation replaces another; tensors with a
+    copy but no entry in any list are restored, and keep their copy.
 
     Args:
         coefficients: k numbers, or a tensor of shape (k,) on the parameters' device. A list whose coefficient is zero
@@ -118,7 +121,8 @@ def ascent_(
 ) -> LaunchReport:
     """Gram matrix, rule, and perturbation with snapshot, in one launch.
 
-    w <- w + T(w)^2 sum_i scale_i c_i x_i with c = rule(G). SAM is one list, :class:`Normalized` and ``scale=rho``.
+    w <- w + T(w)^2 sum_i scale_i c_i x_i with c = rule(G), and w the copy where one is held, as in
+    :func:`perturb_`. SAM is one list, :class:`Normalized` and ``scale=rho``.
 
     Args:
         rule: of :mod:`sam_kernels.rules`, or any callable from the Gram matrix (float64, shape (k, k)) to k
@@ -126,7 +130,7 @@ def ascent_(
         snapshot: takes the weights' copies.
 
     Returns:
-        The launch's scalars. If the Gram matrix is not finite, no weight was changed and no copy taken.
+        The launch's scalars. If the Gram matrix is not finite, the weights are the unperturbed ones.
     """
     plan = _plan(params)
     _check_lists(xs, len(plan))
@@ -134,9 +138,12 @@ def ascent_(
     if isinstance(rule, Rule) and not plan.parts:
         report: LaunchReport = _launch(plan, backend, "ascent_", xs, rule, flat, snapshot)
         return report
-    report = _apply(rule, _gram(plan, xs, plan.is_weighted, backend))
+    report = _apply(rule, _gram(plan, xs, plan.is_weighted, snapshot, backend))
     if report.finite:
         perturb_(plan, xs, report.coefficients, scale=scale, snapshot=snapshot, backend=backend)
+    elif snapshot is not None and snapshot.is_taken:
+        for part in _parts(plan, [], snapshot):
+            _launch(part.plan, backend, "restore_", part.snapshot)
     return report
 
 
@@ -180,7 +187,7 @@ def descent_(
         return report
 
     if not skip and not (isinstance(rule, Rule) and not rule.needs_gram):
-        report = _apply(rule, _gram(plan, xs, weighted, backend))
+        report = _apply(rule, _gram(plan, xs, weighted, snapshot, backend))
     else:
         report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan), [1.0] * len(xs))
     skip = skip or not report.finite
@@ -227,10 +234,12 @@ def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) ->
         return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
 
 
-def _gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, backend: str | None) -> Tensor:
+def _gram(
+    plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None, backend: str | None
+) -> Tensor:
     total: Tensor | None = None
-    for part in _parts(plan, xs, None):
-        matrix = _launch(part.plan, backend, "gram", part.xs, weighted)
+    for part in _parts(plan, xs, snapshot):
+        matrix = _launch(part.plan, backend, "gram", part.xs, weighted, part.snapshot)
         total = matrix if total is None else total + matrix.to(total.device)
     assert total is not None
     return total

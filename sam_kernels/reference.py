@@ -29,13 +29,16 @@ def describe() -> str:
 
 
 @torch.no_grad()
-def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool) -> Tensor:
-    """G[i, j] = sum over tensors of <T x_i, T x_j>; a missing entry counts as zero. Float64, shape (k, k)."""
+def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
+    """G[i, j] = sum over tensors of <T x_i, T x_j>; a missing entry counts as zero. Float64, shape (k, k).
+
+    T is that of the weights themselves: of their copy, where the snapshot holds one.
+    """
     count = len(xs)
     result = torch.zeros(count, count, dtype=torch.float64, device=plan.device)
-    for index, param in enumerate(plan.params):
+    for index in range(len(plan)):
         eta = plan.geometry[index] if weighted else None
-        scale = 1.0 if eta is None else _real(param).double().abs() + eta
+        scale = 1.0 if eta is None else _real(_unperturbed(plan, index, snapshot)).double().abs() + eta
         columns = [None if x[index] is None else _real(x[index]).double() * scale for x in xs]
         for i, a in enumerate(columns):
             for j, b in enumerate(columns):
@@ -48,11 +51,16 @@ def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool) -> Tensor:
 def perturb_(
     plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: Sequence[float], snapshot: Snapshot | None
 ) -> None:
-    """snapshot <- w; w <- w + T(w)^2 sum_i c_i x_i, for each tensor that has an entry in some list."""
+    """snapshot <- w; w <- w + T(w)^2 sum_i c_i x_i, for each tensor that has an entry in some list.
+
+    Where a copy is held already, w is that copy; tensors with a copy but without an entry are restored.
+    """
     active = [i for i in range(len(plan)) if any(x[i] is not None for x in xs)]
     if snapshot is not None:
+        restore_(plan, snapshot)
         for i in active:
-            snapshot.tensors[i].copy_(plan.params[i])
+            if not snapshot.taken[i]:
+                snapshot.tensors[i].copy_(plan.params[i])
         # All copies are complete before the first weight changes, and say so.
         for i in active:
             snapshot.taken[i] = 1
@@ -89,10 +97,12 @@ def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: 
 def ascent_(
     plan: Plan, xs: Sequence[TensorList], rule: Rule, scale: Sequence[float], snapshot: Snapshot | None
 ) -> LaunchReport:
-    """Gram -> rule -> perturb with snapshot. A Gram matrix that is not finite leaves everything as it is."""
-    report = _apply(rule, gram(plan, xs, weighted=True))
+    """Gram -> rule -> perturb with snapshot. A Gram matrix that is not finite leaves the weights themselves."""
+    report = _apply(rule, gram(plan, xs, True, snapshot))
     if report.finite:
         perturb_(plan, xs, report.coefficients, scale, snapshot)
+    elif snapshot is not None:
+        restore_(plan, snapshot)
     return report
 
 
@@ -110,7 +120,7 @@ def descent_(
 ) -> LaunchReport:
     """[Gram -> rule ->] combine -> restore -> base update. Skipping the update restores all the same."""
     if rule.needs_gram and not skip_update:
-        report = _apply(rule, gram(plan, xs, weighted))
+        report = _apply(rule, gram(plan, xs, weighted, snapshot))
     else:
         empty = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64)
         report = LaunchReport(True, empty, Fixed()(empty))
@@ -131,6 +141,10 @@ def descent_(
     if snapshot is not None:
         snapshot.discard()
     return report
+
+
+def _unperturbed(plan: Plan, index: int, snapshot: Snapshot | None) -> Tensor:
+    return plan.params[index] if snapshot is None or not snapshot.taken[index] else snapshot.tensors[index]
 
 
 def _apply(rule: Rule, matrix: Tensor) -> LaunchReport:

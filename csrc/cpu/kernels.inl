@@ -43,6 +43,9 @@ template <class T>
 inline void gram_chunk(const Launch& launch, const Chunk& chunk, double* partial) {
     const Row& row = launch.rows[chunk.row];
     const bool weighted = launch.weighted_gram && row.eta >= 0.0;
+    // The geometry is that of the weights themselves, not of perturbed ones.
+    const bool held = launch.taken && launch.taken[chunk.row];
+    const Cell& weight_cell = row.cells[held ? kSnapshot : kWeight];
     double lanes[kMaxPairs][kLanes] = {};
     T buffers[kMaxLists][kTile];
     T weight_buffer[kTile];
@@ -55,7 +58,7 @@ inline void gram_chunk(const Launch& launch, const Chunk& chunk, double* partial
         for (int i = 0; i < launch.lists; ++i)
             if (row.cells[kList + i].present()) tiles[i] = load(row.cells[kList + i], offset, n, buffers[i]);
         if (weighted) {
-            const T* weights = load(row.cells[kWeight], offset, n, weight_buffer);
+            const T* weights = load(weight_cell, offset, n, weight_buffer);
             for (int i = 0; i < launch.lists; ++i)
                 if (tiles[i]) scale_by_geometry(weights, tiles[i], row.eta, n, scaled[i]);
         }
@@ -151,31 +154,50 @@ struct Combination {
     }
 };
 
+// ---------------------------------------------------------------- restore
+
+inline void restore_chunk(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    const int64_t bytes = int64_t(chunk.count) * size_of(row.cells[kWeight].dtype);
+    copy_bytes(address(row.cells[kWeight], chunk.offset), address(row.cells[kSnapshot], chunk.offset), bytes,
+               launch.streaming);
+}
+
 // ---------------------------------------------------------------- perturb
 
+// w <- w + T(w)^2 d. Where a copy of w is held already, w is that copy, whatever the weights hold now.
 template <class T>
 inline void perturb_chunk(const Launch& launch, const Chunk& chunk) {
     const Row& row = launch.rows[chunk.row];
+    const Cell& weight_cell = row.cells[kWeight];
+    const bool held = launch.taken && launch.taken[chunk.row];
     Combination<T> combination(launch, row, 1.0);
+    if (!launch.finite || combination.is_zero()) {
+        if (held)
+            restore_chunk(launch, chunk);
+        else if (launch.take_snapshot && launch.finite)
+            copy_bytes(address(row.cells[kSnapshot], chunk.offset), address(weight_cell, chunk.offset),
+                       int64_t(chunk.count) * size_of(weight_cell.dtype), launch.streaming);
+        return;
+    }
+    const Cell& source_cell = held ? row.cells[kSnapshot] : weight_cell;
     const T eta = T(row.eta);
-    const bool unperturbed = combination.is_zero();
-    T weight_buffer[kTile];
+    T source_buffer[kTile], out[kTile];
 
     for (int start = 0; start < chunk.count; start += kTile) {
         const int n = chunk.count - start < kTile ? chunk.count - start : kTile;
         const int64_t offset = chunk.offset + start;
-        const Cell& cell = row.cells[kWeight];
-        if (launch.take_snapshot)
-            copy_bytes(address(row.cells[kSnapshot], offset), address(cell, offset), int64_t(n) * size_of(cell.dtype),
-                       launch.streaming);
-        if (unperturbed) continue;
+        if (launch.take_snapshot && !held)
+            copy_bytes(address(row.cells[kSnapshot], offset), address(weight_cell, offset),
+                       int64_t(n) * size_of(weight_cell.dtype), launch.streaming);
         const T* SAMK_RESTRICT direction = combination.at(offset, n);
-        T* SAMK_RESTRICT weights = load_mutable(cell, offset, n, weight_buffer);
+        const T* SAMK_RESTRICT source = load(source_cell, offset, n, source_buffer);
         if (eta < T(0))
-            for (int e = 0; e < n; ++e) weights[e] = weights[e] + direction[e];
+            for (int e = 0; e < n; ++e) out[e] = source[e] + direction[e];
         else
-            for (int e = 0; e < n; ++e) weights[e] = perturbed(weights[e], direction[e], eta);
-        store(cell, offset, n, weights);
+            for (int e = 0; e < n; ++e) out[e] = perturbed(source[e], direction[e], eta);
+        // Weights that were read a moment ago are in the cache; those read from the copy are not.
+        store(weight_cell, offset, n, out, held && launch.streaming);
     }
 }
 
@@ -195,15 +217,6 @@ inline void mark_taken(Launch& launch, uint8_t value) {
     const std::vector<uint8_t>& active = launch.schedule->active;
     for (size_t r = 0; r < active.size(); ++r)
         if (active[r]) launch.taken[r] = value;
-}
-
-// ---------------------------------------------------------------- restore
-
-inline void restore_chunk(const Launch& launch, const Chunk& chunk) {
-    const Row& row = launch.rows[chunk.row];
-    const int64_t bytes = int64_t(chunk.count) * size_of(row.cells[kWeight].dtype);
-    copy_bytes(address(row.cells[kWeight], chunk.offset), address(row.cells[kSnapshot], chunk.offset), bytes,
-               launch.streaming);
 }
 
 inline void restore_chunks(const Launch& launch, int thread) {
@@ -444,9 +457,7 @@ inline void run_combine(Launch& launch) {
 inline void run_ascent(Launch& launch) {
     in_two_phases(
         launch, [&](int thread) { gram_chunks(launch, thread); }, [&] { finish_gram(launch); },
-        [&](int thread) {
-            if (launch.finite) perturb_chunks(launch, thread);
-        });
+        [&](int thread) { perturb_chunks(launch, thread); });
     if (launch.finite && launch.take_snapshot) mark_taken(launch, 1);
 }
 

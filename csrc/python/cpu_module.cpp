@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <string>
@@ -79,16 +80,17 @@ public:
     // ------------------------------------------------------------ launches
 
     // Each returns (finite, Gram matrix row by row with MAX_LISTS columns, coefficients before the scales).
-    py::tuple gram(int lists, bool weighted, int threads) {
+    py::tuple gram(int lists, bool weighted, py::object taken, int threads) {
         Launch launch = prepare(lists, threads, 4 * lists, [&](const Row& row) { return row.has_gradient(lists); });
         launch.weighted_gram = weighted;
+        launch.taken = flags(taken);
         prepare_gram(launch);
         run(launch, kernels().gram);
         return result(launch);
     }
 
     void perturb(int lists, const std::vector<double>& scale, py::object taken, int threads) {
-        Launch launch = prepare(lists, threads, 4 * lists + 12, [&](const Row& row) { return row.has_gradient(lists); });
+        Launch launch = prepare(lists, threads, 4 * lists + 12, with_gradient_or_copy(lists, flags(taken)));
         give_coefficients(launch, scale);
         launch.taken = flags(taken);
         launch.take_snapshot = launch.taken != nullptr;
@@ -110,7 +112,7 @@ public:
 
     py::tuple ascent(int lists, int rule, double epsilon, double alpha, const std::vector<double>& scale,
                      py::object taken, int threads) {
-        Launch launch = prepare(lists, threads, 8 * lists + 12, [&](const Row& row) { return row.has_gradient(lists); });
+        Launch launch = prepare(lists, threads, 8 * lists + 12, with_gradient_or_copy(lists, flags(taken)));
         launch.rule = {Rule(rule), epsilon, alpha};
         check_scale(scale, lists);
         launch.scale = scale.data();
@@ -124,10 +126,7 @@ public:
     py::tuple descent(int lists, int rule, double epsilon, double alpha, bool needs_gram, bool weighted,
                       const std::vector<double>& scale, py::object taken, int base, const py::list& settings,
                       py::object first, double inverse_grad_scale, bool skip_update, int threads) {
-        const uint8_t* holds = flags(taken);
-        Launch launch = prepare(lists, threads, 4 * lists + 16, [&](const Row& row) {
-            return row.has_gradient(lists) || (holds && holds[&row - rows_.data()] != 0);
-        });
+        Launch launch = prepare(lists, threads, 4 * lists + 16, with_gradient_or_copy(lists, flags(taken)));
         check_scale(scale, lists);
         launch.rule = {Rule(rule), epsilon, alpha};
         launch.scale = scale.data();
@@ -166,6 +165,13 @@ public:
     }
 
 private:
+    // Rows to walk over: those with something to add, and those that have been perturbed.
+    std::function<bool(const Row&)> with_gradient_or_copy(int lists, const uint8_t* holds) const {
+        return [this, lists, holds](const Row& row) {
+            return row.has_gradient(lists) || (holds && holds[&row - rows_.data()] != 0);
+        };
+    }
+
     template <class Wanted>
     Launch prepare(int lists, int threads, int bytes_per_element, Wanted wanted) {
         if (lists < 0 || lists > kMaxLists) throw py::value_error("the kernels take 1 to 3 gradient lists");
