@@ -1,5 +1,6 @@
 """Sharpness-aware optimizers for PyTorch on fused multi-tensor kernels."""
 
+from .agnostic import AgnosticSAM
 from .batch_norm import (
     disable_running_stats,
     enable_running_stats,
@@ -17,6 +18,7 @@ from .schedules import LambdaRho, RhoFollowsLR
 __all__ = [
     "ASAM",
     "SAM",
+    "AgnosticSAM",
     "InvalidSettingError",
     "LambdaRho",
     "Pass",

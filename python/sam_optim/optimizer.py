@@ -5,6 +5,7 @@ A method is a generator of gradient passes (:meth:`SharpnessAwareOptimizer.passe
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from sam_kernels.rules import Fixed, RuleLike
 from .base_update import BaseUpdate, Descent
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
-from .passes import Gradients, Pass, Passes
+from .passes import TRAIN, VALIDATION, Gradients, Pass, Passes
 from .planning import PlanCache
 from .randomness import RandomState
 
@@ -49,12 +50,34 @@ class StepReport(NamedTuple):
     updated: bool = False
 
 
-class _Run(NamedTuple):
-    """A begun step: the method's generator and the pass it waits for."""
+class _Run:
+    """A begun step: the method's generator, the passes it waits for, and the gradients collected for it."""
 
-    passes: Passes
-    waiting: Pass
-    number: int  # of the pass, from 1
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.number = 0  # of gradients received
+        self._expect(next(passes))
+
+    def receive(self, gradients: Gradients) -> bool:
+        """Takes the gradients of the next pass. False if they were the step's last."""
+        self.number += 1
+        self._collected.append(gradients)
+        if len(self._collected) < len(self._expected):
+            return True
+        try:
+            self._expect(self.passes.send(self._collected if self._together else gradients))
+        except StopIteration:
+            return False
+        return True
+
+    @property
+    def waiting(self) -> Pass:
+        return self._expected[len(self._collected)]
+
+    def _expect(self, asked: Pass | Sequence[Pass]) -> None:
+        self._together = not isinstance(asked, Pass)
+        self._expected = [asked] if isinstance(asked, Pass) else list(asked)
+        self._collected: list[Gradients] = []
 
 
 class SharpnessAwareOptimizer(Optimizer):
@@ -142,6 +165,11 @@ class SharpnessAwareOptimizer(Optimizer):
 
     def descend(self, *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0) -> None:
         """Restores the weights and updates them by the base optimizer with a combination of gradient lists."""
+        if not self._container["in step()"]:
+            # Through step(), so that step hooks fire and schedulers see it, however the passes are driven.
+            self._container["descent"] = (lists, rule, scale)
+            self.step()
+            return
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
         descent = Descent(
@@ -158,6 +186,16 @@ class SharpnessAwareOptimizer(Optimizer):
         report, updated = update.descend(descent, by_base_itself=self._is_plain_step())
         last: StepReport = self._container["report"]
         self._container["report"] = last._replace(descent=report, updated=updated)
+
+    def method_state(self, name: str) -> list[Tensor | None]:
+        """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
+
+        It lives apart from the base's state, where a foreign key would make some bases believe theirs is complete.
+        """
+        state: dict[str, list[Tensor | None]] = self._container["method state"]
+        entries = state.setdefault(name, [])
+        entries += [None] * (len(self._params()) - len(entries))
+        return entries
 
     def _is_plain_step(self) -> bool:
         """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""
@@ -176,24 +214,43 @@ class SharpnessAwareOptimizer(Optimizer):
         """
         try:
             run: _Run = self._container["run"] or self._begin()
+            kept = run.waiting.kept
             gradients = gradients_of(self._params())
             if len(missing(gradients)) == len(gradients):
                 raise StepOrderError(
-                    f"no parameter has a gradient for pass {run.number}: call loss.backward() first. (A closure that "
-                    "runs all passes itself needs closure_runs='every_pass'.)"
+                    f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
+                    "that runs all passes itself needs closure_runs='every_pass'.)"
                 )
-            waiting: Pass | None = None
-            try:
-                waiting = run.passes.send(gradients)
-                self._container["run"] = _Run(run.passes, waiting, run.number + 1)
-            except StopIteration:
+            if not run.receive(gradients):
                 self._container["run"] = None
         except BaseException:
             self.restore()
             raise
-        if zero_grad:
+        if zero_grad or (kept and self.is_step_begun):
             self.zero_grad()
-        return waiting
+        return self.waiting
+
+    def each_pass(self) -> Iterator[Pass]:
+        """Makes a step of any method in a loop whose body runs forward and backward for the pass it is given::
+
+            for p in optimizer.each_pass():
+                x, y = train_batch if p.data == "train" else validation_batch
+                loss_fn(model(x), y).backward()
+
+        Gradients are cleared after each pass. If the body raises, or is left by break, the weights are restored.
+
+        Raises:
+            StepOrderError: if a step is already begun (the weights are then restored).
+        """
+        self._refuse_second_begin("each_pass()")
+        waiting: Pass | None = self._begin().waiting
+        try:
+            while waiting is not None:
+                yield waiting
+                waiting = self.advance(zero_grad=True)
+        finally:
+            # Only a body that was left early finds a step under way here.
+            self.restore()
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturbs the weights along the gradient in ``p.grad``.
@@ -203,13 +260,7 @@ class SharpnessAwareOptimizer(Optimizer):
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored), or there is no gradient.
         """
-        if self.is_step_begun:
-            self.restore()
-            raise StepOrderError(
-                "first_step() was called although a step was begun and not completed. The weights have been restored "
-                "to what they were before that step; clear the gradients and begin again. After an exception in the "
-                "second pass, call restore(), or run that pass within restore_on_error()."
-            )
+        self._refuse_second_begin("first_step()")
         self.advance(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -220,16 +271,28 @@ class SharpnessAwareOptimizer(Optimizer):
         """
         if not self.is_step_begun:
             raise StepOrderError("second_step() was called without first_step()")
-        self.step()
+        if self.advance() is not None:
+            number = self._container["run"].number
+            self.restore()
+            raise StepOrderError(
+                f"second_step() was called after pass {number}, but the method needs more; drive it with each_pass()"
+            )
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Closure | None = None, *, closure_runs: ClosureRuns | None = None) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | None = None,
+        validation_closure: Closure | None = None,
+        *,
+        closure_runs: ClosureRuns | None = None,
+    ) -> Any:
         """Makes or completes a step.
 
         Args:
             closure: clears nothing, runs forward and backward, and returns the loss. Which passes it runs is said by
                 ``closure_runs``. None completes a step begun with ``first_step``; this is how GradScaler calls it.
+            validation_closure: the same for the validation batch, for methods that use one.
             closure_runs: overrides the constructor's.
 
         Returns:
@@ -238,29 +301,31 @@ class SharpnessAwareOptimizer(Optimizer):
 
         Raises:
             StepOrderError: without closure if no step is begun or passes are missing; with a closure that cannot run
-                again, or under GradScaler. Whatever is raised, also by the closure, the weights are then as they were
-                before the step.
+                again, or under GradScaler; without a validation closure where the method needs one. Whatever is
+                raised, also by a closure, the weights are then as they were before the step.
         """
-        if closure is None:
-            self._finish()
-            return None
-        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
+        self._container["in step()"] = True
+        try:
+            if "descent" in self._container:
+                lists, rule, scale = self._container.pop("descent")
+                return self.descend(*lists, rule=rule, scale=scale)
+            if closure is None:
+                return self._finish()
+            self._refuse_amp_closure()
+            return self._run_closures(closure, validation_closure, closure_runs or self.closure_runs)
+        except BaseException:
             self._forget_amp_scaling()
             self.restore()
-            raise StepOrderError(
-                "a closure cannot be used with GradScaler.step, which would see its scaled gradients too late. Call "
-                "backward and first_step(), backward again, then scaler.step(optimizer)."
-            )
-        try:
-            return self._run_closure(closure, closure_runs or self.closure_runs)
-        except BaseException:
-            self.restore()
             raise
+        finally:
+            self._container["in step()"] = False
 
-    def _run_closure(self, closure: Closure, closure_runs: ClosureRuns) -> Any:
-        random_state = RandomState(param.device for param in self._params())
+    def _run_closures(self, closure: Closure, validation_closure: Closure | None, closure_runs: ClosureRuns) -> Any:
+        closures = {TRAIN: closure, VALIDATION: validation_closure}
+        devices = {param.device for param in self._params()}
+        before: dict[str, RandomState] = {}  # the first pass on each batch
         losses: list[Any] = []
-        run = self._container["run"]
+        run: _Run | None = self._container["run"]
         if run is not None:
             waiting: Pass | None = run.waiting
         elif closure_runs == "every_pass":
@@ -268,33 +333,46 @@ class SharpnessAwareOptimizer(Optimizer):
         else:
             waiting = self.advance(zero_grad=True)
         while waiting is not None:
+            chosen = closures.get(waiting.data)
+            if chosen is None:
+                raise StepOrderError(f"{type(self).__name__} needs a closure for the {waiting.data} batch as well")
             if losses:
                 self.zero_grad()
-                if waiting.perturbed:
-                    random_state.restore()
-            losses.append(_call(closure))
+            if waiting.perturbed and waiting.data in before:
+                after = RandomState(devices)
+                before[waiting.data].restore()
+                losses.append(_call(chosen))
+                after.restore()
+            else:
+                before.setdefault(waiting.data, RandomState(devices))
+                losses.append(_call(chosen))
             waiting = self.advance()
         return losses[0] if losses else None
 
     def _begin(self) -> _Run:
+        self._params()
         self._container["report"] = StepReport()
-        passes = self.passes()
-        run = _Run(passes, next(passes), 1)
-        self._container["run"] = run
+        run = self._container["run"] = _Run(self.passes())
         return run
 
     def _finish(self) -> None:
         run: _Run | None = self._container["run"]
         if run is None:
-            self._forget_amp_scaling()
             raise StepOrderError(
                 "step() without a closure completes a step, and none is begun. Call first_step() after the first "
                 "backward and step() or second_step() after the second, or pass a closure."
             )
         if self.advance() is not None:
-            self._forget_amp_scaling()
-            self.restore()
-            raise StepOrderError(f"step() was called after pass {run.number}, but the method needs more; use advance()")
+            raise StepOrderError(
+                f"step() was called after pass {run.number}, but the method needs more; drive it with each_pass()"
+            )
+
+    def _refuse_amp_closure(self) -> None:
+        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
+            raise StepOrderError(
+                "a closure cannot be used with GradScaler.step, which would see its scaled gradients too late. Call "
+                "backward and first_step(), backward again, then scaler.step(optimizer)."
+            )
 
     # ------------------------------------------------------------------ safety
 
@@ -319,7 +397,9 @@ class SharpnessAwareOptimizer(Optimizer):
         """Abandons a step under way: the weights are as they were before it, bit for bit. Otherwise does nothing."""
         run: _Run | None = self._container["run"]
         self._container["run"] = None
-        if run is not None:
+        self._container.pop("descent", None)
+        # A generator that is running is the one that the exception comes from, and ends by it.
+        if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:
             run.passes.close()
         plans: PlanCache = self._container["plans"]
         if plans.holds_copies:
@@ -333,6 +413,15 @@ class SharpnessAwareOptimizer(Optimizer):
         except BaseException:
             self.restore()
             raise
+
+    def _refuse_second_begin(self, action: str) -> None:
+        if self.is_step_begun:
+            self.restore()
+            raise StepOrderError(
+                f"{action} was called although a step was begun and not completed. The weights have been restored to "
+                "what they were before that step; clear the gradients and begin again. After an exception in the "
+                "second pass, call restore(), or run that pass within restore_on_error()."
+            )
 
     def _refuse_mid_step(self, action: str) -> None:
         if self.is_step_begun:
@@ -388,7 +477,10 @@ class SharpnessAwareOptimizer(Optimizer):
             StepOrderError: in the middle of a step.
         """
         self._refuse_mid_step("state_dict() was called")
-        return super().state_dict()
+        state_dict = super().state_dict()
+        if self._container["method state"]:
+            state_dict["method_state"] = {name: list(v) for name, v in self._container["method state"].items()}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer or of the plain base optimizer.
@@ -409,17 +501,26 @@ class SharpnessAwareOptimizer(Optimizer):
         merged = [{**{k: own[k] for k in own_keys if k in own}, **saved} for saved, own in pairs]
         merged += state_dict["param_groups"][len(merged) :]
         self.base_optimizer.load_state_dict({**state_dict, "param_groups": merged})
+        params = self._params()
+        self._container["method state"] = {
+            name: [None if v is None else v.to(p, copy=True) for v, p in zip(entries, params, strict=True)]
+            for name, entries in state_dict.get("method_state", {}).items()
+        }
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_mid_step("the optimizer was copied or pickled")
         dropped = ("_container", "step", "grad_scale", "found_inf")
-        return {key: value for key, value in self.__dict__.items() if key not in dropped}
+        kept = {key: value for key, value in self.__dict__.items() if key not in dropped}
+        return {**kept, "method state": self._container["method state"]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        method_state = state.pop("method state")
         super().__setstate__(state)
         self._reset_caches()
+        self._container["method state"] = method_state
 
     def _params(self) -> list[Tensor]:
         """All parameters, group by group, as the kernels' plan of this moment holds them."""
@@ -435,7 +536,9 @@ class SharpnessAwareOptimizer(Optimizer):
         # In a container, because some wrappers of optimizers swallow the writing of attributes.
         self._container: dict[str, Any] = {
             "run": None,
+            "in step()": False,
             "report": StepReport(),
+            "method state": {},
             "plans": PlanCache(self.geometry_of, self.is_perturbed_group),
             "update": BaseUpdate(self.base_optimizer),
         }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 Gradients = list[Tensor | None]
+
+TRAIN = "train"
+VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,15 @@ class Pass:
         data: which batch: ``"train"``, or ``"validation"`` for methods that use a second one.
         perturbed: the model holds perturbed weights. Such a pass uses the random draws of the unperturbed pass on the
             same data (dropout), and leaves BatchNorm's running statistics alone.
+        kept: the method reads this gradient again after later passes, so that ``p.grad`` must not be written into
+            before the step ends. Whoever runs the passes takes the gradients away from the parameters.
     """
 
-    data: str = "train"
+    data: str = TRAIN
     perturbed: bool = False
+    kept: bool = False
 
 
-# A method yields passes and is sent the gradients, one entry for each parameter, None where there is none.
-Passes = Generator[Pass, Gradients, None]
+# A method yields a pass and is sent its gradients, one entry for each parameter, None where there is none. Or it yields
+# several passes that do not depend on each other, and is sent a list of as many gradients.
+Passes = Generator[Pass | Sequence[Pass], Any, None]

@@ -51,6 +51,9 @@ class SAM(SharpnessAwareOptimizer):
         optimizer.second_step(zero_grad=True)
     """
 
+    # Settings that a subclass keeps in the groups besides SAM's own.
+    _more_settings: dict[str, Any] = {}  # noqa: RUF012
+
     def __init__(
         self,
         params: Any,
@@ -65,7 +68,7 @@ class SAM(SharpnessAwareOptimizer):
         if not perturb_eps >= 0.0:
             raise InvalidSettingError(f"Invalid perturb_eps: {perturb_eps}; it must be at least 0")
         self._rule = Normalized(epsilon=perturb_eps)
-        defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, **self._more_settings}
         super().__init__(params, base_optimizer, defaults, **kwargs)
 
     def passes(self) -> Passes:
@@ -78,14 +81,14 @@ class SAM(SharpnessAwareOptimizer):
         """Each group's rho."""
         radii = [[float(group["rho"])] for group in self.param_groups]
         for (rho,) in radii:
-            _check_rho(rho)
+            check_rho(rho)
         return radii
 
     def _is_plain_step(self) -> bool:
         return all(float(group["rho"]) == 0.0 for group in self.param_groups)
 
     def validate_group(self, group: dict[str, Any]) -> None:
-        _check_rho(float(group["rho"]))
+        check_rho(float(group["rho"]))
         if group["adaptive"] not in (False, True, "elementwise", "weights"):
             raise InvalidSettingError(
                 f"Invalid adaptive: {group['adaptive']!r}; it is False, True, 'elementwise' or 'weights'"
@@ -130,6 +133,7 @@ class ASAM(SAM):
         super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
 
 
-def _check_rho(rho: float) -> None:
+def check_rho(rho: float) -> None:
+    """Raises :class:`InvalidSettingError` for a negative or undefined radius."""
     if not rho >= 0.0:
         raise InvalidSettingError(f"Invalid rho: {rho}; it must be at least 0")

@@ -1,0 +1,132 @@
+"""Agnostic-SAM and Align-SAM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sam_kernels
+from sam_kernels.rules import RuleLike
+
+from .construction import BaseOptimizer
+from .errors import InvalidSettingError
+from .passes import VALIDATION, Gradients, Pass, Passes
+from .sam import SAM, check_rho
+
+
+class AgnosticSAM(SAM):
+    """Agnostic-SAM (arXiv 2406.07107) and Align-SAM, the later form of the same work.
+
+    Two batches: B_t is the training batch, B_v a second, usually smaller, draw from the training set or a hold-out set.
+    ::
+
+        g_t  = gradient on B_t at w             g_v = gradient on B_v at w
+        g_v' = gradient on B_v at w + rho_val g_v / |g_v|
+        e    = rho_train g_t / |g_t| - rho_val g_v' / |g_v'|      up-hill on B_t, down-hill on B_v
+        w   <- base_optimizer(w, gradient on B_t at w + e)
+
+    ``variant="align"`` uses g_v in place of g_v' and saves one gradient. The validation batch enters through the
+    perturbation alone. No code of the authors is public; the formulas are as we read the paper.
+
+    Args:
+        params, base_optimizer, adaptive, eta, perturb_eps, **kwargs: as for :class:`SAM`; ASAM's geometry is that at w.
+        rho_train: radius up-hill on the training batch; the groups' ``rho``.
+        rho_val: radius down-hill on the validation batch, and of the perturbation under g_v'; the groups' ``rho_val``.
+            None, the default, is half of rho_train, also when that follows a schedule. At 0 the method is SAM.
+        variant: ``"agnostic"`` (four gradients a step) or ``"align"`` (three).
+        normalizer: what divides g_v'. ``"own"`` is |g_v'|; ``"first"`` is |g_v|, the literal reading of the form in
+            which both perturbations share one factor.
+        smoothing: beta of a moving average m <- beta m + (1 - beta) g_v' that takes the place of g_v'; 0 for none. A
+            beta of 0.9 has been reported; what exactly is smoothed is our reading.
+
+    Passes: training and validation at w (independent of each other), for ``"agnostic"`` validation at its perturbation,
+    and training at w + e. Drive them by ``each_pass()``, or by ``step(closure, validation_closure)``::
+
+        for p in optimizer.each_pass():
+            x, y = train_batch if p.data == "train" else validation_batch
+            loss_fn(model(x), y).backward()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho_train: float = 0.05,
+        rho_val: float | None = None,
+        *,
+        variant: str = "agnostic",
+        normalizer: str = "own",
+        smoothing: float = 0.0,
+        adaptive: bool | str = False,
+        closure_runs: str = "every_pass",
+        **kwargs: Any,
+    ) -> None:
+        if variant not in ("agnostic", "align"):
+            raise InvalidSettingError(f"Invalid variant: {variant!r}; it is 'agnostic' or 'align'")
+        if normalizer not in ("own", "first"):
+            raise InvalidSettingError(f"Invalid normalizer: {normalizer!r}; it is 'own' or 'first'")
+        if not 0.0 <= smoothing < 1.0:
+            raise InvalidSettingError(f"Invalid smoothing: {smoothing}; it must be at least 0 and below 1")
+        self.variant, self.normalizer, self.smoothing = variant, normalizer, smoothing
+        self._more_settings = {"rho_val": rho_val}
+        super().__init__(params, base_optimizer, rho_train, adaptive, closure_runs=closure_runs, **kwargs)
+
+    def passes(self) -> Passes:
+        g_train, g_val = yield [Pass(kept=True), Pass(VALIDATION, kept=True)]
+        rule: RuleLike = self._rule
+        if self.variant == "agnostic":
+            self.ascend(g_val, rule=self._rule, scale=[[rho_val] for _, rho_val in self._both_radii()])
+            if self.normalizer == "first":
+                rule = _FirstNormalized(self.last_step.ascent.norms[0], self._rule.epsilon)  # type: ignore[union-attr]
+            g_val = yield Pass(VALIDATION, perturbed=True, kept=True)
+        if self.smoothing > 0.0:
+            g_val = self._smoothed(g_val)
+        self.ascend(g_train, g_val, rule=rule, scale=[[rho, -rho_val] for rho, rho_val in self._both_radii()])
+        g_plus = yield Pass(perturbed=True)
+        self.descend(g_plus)
+
+    def _both_radii(self) -> list[tuple[float, float]]:
+        """rho_train and rho_val of each group."""
+        radii = []
+        for group in self.param_groups:
+            rho, rho_val = float(group["rho"]), group["rho_val"]
+            check_rho(rho)
+            radii.append((rho, rho / 2 if rho_val is None else float(rho_val)))
+        return radii
+
+    def _smoothed(self, gradients: Gradients) -> Gradients:
+        """The moving average of the validation gradient; of parameters without one it stays as it is."""
+        average = self.method_state("validation_gradient")
+        index = [i for i, g in enumerate(gradients) if g is not None]
+        for i in index:
+            if average[i] is None:
+                average[i] = torch.zeros_like(gradients[i])  # type: ignore[arg-type]
+        out = [average[i] for i in index]
+        new = [gradients[i] for i in index]
+        sam_kernels.combine_(
+            out,  # type: ignore[arg-type]
+            [out, new],
+            [self.smoothing, 1.0 - self.smoothing],
+            backend=self.backend,
+        )
+        return [None if g is None else average[i] for i, g in enumerate(gradients)]
+
+    def _is_plain_step(self) -> bool:
+        return all(rho == 0.0 and rho_val == 0.0 for rho, rho_val in self._both_radii())
+
+    def validate_group(self, group: dict[str, Any]) -> None:
+        super().validate_group(group)
+        if group["rho_val"] is not None and not float(group["rho_val"]) >= 0.0:
+            raise InvalidSettingError(f"Invalid rho_val: {group['rho_val']}; it must be None or at least 0")
+
+
+class _FirstNormalized:
+    """c = (1 / |g_t|, 1 / |g_v|) with |g_v| given: the norm at w, not that of the list."""
+
+    def __init__(self, norm: Tensor, epsilon: float) -> None:
+        self.norm, self.epsilon = norm, epsilon
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        return 1.0 / (torch.stack([gram[0, 0].sqrt(), self.norm.to(gram.device)]) + self.epsilon)
