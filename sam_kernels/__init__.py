@@ -6,7 +6,7 @@
 from .backends import BackendStatus, backends
 from .bases import SGD, Adam, AdamSettings, SGDSettings
 from .errors import BackendUnavailableError, UnsupportedTensorError
-from .ops import ascent_, combine_, descent_, gram, perturb_, restore_
+from .ops import ascent_, combine_, descent_, gram, look_ahead_, perturb_, restore_
 from .plan import Plan, Snapshot
 from .report import LaunchReport
 from .rules import Deflected, Fixed, Normalized, NormMatched, Rule
@@ -34,6 +34,7 @@ __all__ = [
     "combine_",
     "descent_",
     "gram",
+    "look_ahead_",
     "perturb_",
     "restore_",
 ]

@@ -99,14 +99,14 @@ def _bind_lists(table: Any, plan: Plan, xs: Sequence[TensorList], staging: _Stag
             _bind_odd(table, _cpu.LIST + number, plan, tensors, odd, staging, written=False)
 
 
-def _bind_state(table: Any, plan: Plan, base: Base, staging: _Staging) -> None:
+def _bind_state(table: Any, plan: Plan, base: Base, staging: _Staging, written: bool) -> None:
     for number, column in enumerate(base.columns):
         if not column:
             table.clear(_cpu.STATE + number)
             continue
         odd = table.bind(_cpu.STATE + number, column)
         if odd:
-            _bind_odd(table, _cpu.STATE + number, plan, column, odd, staging, written=True)
+            _bind_odd(table, _cpu.STATE + number, plan, column, odd, staging, written)
     if base.steps:
         odd = table.bind(_cpu.STEP, base.steps)
         for index in odd:
@@ -205,11 +205,12 @@ def descent_(
     weighted: bool,
     inverse_grad_scale: float,
     skip_update: bool,
+    preview: bool = False,
 ) -> LaunchReport:
     staging = _Staging()
     table = _bind_params(plan, staging)
     _bind_lists(table, plan, xs, staging)
-    _bind_state(table, plan, base, staging)
+    _bind_state(table, plan, base, staging, written=not preview)
     finite, matrix, coefficients = table.descent(
         len(xs),
         rule.code,
@@ -224,6 +225,7 @@ def descent_(
         getattr(base, "first", None),
         inverse_grad_scale,
         skip_update,
+        preview,
         torch.get_num_threads(),
     )
     _finish(table, plan, staging)

@@ -199,6 +199,28 @@ def descent_(
     return report
 
 
+def look_ahead_(
+    params: Params,
+    xs: Sequence[TensorList],
+    base: Base,
+    *,
+    snapshot: Snapshot,
+    scale: Scale = 1.0,
+    backend: str | None = None,
+) -> None:
+    """w <- base(snapshot, sum_i scale_i x_i), as :func:`descent_` would, with the base's state left untouched.
+
+    The copies stay. Tensors of which no copy is held are left alone; those with a copy but no entry are restored.
+    """
+    plan = _plan(params)
+    _check_lists(xs, len(plan))
+    flat = _flat_scale(scale, plan, len(xs))
+    for part in _parts(plan, xs, snapshot, base):
+        _launch(
+            part.plan, backend, "descent_", part.xs, part.base, part.snapshot, _FIXED, flat, False, 1.0, False, True
+        )
+
+
 class _Part:
     """What one device has of a launch's arguments."""
 

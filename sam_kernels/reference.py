@@ -117,8 +117,12 @@ def descent_(
     weighted: bool,
     inverse_grad_scale: float,
     skip_update: bool,
+    preview: bool = False,
 ) -> LaunchReport:
-    """[Gram -> rule ->] combine -> restore -> base update. Skipping the update restores all the same."""
+    """[Gram -> rule ->] combine -> restore -> base update. Skipping the update restores all the same.
+
+    A preview writes only weights of which a copy is held; the copies and the state stay as they are.
+    """
     if rule.needs_gram and not skip_update:
         report = _apply(rule, gram(plan, xs, weighted, snapshot))
     else:
@@ -128,8 +132,10 @@ def descent_(
         restore_(plan, snapshot)
     if not skip_update and report.finite:
         for i in range(len(plan)):
-            if all(x[i] is None for x in xs):
+            if all(x[i] is None for x in xs) or (preview and not (snapshot is not None and snapshot.taken[i])):
                 continue
+            state = [column[i] for column in (*base.columns, base.steps) if column and column[i] is not None]
+            before = [t.clone() for t in state if t is not None] if preview else []
             gradient = _combination(plan, xs, i, report.coefficients, scale, inverse_grad_scale)
             weight = _real(plan.params[i])
             if gradient is None:
@@ -138,7 +144,9 @@ def descent_(
                 _sgd(base, i, base.settings[plan.groups[i]], weight, gradient)
             else:
                 _adam(base, i, base.settings[plan.groups[i]], weight, gradient)
-    if snapshot is not None:
+            for tensor, value in zip(state, before, strict=False):
+                tensor.copy_(value)  # type: ignore[union-attr]
+    if snapshot is not None and not preview:
         snapshot.discard()
     return report
 

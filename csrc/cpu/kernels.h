@@ -51,6 +51,7 @@ struct Launch {
     double* steps = nullptr;             // [row], scratch: step counts after this step
     double inverse_grad_scale = 1.0;
     bool skip_update = false;
+    bool preview = false;  // write weights alone, and only of rows with a copy, which stays: a look-ahead
 };
 
 struct KernelSet {

@@ -253,11 +253,21 @@ inline void combine_chunks(const Launch& launch, int thread) {
 
 // ---------------------------------------------------------------- base optimizers
 
+// A tile of state to be changed: the tensor's own memory where possible, but a copy for a preview, which is thrown away.
+template <class T>
+inline T* load_state(const Cell& cell, int64_t offset, int n, T* buffer, bool preview) {
+    T* tile = load_mutable(cell, offset, n, buffer);
+    if (!preview || tile == buffer) return tile;
+    memcpy(buffer, tile, size_t(n) * sizeof(T));
+    return buffer;
+}
+
 template <class T, SgdKind kind>
 struct SgdUpdate {
     SgdScalars<T> scalars;
+    bool preview;
 
-    SgdUpdate(const Launch& launch, int32_t row_index) {
+    SgdUpdate(const Launch& launch, int32_t row_index) : preview(launch.preview) {
         const SgdSettings& s = launch.sgd[launch.rows[row_index].group];
         const bool first = launch.first[row_index];
         scalars = {T(s.lr),
@@ -277,21 +287,22 @@ struct SgdUpdate {
             return;
         }
         T storage[kTile];
-        T* SAMK_RESTRICT momentum = load_mutable(row.cells[kState], offset, n, storage);
+        T* SAMK_RESTRICT momentum = load_state(row.cells[kState], offset, n, storage, preview);
         for (int e = 0; e < n; ++e) {
             T buffer = momentum[e];
             out[e] = sgd<T, kind>(source[e], gradient[e], buffer, s);
             momentum[e] = buffer;
         }
-        store(row.cells[kState], offset, n, momentum);
+        if (!preview) store(row.cells[kState], offset, n, momentum);
     }
 };
 
 template <class T, bool amsgrad>
 struct AdamUpdate {
     AdamScalars<T> scalars;
+    bool preview;
 
-    AdamUpdate(const Launch& launch, int32_t row_index) {
+    AdamUpdate(const Launch& launch, int32_t row_index) : preview(launch.preview) {
         const AdamSettings& s = launch.adam[launch.rows[row_index].group];
         const double step = launch.steps[row_index];
         scalars = {T(s.lr / (1.0 - std::pow(s.beta1, step))),
@@ -309,9 +320,10 @@ struct AdamUpdate {
               T* SAMK_RESTRICT out) const {
         const AdamScalars<T> s = scalars;
         T storage[3][kTile];
-        T* SAMK_RESTRICT exp_avg = load_mutable(row.cells[kState], offset, n, storage[0]);
-        T* SAMK_RESTRICT exp_avg_sq = load_mutable(row.cells[kState + 1], offset, n, storage[1]);
-        T* SAMK_RESTRICT maximum = amsgrad ? load_mutable(row.cells[kState + 2], offset, n, storage[2]) : storage[2];
+        T* SAMK_RESTRICT exp_avg = load_state(row.cells[kState], offset, n, storage[0], preview);
+        T* SAMK_RESTRICT exp_avg_sq = load_state(row.cells[kState + 1], offset, n, storage[1], preview);
+        T* SAMK_RESTRICT maximum =
+            amsgrad ? load_state(row.cells[kState + 2], offset, n, storage[2], preview) : storage[2];
         for (int e = 0; e < n; ++e) {
             T m = exp_avg[e], v = exp_avg_sq[e], v_max = amsgrad ? maximum[e] : T(0);
             out[e] = adam<T, amsgrad>(source[e], gradient[e], m, v, v_max, s);
@@ -319,6 +331,7 @@ struct AdamUpdate {
             exp_avg_sq[e] = v;
             if (amsgrad) maximum[e] = v_max;
         }
+        if (preview) return;
         store(row.cells[kState], offset, n, exp_avg);
         store(row.cells[kState + 1], offset, n, exp_avg_sq);
         if (amsgrad) store(row.cells[kState + 2], offset, n, maximum);
@@ -350,10 +363,12 @@ inline void update_chunk(const Launch& launch, const Chunk& chunk) {
 template <class T>
 inline void descent_chunk(const Launch& launch, const Chunk& chunk) {
     const Row& row = launch.rows[chunk.row];
+    const bool held = launch.taken && launch.taken[chunk.row];
     if (launch.skip_update || !row.has_gradient(launch.lists)) {
-        if (launch.taken && launch.taken[chunk.row]) restore_chunk(launch, chunk);
+        if (held) restore_chunk(launch, chunk);
         return;
     }
+    if (launch.preview && !held) return;
     if (launch.base == BaseKind::Adam) {
         if (launch.adam[row.group].amsgrad)
             update_chunk<T, AdamUpdate<T, true>>(launch, chunk);
@@ -390,8 +405,13 @@ inline void count_steps(Launch& launch) {
         const Row& row = launch.rows[r];
         if (!active[r] || !row.has_gradient(launch.lists)) continue;
         const Cell& cell = row.cells[kStep];
-        launch.steps[r] = cell.dtype == DType::Float64 ? *static_cast<double*>(cell.pointer) += 1.0
-                                                               : *static_cast<float*>(cell.pointer) += 1.0f;
+        const bool is_double = cell.dtype == DType::Float64;
+        launch.steps[r] = 1.0 + (is_double ? *static_cast<double*>(cell.pointer) : *static_cast<float*>(cell.pointer));
+        if (launch.preview) continue;
+        if (is_double)
+            *static_cast<double*>(cell.pointer) = launch.steps[r];
+        else
+            *static_cast<float*>(cell.pointer) = float(launch.steps[r]);
     }
 }
 
@@ -475,5 +495,5 @@ inline void run_descent(Launch& launch) {
             },
             [&](int thread) { descent_chunks(launch, thread); });
     }
-    if (launch.taken) mark_taken(launch, 0);
+    if (launch.taken && !launch.preview) mark_taken(launch, 0);
 }

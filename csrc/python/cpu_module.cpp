@@ -125,7 +125,7 @@ public:
 
     py::tuple descent(int lists, int rule, double epsilon, double alpha, bool needs_gram, bool weighted,
                       const std::vector<double>& scale, py::object taken, int base, const py::list& settings,
-                      py::object first, double inverse_grad_scale, bool skip_update, int threads) {
+                      py::object first, double inverse_grad_scale, bool skip_update, bool preview, int threads) {
         Launch launch = prepare(lists, threads, 4 * lists + 16, with_gradient_or_copy(lists, flags(taken)));
         check_scale(scale, lists);
         launch.rule = {Rule(rule), epsilon, alpha};
@@ -133,6 +133,7 @@ public:
         launch.taken = flags(taken);
         launch.inverse_grad_scale = inverse_grad_scale;
         launch.skip_update = skip_update;
+        launch.preview = preview;
         launch.needs_gram = needs_gram && !skip_update;
         launch.weighted_gram = weighted;
         launch.base = BaseKind(base);

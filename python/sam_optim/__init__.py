@@ -13,6 +13,7 @@ from .optimizer import SharpnessAwareOptimizer, StepReport
 from .passes import Pass, Passes
 from .randomness import RandomState
 from .sam import ASAM, SAM
+from .sampa import SAMPa
 from .schedules import LambdaRho, RhoFollowsLR
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Passes",
     "RandomState",
     "RhoFollowsLR",
+    "SAMPa",
     "SharpnessAwareOptimizer",
     "StepOrderError",
     "StepReport",

@@ -5,6 +5,7 @@ The state stays in the base optimizer under torch's own keys, so that checkpoint
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,6 +63,25 @@ class BaseUpdate:
         if not by_base_itself and FusedState.supports(self.base_optimizer):
             return self._fused(descent)
         return self._by_base(descent)
+
+    def look_ahead(self, plan: Plan, snapshot: Snapshot, gradients: Gradients, backend: str | None) -> None:
+        """w <- base(copy of w, gradients) where a copy is held, with the base's state as it was; copies stay."""
+        if FusedState.supports(self.base_optimizer):
+            update, _ = self._fused_state.prepare(plan.params, gradients)
+            sam_kernels.look_ahead_(plan, [gradients], update, snapshot=snapshot, backend=backend)
+            return
+        copies = bytes(snapshot.taken)
+        sam_kernels.restore_(plan, snapshot, backend=backend)
+        snapshot.taken[:] = copies
+        base = self.base_optimizer
+        before = {p: {k: _cloned(v) for k, v in entries.items()} for p, entries in base.state.items()}
+        for param, gradient, held in zip(plan.params, gradients, copies, strict=True):
+            param.grad = gradient if held else None
+        base.step()
+        for param in plan.params:
+            param.grad = None
+        base.state.clear()
+        base.state.update(before)
 
     def _fused(self, descent: Descent) -> tuple[LaunchReport, bool]:
         base = self.base_optimizer
@@ -251,3 +271,7 @@ def _first_of(lists: Sequence[Gradients]) -> Gradients:
     if len(lists) == 1:
         return lists[0]
     return [next((x for x in entries if x is not None), None) for entries in zip(*lists, strict=True)]
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -25,7 +25,7 @@ from sam_kernels.rules import Fixed, RuleLike
 from .base_update import BaseUpdate, Descent
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
-from .passes import TRAIN, VALIDATION, Gradients, Pass, Passes
+from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes
 from .planning import PlanCache
 from .randomness import RandomState
 
@@ -107,6 +107,9 @@ class SharpnessAwareOptimizer(Optimizer):
     # GradScaler.step then hands the gradient's scale to step() and leaves unscaling and skipping to it.
     _step_supports_amp_scaling = True
 
+    # Whether passes on the batch of the step before are asked for.
+    uses_previous_batch = False
+
     base_optimizer: Optimizer
 
     def __init__(
@@ -187,6 +190,15 @@ class SharpnessAwareOptimizer(Optimizer):
         last: StepReport = self._container["report"]
         self._container["report"] = last._replace(descent=report, updated=updated)
 
+    def look_ahead(self, gradients: Gradients) -> None:
+        """To where the base optimizer's next update with these gradients would lead, its state untouched.
+
+        Starts from the copies that :meth:`ascend` has taken; weights without one stay.
+        """
+        plans: PlanCache = self._container["plans"]
+        update: BaseUpdate = self._container["update"]
+        update.look_ahead(plans.plan, plans.snapshot, gradients, self.backend)
+
     def method_state(self, name: str) -> list[Tensor | None]:
         """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
 
@@ -196,6 +208,10 @@ class SharpnessAwareOptimizer(Optimizer):
         entries = state.setdefault(name, [])
         entries += [None] * (len(self._params()) - len(entries))
         return entries
+
+    def has_method_state(self, name: str) -> bool:
+        """Whether some parameter has an entry of this name."""
+        return any(entry is not None for entry in self._container["method state"].get(name, []))
 
     def _is_plain_step(self) -> bool:
         """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""
@@ -213,7 +229,9 @@ class SharpnessAwareOptimizer(Optimizer):
             The pass whose gradient the method wants next, or None if the step is complete.
         """
         try:
-            run: _Run = self._container["run"] or self._begin()
+            run: _Run | None = self._container["run"] or self._begin()
+            if run is None:
+                return None
             kept = run.waiting.kept
             gradients = gradients_of(self._params())
             if len(missing(gradients)) == len(gradients):
@@ -226,7 +244,7 @@ class SharpnessAwareOptimizer(Optimizer):
         except BaseException:
             self.restore()
             raise
-        if zero_grad or (kept and self.is_step_begun):
+        if zero_grad or kept:
             self.zero_grad()
         return self.waiting
 
@@ -243,7 +261,8 @@ class SharpnessAwareOptimizer(Optimizer):
             StepOrderError: if a step is already begun (the weights are then restored).
         """
         self._refuse_second_begin("each_pass()")
-        waiting: Pass | None = self._begin().waiting
+        self._begin()
+        waiting = self.waiting
         try:
             while waiting is not None:
                 yield waiting
@@ -284,6 +303,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self,
         closure: Closure | None = None,
         validation_closure: Closure | None = None,
+        previous_closure: Closure | None = None,
         *,
         closure_runs: ClosureRuns | None = None,
     ) -> Any:
@@ -293,6 +313,8 @@ class SharpnessAwareOptimizer(Optimizer):
             closure: clears nothing, runs forward and backward, and returns the loss. Which passes it runs is said by
                 ``closure_runs``. None completes a step begun with ``first_step``; this is how GradScaler calls it.
             validation_closure: the same for the validation batch, for methods that use one.
+            previous_closure: the same for the batch of the step before, for methods that use it; by default the
+                closure that was given for that step.
             closure_runs: overrides the constructor's.
 
         Returns:
@@ -312,7 +334,11 @@ class SharpnessAwareOptimizer(Optimizer):
             if closure is None:
                 return self._finish()
             self._refuse_amp_closure()
-            return self._run_closures(closure, validation_closure, closure_runs or self.closure_runs)
+            previous = previous_closure or self._container["previous closure"]
+            closures = {TRAIN: closure, VALIDATION: validation_closure, PREVIOUS: previous}
+            loss = self._run_closures(closures, closure_runs or self.closure_runs)
+            self._container["previous closure"] = closure if self.uses_previous_batch else None
+            return loss
         except BaseException:
             self._forget_amp_scaling()
             self.restore()
@@ -320,18 +346,16 @@ class SharpnessAwareOptimizer(Optimizer):
         finally:
             self._container["in step()"] = False
 
-    def _run_closures(self, closure: Closure, validation_closure: Closure | None, closure_runs: ClosureRuns) -> Any:
-        closures = {TRAIN: closure, VALIDATION: validation_closure}
+    def _run_closures(self, closures: dict[str, Closure | None], closure_runs: ClosureRuns) -> Any:
         devices = {param.device for param in self._params()}
         before: dict[str, RandomState] = {}  # the first pass on each batch
         losses: list[Any] = []
-        run: _Run | None = self._container["run"]
-        if run is not None:
-            waiting: Pass | None = run.waiting
-        elif closure_runs == "every_pass":
-            waiting = self._begin().waiting
-        else:
-            waiting = self.advance(zero_grad=True)
+        if not self.is_step_begun:
+            if closure_runs == "every_pass":
+                self._begin()
+            else:
+                self.advance(zero_grad=True)
+        waiting = self.waiting
         while waiting is not None:
             chosen = closures.get(waiting.data)
             if chosen is None:
@@ -349,10 +373,14 @@ class SharpnessAwareOptimizer(Optimizer):
             waiting = self.advance()
         return losses[0] if losses else None
 
-    def _begin(self) -> _Run:
+    def _begin(self) -> _Run | None:
+        """Begins a step; None if the method wants no gradient for it."""
         self._params()
         self._container["report"] = StepReport()
-        run = self._container["run"] = _Run(self.passes())
+        try:
+            run = self._container["run"] = _Run(self.passes())
+        except StopIteration:
+            return None
         return run
 
     def _finish(self) -> None:
@@ -539,6 +567,7 @@ class SharpnessAwareOptimizer(Optimizer):
             "in step()": False,
             "report": StepReport(),
             "method state": {},
+            "previous closure": None,
             "plans": PlanCache(self.geometry_of, self.is_perturbed_group),
             "update": BaseUpdate(self.base_optimizer),
         }

@@ -12,6 +12,7 @@ Gradients = list[Tensor | None]
 
 TRAIN = "train"
 VALIDATION = "validation"
+PREVIOUS = "previous"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Pass:
     """One gradient evaluation.
 
     Attributes:
-        data: which batch: ``"train"``, or ``"validation"`` for methods that use a second one.
+        data: which batch: ``"train"``; ``"validation"`` for methods that use a second one; ``"previous"`` for the
+            training batch of the step before.
         perturbed: the model holds perturbed weights. Such a pass uses the random draws of the unperturbed pass on the
             same data (dropout), and leaves BatchNorm's running statistics alone.
         kept: the method reads this gradient again after later passes, so that ``p.grad`` must not be written into

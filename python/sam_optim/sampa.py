@@ -1,0 +1,85 @@
+"""SAMPa."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .construction import BaseOptimizer
+from .errors import InvalidSettingError
+from .passes import PREVIOUS, Gradients, Pass, Passes
+from .sam import SAM
+
+_Y_GRADIENT = "y_gradient"
+
+
+class SAMPa(SAM):
+    """SAM with two gradients that do not wait for each other (Xie et al. 2024, arXiv 2410.10683).
+
+    ::
+
+        x~_t    = x_t + rho <gradient on B_t at y_t>
+        y_{t+1} = where the base optimizer would go from x_t with that same gradient, its state untouched
+        x_{t+1} = base_optimizer(x_t, (1 - lam) gradient on B_t at x~_t + lam gradient on B_{t+1} at y_{t+1})
+
+    The first step starts the method: with ``warm_start="gradient"`` one gradient is taken on its batch and nothing is
+    updated. Each later step makes one update, with one pass on the batch of the step before and one on its own. Between
+    steps the model holds x. The gradient at y is part of ``state_dict()``.
+
+    Args:
+        params, base_optimizer, rho, adaptive, eta, perturb_eps, **kwargs: as for :class:`SAM`; rho is 0.1 here.
+        lam: share of the gradient at y in the update, from 0 to 1. 0.2 is the authors'. With 1 the method is the past
+            extra-gradient method, with 0 and rho 0 the base optimizer.
+        warm_start: ``"gradient"``, or ``"zero"`` for a first y-gradient of zero, as in the authors' code; the first
+            step then takes no gradient at all.
+
+    Drive it by closures, each of which is used again for the next step, or by passes::
+
+        for p in optimizer.each_pass():
+            x, y = previous_batch if p.data == "previous" else batch
+            loss_fn(model(x), y).backward()
+        previous_batch = batch
+    """
+
+    uses_previous_batch = True
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.1,
+        lam: float = 0.2,
+        *,
+        warm_start: str = "gradient",
+        adaptive: bool | str = False,
+        closure_runs: str = "every_pass",
+        **kwargs: Any,
+    ) -> None:
+        if not 0.0 <= lam <= 1.0:
+            raise InvalidSettingError(f"Invalid lam: {lam}; it must lie between 0 and 1")
+        if warm_start not in ("gradient", "zero"):
+            raise InvalidSettingError(f"Invalid warm_start: {warm_start!r}; it is 'gradient' or 'zero'")
+        self.lam, self.warm_start = lam, warm_start
+        super().__init__(params, base_optimizer, rho, adaptive, closure_runs=closure_runs, **kwargs)
+
+    def passes(self) -> Passes:
+        if not self.has_method_state(_Y_GRADIENT):
+            if self.warm_start == "gradient":
+                self._keep((yield Pass(kept=True)))
+            else:
+                self._keep([torch.zeros_like(p, requires_grad=False) for p in self._params()])
+            return
+        g_y = self.method_state(_Y_GRADIENT)
+        self.ascend(g_y, rule=self._rule, scale=self._radii())
+        g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
+        self.look_ahead(g_y)
+        g_y_next = yield Pass(kept=True)
+        self.descend(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
+        self._keep(g_y_next)
+
+    def _keep(self, gradients: Gradients) -> None:
+        self.method_state(_Y_GRADIENT)[:] = [None if g is None else g.detach() for g in gradients]
+
+    def _is_plain_step(self) -> bool:
+        return self.lam == 0.0 and super()._is_plain_step()

@@ -1,0 +1,285 @@
+"""SAMPa: closed forms, reductions, drivers, state and safety."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from sam_optim import InvalidSettingError, SAMPa, StepOrderError, freeze_in_perturbed_passes
+
+from .cases import BASES, Base, assert_same, batches, loss_of, make_net, weights_of
+
+SGD = BASES[1]
+SEVERAL = [BASES[i] for i in (0, 1, 2, 3, 5, 6, 8, 10, 12)]
+
+
+def quadratic(settings, steps, lr=0.1, rho=0.1, h=(2.0, 1.0), start=(1.0, -1.0), **more):
+    """Plain SGD on L = 1/2 w' diag(h) w; w after each call."""
+    w = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    curvature = torch.tensor(h, dtype=torch.float64)
+    optimizer = SAMPa([w], torch.optim.SGD, rho, lr=lr, **settings, **more)
+    seen = []
+    for _ in range(steps):
+        for _ in optimizer.each_pass():
+            (curvature * w**2).sum().div(2).backward()
+        seen.append(w.tolist())
+    return seen
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_closed_forms(backend):
+    start, first, second = quadratic({"lam": 0.2}, 3, backend=backend)
+    assert start == [1.0, -1.0]
+    assert first == pytest.approx((0.793689164944008, -0.898422291236002), abs=1e-12)
+    assert second == pytest.approx((0.627406123361221, -0.806457972195343), abs=1e-12)
+    _, first = quadratic({"lam": 0.0}, 2, backend=backend)
+    assert first == pytest.approx((0.78211145618001, -0.895527864045002), abs=1e-12)
+
+
+def test_lam_zero_settles_on_its_cycle():
+    # f = a w^2 / 2 in one dimension, c = lr a: A, -B, -A, B.
+    a, lr, rho = 5.0, 0.1, 0.2
+    c = lr * a
+    wanted_a = c * rho * (2 - c) / (1 + (1 - c) ** 2)
+    wanted_b = c**2 * rho / (1 + (1 - c) ** 2)
+    seen = [w[0] for w in quadratic({"lam": 0.0}, 200, lr=lr, rho=rho, h=(a,), start=(1.0,))][-4:]
+    largest = max(range(4), key=lambda i: seen[i])
+    cycle = [seen[(largest + i) % 4] for i in range(4)]
+    assert cycle == pytest.approx([wanted_a, -wanted_b, -wanted_a, wanted_b], abs=1e-9)
+
+
+def make(base: Base = SGD, rho=0.2, model=None, **settings):
+    model = model or make_net()
+    return model, SAMPa(model.named_parameters(), base.cls, rho, **{**copy.deepcopy(base.settings), **settings})
+
+
+def by_passes(optimizer, model, previous, batch):
+    for p in optimizer.each_pass():
+        loss_of(model, previous if p.data == "previous" else batch).backward()
+
+
+def by_closures(optimizer, model, previous, batch):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss.item()
+
+    return optimizer.step(closure)
+
+
+def by_hand(optimizer, model, previous, batch):
+    """Gradients cleared in place must not touch the one that is kept for the next step."""
+    first = previous if previous is not None else batch
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+    waiting = None
+    if previous is None:
+        loss_of(model, first).backward()
+        assert optimizer.advance() is None
+        return
+    # The first pass asked for is at x~, so the method must be asked before anything is computed.
+    passes = optimizer.each_pass()
+    waiting = next(passes)
+    while waiting is not None:
+        loss_of(model, previous if waiting.data == "previous" else batch).backward()
+        waiting = next(passes, None)
+
+
+def run(driver, base=SGD, count=6, **settings):
+    model, optimizer = make(base, **settings)
+    previous = None
+    for batch in batches(count):
+        driver(optimizer, model, previous, batch)
+        previous = batch
+    return weights_of(model)
+
+
+def oracle(base: Base, rho, lam, count=6, adaptive=False, warm_start="gradient"):
+    """The formulas in plain torch; the look-ahead by a copy of the base optimizer."""
+    model = make_net()
+    named = list(model.parameters())
+    optimizer = base.cls(named, **copy.deepcopy(base.settings))
+
+    def gradient(weights, batch):
+        with torch.no_grad():
+            for p, w in zip(named, weights, strict=True):
+                p.copy_(w)
+        return torch.autograd.grad(loss_of(model, batch), named)
+
+    data = batches(count)
+    x = weights_of(model)
+    g_y = gradient(x, data[0]) if warm_start == "gradient" else [torch.zeros_like(w) for w in x]
+    for previous, batch in itertools.pairwise(data):
+        operator = [w.abs() if adaptive else torch.ones_like(w) for w in x]
+        norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(operator, g_y, strict=True)))
+        x_tilde = [w + rho * t**2 * g / (norm + 1e-12) for w, t, g in zip(x, operator, g_y, strict=True)]
+        twins = [w.clone().requires_grad_() for w in x]
+        ahead = base.cls(twins, **copy.deepcopy(base.settings))
+        ahead.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for twin, g in zip(twins, g_y, strict=True):
+            twin.grad = g.clone()
+        ahead.step()
+        g_tilde = gradient(x_tilde, previous)
+        g_y = gradient([t.detach() for t in twins], batch)
+        with torch.no_grad():
+            for p, w, a, b in zip(named, x, g_tilde, g_y, strict=True):
+                p.copy_(w)
+                p.grad = (1 - lam) * a + lam * b
+        optimizer.step()
+        x = weights_of(model)
+    return x
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("lam", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("base", SEVERAL, ids=str)
+def test_trajectory(base, lam, backend):
+    got = run(by_passes, base, lam=lam, backend=backend)
+    for a, b in zip(got, oracle(base, 0.2, lam), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("settings", [{"adaptive": True, "rho": 1.0}, {"warm_start": "zero", "rho": 0.2}], ids=str)
+@pytest.mark.parametrize("base", [SGD, BASES[8]], ids=str)
+def test_geometry_and_warm_start(settings, base):
+    got = run(by_passes, base, **settings)
+    arguments = {"lam": 0.2, **settings}
+    for a, b in zip(got, oracle(base, **arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("warm_start", ["gradient", "zero"])
+def test_drivers_give_the_same_bits(warm_start):
+    wanted = run(by_passes, warm_start=warm_start)
+    assert_same(run(by_closures, warm_start=warm_start), wanted)
+    if warm_start == "gradient":
+        assert_same(run(by_hand), wanted)
+
+
+@pytest.mark.parametrize("base", SEVERAL, ids=str)
+def test_without_rho_and_lam_it_is_the_base(base):
+    model = make_net()
+    plain = base.cls(model.parameters(), **copy.deepcopy(base.settings))
+    for batch in batches(6)[:-1]:
+        plain.zero_grad()
+        loss_of(model, batch).backward()
+        plain.step()
+    assert_same(run(by_passes, base, rho=0.0, lam=0.0), weights_of(model))
+
+
+def test_with_lam_one_rho_does_not_matter():
+    assert_same(run(by_passes, rho=0.1, lam=1.0), run(by_passes, rho=3.0, lam=1.0))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("base", SEVERAL, ids=str)
+def test_the_look_ahead_leaves_state_and_weights_alone(base, backend):
+    model, optimizer = make(base, backend=backend)
+    data = batches(4)
+    for previous, batch in zip([None, *data], data[:3], strict=False):
+        by_passes(optimizer, model, previous, batch)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    weights = weights_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        for p in optimizer.each_pass():
+            if p.data == "train":
+                assert any(not torch.equal(a, b) for a, b in zip(weights_of(model), weights, strict=True))
+                raise KeyboardInterrupt
+            loss_of(model, data[2]).backward()
+    assert_same(weights_of(model), weights)
+    after = optimizer.state_dict()["state"]
+    assert after.keys() == before.keys()
+    for index, entries in before.items():
+        assert entries.keys() == after[index].keys()
+        for key, value in entries.items():
+            assert value is None or torch.equal(torch.as_tensor(value), torch.as_tensor(after[index][key])), key
+
+
+@pytest.mark.parametrize("base", [b for b in SEVERAL if b.cls is not torch.optim.RAdam], ids=str)
+def test_resume_is_bit_exact(base, tmp_path):
+    data = batches(8)
+    model, optimizer = make(base)
+    for previous, batch in zip([None, *data], data[:4], strict=False):
+        by_passes(optimizer, model, previous, batch)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint.pt")
+    weights, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    other_model, other = make(base)
+    other_model.load_state_dict(weights)
+    other.load_state_dict(state)
+    for previous, batch in itertools.pairwise(data[3:]):
+        by_passes(optimizer, model, previous, batch)
+        by_passes(other, other_model, previous, batch)
+    assert_same(weights_of(model), weights_of(other_model))
+
+
+def test_a_resumed_run_by_closures_needs_the_previous_batch_once():
+    data = batches(5)
+    model, optimizer = make()
+    for batch in data[:3]:
+        by_closures(optimizer, model, None, batch)
+    other_model, other = make()
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = weights_of(other_model)
+    with pytest.raises(StepOrderError, match="previous batch"):
+        by_closures(other, other_model, None, data[3])
+    assert_same(weights_of(other_model), before)
+    by_closures(optimizer, model, None, data[3])
+
+    def closure(batch):
+        return lambda: loss_of(other_model, batch).backward()
+
+    other.zero_grad()
+    other.step(closure(data[3]), previous_closure=closure(data[2]))
+    by_closures(optimizer, model, None, data[4])
+    other.zero_grad()
+    by_closures(other, other_model, None, data[4])
+    assert_same(weights_of(model), weights_of(other_model))
+
+
+def test_statistics_are_those_of_the_y_passes():
+    model, optimizer = make(model=make_net(batch_norm=True))
+    freeze_in_perturbed_passes(model, optimizer)
+    previous = None
+    for count, batch in enumerate(batches(4), start=1):
+        by_passes(optimizer, model, previous, batch)
+        previous = batch
+        assert model.layers[1].num_batches_tracked == count
+
+
+def test_hooks_fire_for_updates_only():
+    model, optimizer = make()
+    calls = []
+    optimizer.register_step_post_hook(lambda *args: calls.append(1))
+    previous = None
+    for batch in batches(3):
+        by_passes(optimizer, model, previous, batch)
+        previous = batch
+    assert len(calls) == 2
+
+
+def test_infinite_y_gradients():
+    model, optimizer = make()
+    data = batches(4)
+    by_passes(optimizer, model, None, data[0])
+    state = optimizer.method_state("y_gradient")
+    state[0][0, 0] = float("inf")
+    before = weights_of(model)
+    for p in optimizer.each_pass():
+        # Neither point can be reached, so both gradients are taken at x.
+        assert_same(weights_of(model), before)
+        loss_of(model, data[0] if p.data == "previous" else data[1]).backward()
+    assert optimizer.last_step.updated
+    by_passes(optimizer, model, data[1], data[2])
+    assert all(torch.isfinite(w).all() for w in weights_of(model))
+
+
+@pytest.mark.parametrize("arguments", [{"lam": -0.1}, {"lam": 1.1}, {"warm_start": "hot"}, {"rho": -1.0}])
+def test_settings_out_of_range(arguments):
+    with pytest.raises(InvalidSettingError):
+        make(**arguments)
