@@ -229,11 +229,11 @@ class SharpnessAwareOptimizer(Optimizer):
             The pass whose gradient the method wants next, or None if the step is complete.
         """
         try:
+            gradients = gradients_of(self._params())
             run: _Run | None = self._container["run"] or self._begin()
             if run is None:
                 return None
             kept = run.waiting.kept
-            gradients = gradients_of(self._params())
             if len(missing(gradients)) == len(gradients):
                 raise StepOrderError(
                     f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
@@ -261,15 +261,18 @@ class SharpnessAwareOptimizer(Optimizer):
             StepOrderError: if a step is already begun (the weights are then restored).
         """
         self._refuse_second_begin("each_pass()")
+        self._params()
         self._begin()
         waiting = self.waiting
+        passes = None if waiting is None else self._container["run"].passes
         try:
             while waiting is not None:
                 yield waiting
                 waiting = self.advance(zero_grad=True)
         finally:
-            # Only a body that was left early finds a step under way here.
-            self.restore()
+            # A body that was left early leaves this step under way; another step is none of this loop's business.
+            if self.is_step_begun and self._container["run"].passes is passes:
+                self.restore()
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturbs the weights along the gradient in ``p.grad``.
@@ -374,8 +377,7 @@ class SharpnessAwareOptimizer(Optimizer):
         return losses[0] if losses else None
 
     def _begin(self) -> _Run | None:
-        """Begins a step; None if the method wants no gradient for it."""
-        self._params()
+        """Begins a step with the plan as it is; None if the method wants no gradient for it."""
         self._container["report"] = StepReport()
         try:
             run = self._container["run"] = _Run(self.passes())
@@ -534,6 +536,7 @@ class SharpnessAwareOptimizer(Optimizer):
             name: [None if v is None else v.to(p, copy=True) for v, p in zip(entries, params, strict=True)]
             for name, entries in state_dict.get("method_state", {}).items()
         }
+        self._container["previous closure"] = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

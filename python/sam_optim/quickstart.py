@@ -1,8 +1,8 @@
 """SAM against SGD on real data with wrong labels: ``python -m sam_optim.quickstart``.
 
 Trains a small network on scikit-learn's handwritten digits after most of the training labels have been replaced at
-random, with SGD, with SAM as it is commonly written, and with this package's SAM. Prints test accuracies and times, and
-saves a picture of the curves.
+random, with SGD, with SAM as it is commonly written, and with this package's SAM and Agnostic-SAM. Prints test
+accuracies and times, and saves a picture of the curves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
-from sam_optim import SAM
+from sam_optim import SAM, AgnosticSAM
 from sam_optim.per_tensor import PerTensorSAM
 
 Data = tuple[Tensor, Tensor]
@@ -50,6 +50,8 @@ def make_optimizer(name: str, model: nn.Module, lr: float, rho: float) -> torch.
     settings: dict[str, Any] = {"lr": lr, "momentum": 0.9}
     if name == "SGD":
         return torch.optim.SGD(model.parameters(), **settings)
+    if name == "Agnostic-SAM":
+        return AgnosticSAM(model.parameters(), torch.optim.SGD, rho_train=rho, **settings)
     sam = PerTensorSAM if name == "per-tensor SAM" else SAM
     return sam(model.parameters(), torch.optim.SGD, rho=rho, **settings)
 
@@ -63,21 +65,31 @@ class Run:
     optimizer_seconds: list[float] = field(default_factory=list)  # of each step: without forward and backward
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    """One step; returns the seconds spent in the optimizer. This is all that SAM changes in a training loop."""
-    loss_fn = nn.functional.cross_entropy
-    loss_fn(model(x), y).backward()
+def train_step(model: nn.Module, optimizer: Any, batch: Data, validation_batch: Data) -> tuple[float, float]:
+    """One step; returns its seconds, and how many of them the optimizer took. All that SAM changes is in here."""
+    in_passes = 0.0
+
+    def backward(x: Tensor, y: Tensor) -> None:
+        nonlocal in_passes
+        start = time.perf_counter()
+        nn.functional.cross_entropy(model(x), y).backward()
+        in_passes += time.perf_counter() - start
+
     start = time.perf_counter()
-    if not hasattr(optimizer, "first_step"):
+    if isinstance(optimizer, AgnosticSAM):
+        for p in optimizer.each_pass():
+            backward(*(batch if p.data == "train" else validation_batch))
+    elif isinstance(optimizer, (SAM, PerTensorSAM)):
+        backward(*batch)
+        optimizer.first_step(zero_grad=True)
+        backward(*batch)
+        optimizer.second_step(zero_grad=True)
+    else:
+        backward(*batch)
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - start
-    optimizer.first_step(zero_grad=True)
     seconds = time.perf_counter() - start
-    loss_fn(model(x), y).backward()
-    start = time.perf_counter()
-    optimizer.second_step(zero_grad=True)  # type: ignore[attr-defined]
-    return seconds + time.perf_counter() - start
+    return seconds, seconds - in_passes
 
 
 def train(
@@ -92,10 +104,13 @@ def train(
     run = Run()
     images, labels = train_set
     for _ in range(options.epochs):
-        for batch in torch.randperm(len(labels)).split(options.batch_size):
-            start = time.perf_counter()
-            run.optimizer_seconds.append(train_step(model, optimizer, images[batch], labels[batch]))
-            run.step_seconds.append(time.perf_counter() - start)
+        for index in torch.randperm(len(labels)).split(options.batch_size):
+            # An independent draw from the training set, a quarter of the batch; only Agnostic-SAM looks at it.
+            second = torch.randint(len(labels), (max(1, options.batch_size // 4),))
+            batch, validation_batch = (images[index], labels[index]), (images[second], labels[second])
+            step_seconds, optimizer_seconds = train_step(model, optimizer, batch, validation_batch)
+            run.step_seconds.append(step_seconds)
+            run.optimizer_seconds.append(optimizer_seconds)
         scheduler.step()
         with torch.no_grad():
             correct = model(test_set[0]).argmax(1) == test_set[1]
@@ -133,7 +148,7 @@ def save_picture(runs: dict[str, list[Run]], options: argparse.Namespace) -> Non
     from matplotlib import pyplot
 
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2), layout="constrained")
-    for name, colour in (("SGD", "tab:gray"), ("SAM", "tab:blue")):
+    for name, colour in (("SGD", "tab:gray"), ("SAM", "tab:blue"), ("Agnostic-SAM", "tab:green")):
         accuracies = torch.tensor([run.accuracies for run in runs[name]])
         mean, spread = accuracies.mean(0), accuracies.std(0, correction=0)
         epochs = range(1, options.epochs + 1)
@@ -156,7 +171,7 @@ def save_picture(runs: dict[str, list[Run]], options: argparse.Namespace) -> Non
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m sam_optim.quickstart",
-        description="SGD against SAM on scikit-learn's digits with random training labels.",
+        description="SGD against SAM and Agnostic-SAM on scikit-learn's digits with random training labels.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--noise", type=float, default=0.6, help="share of training labels replaced at random")
@@ -178,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Run]]:
     options = parse_arguments(arguments)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    runs: dict[str, list[Run]] = {"SGD": [], "per-tensor SAM": [], "SAM": []}
+    runs: dict[str, list[Run]] = {"SGD": [], "per-tensor SAM": [], "SAM": [], "Agnostic-SAM": []}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=options.seeds * len(runs) * options.epochs)

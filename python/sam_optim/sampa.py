@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .construction import BaseOptimizer
-from .errors import InvalidSettingError
+from .errors import InvalidSettingError, StepOrderError
 from .passes import PREVIOUS, Gradients, Pass, Passes
 from .sam import SAM
 
@@ -33,6 +33,8 @@ class SAMPa(SAM):
             extra-gradient method, with 0 and rho 0 the base optimizer.
         warm_start: ``"gradient"``, or ``"zero"`` for a first y-gradient of zero, as in the authors' code; the first
             step then takes no gradient at all.
+
+    GradScaler is refused: a scaled gradient would be taken for a step.
 
     Drive it by closures, each of which is used again for the next step, or by passes::
 
@@ -75,6 +77,11 @@ class SAMPa(SAM):
         g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
         self.look_ahead(g_y)
         g_y_next = yield Pass(kept=True)
+        if hasattr(self, "grad_scale"):
+            raise StepOrderError(
+                "SAMPa cannot be used with GradScaler: its look-ahead takes the gradient of the step before, scaled as "
+                "it was then, for a step of the base optimizer. Use bfloat16, which needs no scaling."
+            )
         self.descend(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
         self._keep(g_y_next)
 

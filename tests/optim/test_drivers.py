@@ -284,6 +284,22 @@ def test_a_gradient_that_no_kernel_takes_leaves_the_weights():
     assert_same(weights_of(model), before)
 
 
+def test_a_loop_that_was_left_does_not_disturb_a_later_step():
+    model, optimizer = make()
+    batch = batches(1)[0]
+    left = optimizer.each_pass()
+    next(left)
+    optimizer.restore()
+    loss_of(model, batch).backward()
+    optimizer.first_step()
+    perturbed = weights_of(model)
+    left.close()
+    assert optimizer.is_step_begun
+    assert_same(weights_of(model), perturbed)
+    with pytest.raises(StepOrderError, match="each_pass\\(\\) was called although"):
+        next(optimizer.each_pass())
+
+
 def test_passes_closed_early_run_their_clean_up():
     closed = []
 

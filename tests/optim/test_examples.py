@@ -23,7 +23,7 @@ def test_quickstart(tmp_path, capsys):
     picture = tmp_path / "curves.png"
     runs = quickstart.main(["--epochs", "12", "--seeds", "2", "--noise", "0.3", "--output", str(picture)])
     assert picture.stat().st_size > 10_000
-    assert set(runs) == {"SGD", "per-tensor SAM", "SAM"}
+    assert set(runs) == {"SGD", "per-tensor SAM", "SAM", "Agnostic-SAM"}
     for of_name in runs.values():
         assert len(of_name) == 2
         for run in of_name:

@@ -283,3 +283,20 @@ def test_infinite_y_gradients():
 def test_settings_out_of_range(arguments):
     with pytest.raises(InvalidSettingError):
         make(**arguments)
+
+
+def test_grad_scaler_is_refused():
+    model, optimizer = make(model=make_net(torch.float32))
+    scaler = torch.amp.GradScaler("cpu")
+    data = batches(2, torch.float32)
+    by_passes(optimizer, model, None, data[0])
+    before = weights_of(model)
+    passes = optimizer.each_pass()
+    assert next(passes).data == "previous"
+    scaler.scale(loss_of(model, data[0])).backward()
+    assert next(passes).data == "train"
+    scaler.scale(loss_of(model, data[1])).backward()
+    with pytest.raises(StepOrderError, match="GradScaler"):
+        scaler.step(optimizer)
+    assert_same(weights_of(model), before)
+    assert not hasattr(optimizer, "grad_scale")
