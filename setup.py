@@ -52,7 +52,7 @@ def cpu_extension() -> Pybind11Extension:
     )
 
 
-# Sources compile side by side; unchanged ones are not compiled again.
+# Sources compile side by side.
 ParallelCompile("SAM_KERNELS_BUILD_JOBS", default=os.cpu_count() or 1).install()
 
 setup(ext_modules=[cpu_extension()], cmdclass={"build_ext": build_ext})
