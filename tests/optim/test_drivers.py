@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
+import signal
 import warnings
 
 import pytest
@@ -234,6 +236,38 @@ def test_exceptions_in_a_pass_restore_the_weights(base, failing, error):
     fresh.load_state_dict(state)
     by_every_pass_closure(fresh, other, data[2])
     assert_same(weights_of(model), weights_of(other))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_interrupts_at_any_moment(backend):
+    """Signals strike between any two lines of Python; with lr 0 the weights must never be seen to move."""
+    torch.set_num_threads(1)
+    weights = [nn.Parameter(torch.randn(n)) for n in (5, 300, 40_000)]
+    gradients = [torch.randn_like(w) for w in weights]
+    before = [w.detach().clone() for w in weights]
+    optimizer = SAM(weights, torch.optim.SGD, lr=0.0, momentum=0.9, closure_runs="every_pass", backend=backend)
+
+    def closure():
+        for w, g in zip(weights, gradients, strict=True):
+            w.grad = g
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    generator = random.Random(0)
+    try:
+        for _ in range(200):
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, generator.uniform(2e-4, 2e-3))
+                while True:
+                    optimizer.step(closure)
+            assert not optimizer.is_step_begun
+            assert_same([w.detach() for w in weights], before)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_restore_on_error_for_hand_driven_passes():
