@@ -113,6 +113,18 @@ def step_by_hand(optimizer: Any, model: nn.Module, batch: tuple[Tensor, Tensor])
     return loss.item()
 
 
+def by_every_pass_closure(optimizer: Any, model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+    """A step by one closure that clears the gradients and runs forward and backward. Returns what the step returns."""
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss.item()
+
+    return optimizer.step(closure)
+
+
 def oracle_step(model: nn.Module, base: torch.optim.Optimizer, rho: float, geometry: Any, batch: Any) -> None:
     """SAM from its formula: e = rho T^2 g / |T g|, then torch's own base optimizer with the gradient at w + e."""
     base.zero_grad()

@@ -14,7 +14,7 @@ from torch import nn
 
 from sam_optim import SAM, InvalidSettingError, LambdaRho, Pass, RhoFollowsLR, SharpnessAwareOptimizer, StepOrderError
 
-from .cases import BASES, Base, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+from .cases import BASES, Base, assert_same, batches, by_every_pass_closure, loss_of, make_net, step_by_hand, weights_of
 
 SGD = BASES[1]
 BOTH_KINDS = [SGD, BASES[8], BASES[10]]
@@ -43,16 +43,6 @@ def by_second_pass_closure(optimizer, model, batch):
     loss = optimizer.step(closure)
     optimizer.zero_grad()
     return loss
-
-
-def by_every_pass_closure(optimizer, model, batch):
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        return loss.item()
-
-    return optimizer.step(closure)
 
 
 @pytest.mark.parametrize("base", BOTH_KINDS, ids=str)

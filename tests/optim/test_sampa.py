@@ -10,7 +10,7 @@ import torch
 
 from sam_optim import InvalidSettingError, SAMPa, StepOrderError, freeze_in_perturbed_passes
 
-from .cases import BASES, Base, assert_same, batches, loss_of, make_net, weights_of
+from .cases import BASES, Base, assert_same, batches, by_every_pass_closure, loss_of, make_net, weights_of
 
 SGD = BASES[1]
 SEVERAL = [BASES[i] for i in (0, 1, 2, 3, 5, 6, 8, 10, 12)]
@@ -62,13 +62,7 @@ def by_passes(optimizer, model, previous, batch):
 
 
 def by_closures(optimizer, model, previous, batch):
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        return loss.item()
-
-    return optimizer.step(closure)
+    return by_every_pass_closure(optimizer, model, batch)
 
 
 def by_hand(optimizer, model, previous, batch):
