@@ -228,6 +228,8 @@ class SharpnessAwareOptimizer(Optimizer):
         Returns:
             The pass whose gradient the method wants next, or None if the step is complete.
         """
+        # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
+        grad_enabled = torch.is_grad_enabled()
         try:
             gradients = gradients_of(self._params())
             run: _Run | None = self._container["run"] or self._begin()
@@ -242,6 +244,7 @@ class SharpnessAwareOptimizer(Optimizer):
             if not run.receive(gradients):
                 self._container["run"] = None
         except BaseException:
+            torch.set_grad_enabled(grad_enabled)
             self.restore()
             raise
         if zero_grad or kept:
@@ -329,8 +332,9 @@ class SharpnessAwareOptimizer(Optimizer):
                 again, or under GradScaler; without a validation closure where the method needs one. Whatever is
                 raised, also by a closure, the weights are then as they were before the step.
         """
-        self._container["in step()"] = True
+        grad_enabled = torch.is_grad_enabled()
         try:
+            self._container["in step()"] = True
             if "descent" in self._container:
                 lists, rule, scale = self._container.pop("descent")
                 return self.descend(*lists, rule=rule, scale=scale)
@@ -343,6 +347,7 @@ class SharpnessAwareOptimizer(Optimizer):
             self._container["previous closure"] = closure if self.uses_previous_batch else None
             return loss
         except BaseException:
+            torch.set_grad_enabled(grad_enabled)
             self._forget_amp_scaling()
             self.restore()
             raise

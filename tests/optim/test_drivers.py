@@ -254,10 +254,37 @@ def test_interrupts_at_any_moment(backend):
                 while True:
                     optimizer.step(closure)
             assert not optimizer.is_step_begun
+            assert torch.is_grad_enabled()
             assert_same([w.detach() for w in weights], before)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("drive", ["hand", "closure"])
+def test_an_interrupt_that_gets_stuck_in_no_grad(monkeypatch, drive):
+    """What is left when a signal strikes after no_grad() was entered and before its block can leave it."""
+    model, optimizer = make()
+    before = weights_of(model)
+    batch = batches(1)[0]
+
+    def ascent_(*args, **kwargs):
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sam_kernels.ascent_", ascent_)
+    loss_of(model, batch).backward()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            if drive == "hand":
+                optimizer.first_step()
+            else:
+                optimizer.step(lambda: loss_of(model, batch).backward())
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+    assert_same(weights_of(model), before)
 
 
 def test_restore_on_error_for_hand_driven_passes():
