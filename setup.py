@@ -10,6 +10,9 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
+sys.path.insert(0, "csrc")
+import build_cuda  # noqa: E402
+
 COMMON_FLAGS = [
     "-O3",
     "-Wall",
@@ -19,6 +22,9 @@ COMMON_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+POSIX = platform.system() != "Windows"
+HEADERS = sorted(str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").rglob(pattern))
+BINDING = ["csrc/python/table_binding.cpp", "csrc/python/tensor_reader.cpp"]
 
 
 def openmp_flags() -> list[str]:
@@ -38,21 +44,54 @@ def openmp_flags() -> list[str]:
 
 
 def cpu_extension() -> Pybind11Extension:
-    posix = platform.system() != "Windows"
-    flags = [*COMMON_FLAGS, *openmp_flags()] if posix else ["/O2", "/openmp"]
-    sources = sorted(str(path) for folder in ("csrc/cpu", "csrc/python") for path in Path(folder).glob("*.cpp"))
-    headers = sorted(str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").rglob(pattern))
+    flags = [*COMMON_FLAGS, *openmp_flags()] if POSIX else ["/O2", "/openmp"]
+    kernels = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
     return Pybind11Extension(
         "sam_kernels._cpu",
-        sources,
-        depends=headers,
+        [*kernels, "csrc/python/cpu_module.cpp", *BINDING],
+        depends=HEADERS,
         cxx_std=17,
         extra_compile_args=flags,
         extra_link_args=[flag for flag in flags if flag == "-fopenmp"],
     )
 
 
+class CudaExtension(Pybind11Extension):
+    """Host code by the ordinary compiler, kernels by nvcc; the CUDA runtime is linked in, so that it loads anywhere."""
+
+    def __init__(self, toolkit: build_cuda.Toolkit, archs: list[str]) -> None:
+        self.toolkit, self.archs = toolkit, archs
+        super().__init__(
+            "sam_kernels._cuda",
+            ["csrc/cuda/packing.cpp", "csrc/python/cuda_module.cpp", *BINDING],
+            depends=[*HEADERS, *map(str, build_cuda.KERNELS), *map(str, Path("csrc/cuda").glob("*.cuh"))],
+            cxx_std=17,
+            extra_compile_args=COMMON_FLAGS,
+            library_dirs=[str(toolkit.library)],
+            libraries=["cudart_static", "dl", "pthread", "rt"],
+        )
+
+
+def cuda_extensions() -> list[Pybind11Extension]:
+    """The CUDA extension where there is nvcc, whether or not there is a GPU."""
+    try:
+        if platform.system() != "Linux":
+            raise build_cuda.NoCuda("the CUDA kernels are built on Linux only")
+        toolkit = build_cuda.find_toolkit()
+        return [CudaExtension(toolkit, build_cuda.wanted_archs(toolkit))]
+    except build_cuda.NoCuda as reason:
+        print(f"sam-kernels: building without the CUDA kernels: {reason}", file=sys.stderr)
+        return []
+
+
+class BuildExtensions(build_ext):
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        if isinstance(ext, CudaExtension):
+            ext.extra_objects = build_cuda.compile_kernels(ext.toolkit, ext.archs, Path("build")).objects
+        super().build_extension(ext)
+
+
 # Sources compile side by side.
 ParallelCompile("SAM_KERNELS_BUILD_JOBS", default=os.cpu_count() or 1).install()
 
-setup(ext_modules=[cpu_extension()], cmdclass={"build_ext": build_ext})
+setup(ext_modules=[cpu_extension(), *cuda_extensions()], cmdclass={"build_ext": BuildExtensions})

@@ -9,11 +9,16 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, reference
+from .cuda import CudaBackend
+from .cuda import backend as cuda
 from .errors import BackendUnavailableError
 
-# In order of preference. A backend is a module with the operations of `reference`.
-_MODULES: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
-_DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+# A backend is a module, or an object, with the operations of `reference`.
+Backend = ModuleType | CudaBackend
+
+# In order of preference.
+_BACKENDS: dict[str, Backend] = {"cuda": cuda, "cpu": cpu, "reference": reference}
+_DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "cpu": ("cpu",)}
 
 ENVIRONMENT_VARIABLE = "SAM_KERNELS_BACKEND"
 
@@ -28,13 +33,13 @@ class BackendStatus(NamedTuple):
 def backends() -> dict[str, BackendStatus]:
     """All backends by name, in order of preference, with what they are or why they are missing."""
     status = {}
-    for name, module in _MODULES.items():
+    for name, module in _BACKENDS.items():
         reason = module.unavailable_reason()
         status[name] = BackendStatus(reason is None, module.describe() if reason is None else reason)
     return status
 
 
-def backend_for(device: torch.device, wanted: str | None = None) -> ModuleType:
+def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
     """The backend for tensors on ``device``.
 
     Args:
@@ -48,17 +53,17 @@ def backend_for(device: torch.device, wanted: str | None = None) -> ModuleType:
     """
     wanted = wanted or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if wanted is None:
-        for name, module in _MODULES.items():
+        for name, module in _BACKENDS.items():
             if _serves(name, device) and module.unavailable_reason() is None:
                 return module
-    if wanted not in _MODULES:
-        raise ValueError(f"Invalid backend: {wanted!r}; there are {', '.join(_MODULES)}")
-    reason = _MODULES[wanted].unavailable_reason()
+    if wanted not in _BACKENDS:
+        raise ValueError(f"Invalid backend: {wanted!r}; there are {', '.join(_BACKENDS)}")
+    reason = _BACKENDS[wanted].unavailable_reason()
     if reason is not None:
         raise BackendUnavailableError(f"backend {wanted!r} is unavailable: {reason}")
     if not _serves(wanted, device):
         raise BackendUnavailableError(f"backend {wanted!r} does not serve tensors on {device}")
-    return _MODULES[wanted]
+    return _BACKENDS[wanted]
 
 
 def _serves(name: str, device: torch.device) -> bool:

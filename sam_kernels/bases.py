@@ -1,7 +1,8 @@
 """What the fused descent needs to know of a base optimizer: settings of each group and lists of state tensors.
 
 Names and meanings are those of ``torch.optim.SGD``, ``Adam`` and ``AdamW``; the state tensors are the ones that torch
-keeps under the keys of the same names.
+keeps under the keys of the same names. A learning rate may be a tensor of one element; on a GPU it is then read when
+the kernel runs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ TensorList = Sequence[Tensor | None]
 
 
 class SGDSettings(NamedTuple):
-    """One group's settings; the order is that of ``SgdSettings`` in ``csrc/cpu/kernels.h``."""
+    """One group's settings; the order is that of ``SgdSettings`` in ``csrc/common/settings.h``."""
 
-    lr: float
+    lr: float | Tensor
     momentum: float = 0.0
     dampening: float = 0.0
     weight_decay: float = 0.0
@@ -29,9 +30,9 @@ class SGDSettings(NamedTuple):
 
 
 class AdamSettings(NamedTuple):
-    """One group's settings; the order is that of ``AdamSettings`` in ``csrc/cpu/kernels.h``."""
+    """One group's settings; the order is that of ``AdamSettings`` in ``csrc/common/settings.h``."""
 
-    lr: float
+    lr: float | Tensor
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -77,7 +78,8 @@ class Adam:
     Args:
         settings: for each group.
         exp_avg, exp_avg_sq, max_exp_avg_sq: for each tensor, of the weight's shape; the last for amsgrad only.
-        step: for each tensor, one element of float32 or float64; the descent counts it up.
+        step: for each tensor, one element of float32 or float64, on the CPU or on the tensor's device; the descent
+            counts it up.
     """
 
     code: ClassVar[int] = 1

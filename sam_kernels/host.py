@@ -48,3 +48,13 @@ def lookup(dictionaries: list[dict[str, Any]], key: str) -> list[Any]:
 def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     """The entries at the given indices."""
     return [entries[i] for i in index]
+
+
+def inverse_of(grad_scale: Tensor | float | None) -> float:
+    """1 / grad_scale as a number, 1 where there is none."""
+    return 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+
+
+def is_set(flag: Tensor | bool | None) -> bool:
+    """A flag as a bool; waits for the device if it lies on one."""
+    return False if flag is None else bool(flag)

@@ -5,7 +5,9 @@ a list of one to three gradient lists, and a gradient list has an entry for each
 shape and device, or None. A tensor for which no list has an entry is left alone.
 
 Supported are float32, float64, bfloat16, float16, complex64 and complex128, in any mixture. ``scale`` is a number, or
-for each group a sequence of one number for each list; it multiplies the coefficients. No operation records gradients.
+for each group a sequence of one number for each list; it multiplies the coefficients. A number may be a tensor of one
+element; one that lies on a GPU is read when the kernels run, and no operation waits for a GPU. No operation records
+gradients.
 
 All operations raise :class:`UnsupportedTensorError` for tensors that no kernel can work on (sparse, integer, without
 memory), and ``ValueError`` for lists, shapes or devices that do not fit together; nothing has been changed then.
@@ -22,15 +24,15 @@ from torch import Tensor
 from .backends import backend_for
 from .bases import Base, TensorList
 from .errors import DeviceChangedError
-from .host import pick
+from .host import inverse_of, is_set, pick
 from .plan import Plan, Snapshot
 from .report import LaunchReport
 from .rules import Fixed, Normalized, Rule, RuleLike
+from .scales import Scale, flattened
 
 MAX_LISTS = 3
 
 Params = Plan | Sequence[Tensor]
-Scale = float | Sequence[Sequence[float]]
 
 _FIXED = Fixed()
 _NORMALIZED = Normalized()
@@ -79,10 +81,11 @@ def perturb_(
     """
     plan = _plan(params)
     _check_lists(xs, len(plan))
-    flat = _flat_scale(scale, plan, len(xs))
+    flat = flattened(scale, plan.group_count, len(xs))
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, snapshot):
-        _launch(part.plan, backend, "perturb_", part.xs, coefficients, flat, part.snapshot)
+        on_device = coefficients.cpu() if plan.parts else coefficients
+        _launch(part.plan, backend, "perturb_", part.xs, on_device, flat, part.snapshot)
 
 
 def restore_(params: Params, snapshot: Snapshot, *, backend: str | None = None) -> None:
@@ -104,10 +107,11 @@ def combine_(
     """out <- sum_i c_i x_i; zero for tensors of which no list has an entry. ``out`` may be one of the lists."""
     plan = _plan(out)
     _check_lists(xs, len(plan))
-    flat = _flat_scale(scale, plan, len(xs))
+    flat = flattened(scale, plan.group_count, len(xs))
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, None):
-        _launch(part.plan, backend, "combine_", part.xs, coefficients, flat)
+        on_device = coefficients.cpu() if plan.parts else coefficients
+        _launch(part.plan, backend, "combine_", part.xs, on_device, flat)
 
 
 def ascent_(
@@ -134,16 +138,13 @@ def ascent_(
     """
     plan = _plan(params)
     _check_lists(xs, len(plan))
-    flat = _flat_scale(scale, plan, len(xs))
+    flat = flattened(scale, plan.group_count, len(xs))
     if isinstance(rule, Rule) and not plan.parts:
         report: LaunchReport = _launch(plan, backend, "ascent_", xs, rule, flat, snapshot)
         return report
-    report = _apply(rule, _gram(plan, xs, plan.is_weighted, snapshot, backend))
-    if report.finite:
-        perturb_(plan, xs, report.coefficients, scale=scale, snapshot=snapshot, backend=backend)
-    elif snapshot is not None and snapshot.is_taken:
-        for part in _parts(plan, [], snapshot):
-            _launch(part.plan, backend, "restore_", part.snapshot)
+    report, _ = _apply(rule, _gram(plan, xs, plan.is_weighted, snapshot, backend))
+    # Coefficients of zero, where the Gram matrix is not finite, leave or restore the weights themselves.
+    perturb_(plan, xs, report.coefficients, scale=scale, snapshot=snapshot, backend=backend)
     return report
 
 
@@ -177,24 +178,39 @@ def descent_(
     """
     plan = _plan(params)
     _check_lists(xs, len(plan))
-    inverse = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    skip = False if found_inf is None else bool(found_inf)
-    flat = _flat_scale(scale, plan, len(xs))
+    flat = flattened(scale, plan.group_count, len(xs))
     if isinstance(rule, Rule) and not plan.parts:
         report: LaunchReport = _launch(
-            plan, backend, "descent_", xs, base, snapshot, rule, flat, weighted, inverse, skip
+            plan, backend, "descent_", xs, base, snapshot, rule, flat, weighted, grad_scale, found_inf
         )
         return report
 
-    if not skip and not (isinstance(rule, Rule) and not rule.needs_gram):
-        report = _apply(rule, _gram(plan, xs, weighted, snapshot, backend))
-    else:
+    coefficients = None
+    if isinstance(rule, Rule) and not rule.needs_gram:
         report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan), [1.0] * len(xs))
-    skip = skip or not report.finite
-    flat = [value * float(report.coefficients[index % len(xs)]) for index, value in enumerate(flat)]
+    else:
+        report, overflow = _apply(rule, _gram(plan, xs, weighted, snapshot, backend))
+        coefficients = report.coefficients
+        found_inf = overflow if found_inf is None else torch.maximum(overflow, _flag(found_inf, overflow))
+    if plan.parts:
+        # Each device would need a copy of these scalars; they are few and the case is rare.
+        grad_scale, found_inf = 1.0 / inverse_of(grad_scale), is_set(found_inf)
+        coefficients = None if coefficients is None else coefficients.cpu()
     for part in _parts(plan, xs, snapshot, base):
         _launch(
-            part.plan, backend, "descent_", part.xs, part.base, part.snapshot, _FIXED, flat, weighted, inverse, skip
+            part.plan,
+            backend,
+            "descent_",
+            part.xs,
+            part.base,
+            part.snapshot,
+            _FIXED,
+            flat,
+            weighted,
+            grad_scale,
+            found_inf,
+            False,
+            coefficients,
         )
     return report
 
@@ -214,10 +230,10 @@ def look_ahead_(
     """
     plan = _plan(params)
     _check_lists(xs, len(plan))
-    flat = _flat_scale(scale, plan, len(xs))
+    flat = flattened(scale, plan.group_count, len(xs))
     for part in _parts(plan, xs, snapshot, base):
         _launch(
-            part.plan, backend, "descent_", part.xs, part.base, part.snapshot, _FIXED, flat, False, 1.0, False, True
+            part.plan, backend, "descent_", part.xs, part.base, part.snapshot, _FIXED, flat, False, None, None, True
         )
 
 
@@ -267,14 +283,23 @@ def _gram(
     return total
 
 
-def _apply(rule: RuleLike, matrix: Tensor) -> LaunchReport:
-    """A rule's coefficients, zero if the Gram matrix is not finite."""
-    if not bool(matrix.isfinite().all()):
-        return LaunchReport(False, matrix, [0.0] * matrix.shape[0])
-    coefficients = torch.as_tensor(rule(matrix), dtype=torch.float64)
-    if coefficients.shape != (matrix.shape[0],):
-        raise ValueError(f"the rule gave coefficients of shape {tuple(coefficients.shape)} for {matrix.shape[0]} lists")
-    return LaunchReport(True, matrix, coefficients)
+def _apply(rule: RuleLike, matrix: Tensor) -> tuple[LaunchReport, Tensor]:
+    """A rule's coefficients, zero if the Gram matrix is not finite, and a flag that says so, float32, nonzero then."""
+    count = matrix.shape[0]
+    finite = matrix.isfinite().all()
+    if matrix.device.type == "cpu" and not finite:
+        coefficients = torch.zeros(count, dtype=torch.float64)
+    else:
+        coefficients = torch.as_tensor(rule(matrix), dtype=torch.float64).detach().to(matrix.device)
+    if coefficients.shape != (count,):
+        raise ValueError(f"the rule gave coefficients of shape {tuple(coefficients.shape)} for {count} lists")
+    coefficients = torch.where(finite, coefficients, 0.0)
+    return LaunchReport(finite, matrix, coefficients), finite.logical_not().float()
+
+
+def _flag(value: Tensor | bool, like: Tensor) -> Tensor:
+    """A flag as a tensor of the same kind."""
+    return torch.as_tensor(value, device=like.device).to(like.dtype).reshape(like.shape)
 
 
 def _plan(params: Params) -> Plan:
@@ -299,13 +324,3 @@ def _coefficients(coefficients: Tensor | Sequence[float], count: int) -> Tensor:
     if result.shape != (count,):
         raise ValueError(f"expected {count} coefficients, got shape {tuple(result.shape)}")
     return result
-
-
-def _flat_scale(scale: Scale, plan: Plan, count: int) -> list[float]:
-    """One number for each group and list, group by group."""
-    if isinstance(scale, (int, float)):
-        return [float(scale)] * (count * plan.group_count)
-    flat = [float(value) for group in scale for value in group]
-    if len(flat) != len(scale) * count or len(scale) < plan.group_count:
-        raise ValueError(f"scale must give {count} numbers for each group, got {scale}")
-    return flat

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from .bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
+from .host import inverse_of, is_set
 from .plan import Plan, Snapshot
 from .report import LaunchReport
 from .rules import Fixed, Rule
+from .scales import FlatScale, times
 
 name = "reference"
 
@@ -49,7 +51,7 @@ def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapsho
 
 @torch.no_grad()
 def perturb_(
-    plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: Sequence[float], snapshot: Snapshot | None
+    plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale, snapshot: Snapshot | None
 ) -> None:
     """snapshot <- w; w <- w + T(w)^2 sum_i c_i x_i, for each tensor that has an entry in some list.
 
@@ -86,7 +88,7 @@ def restore_(plan: Plan, snapshot: Snapshot) -> None:
 
 
 @torch.no_grad()
-def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: Sequence[float]) -> None:
+def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
     """out <- sum_i c_i x_i; zero where no list has an entry."""
     for i, out in enumerate(plan.params):
         total = _combination(plan, xs, i, coefficients, scale)
@@ -95,7 +97,7 @@ def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: 
 
 @torch.no_grad()
 def ascent_(
-    plan: Plan, xs: Sequence[TensorList], rule: Rule, scale: Sequence[float], snapshot: Snapshot | None
+    plan: Plan, xs: Sequence[TensorList], rule: Rule, scale: FlatScale, snapshot: Snapshot | None
 ) -> LaunchReport:
     """Gram -> rule -> perturb with snapshot. A Gram matrix that is not finite leaves the weights themselves."""
     report = _apply(rule, gram(plan, xs, True, snapshot))
@@ -113,16 +115,21 @@ def descent_(
     base: Base,
     snapshot: Snapshot | None,
     rule: Rule,
-    scale: Sequence[float],
-    weighted: bool,
-    inverse_grad_scale: float,
-    skip_update: bool,
+    scale: FlatScale,
+    weighted: bool = False,
+    grad_scale: Tensor | float | None = None,
+    found_inf: Tensor | bool | None = None,
     preview: bool = False,
+    coefficients: Tensor | None = None,
 ) -> LaunchReport:
     """[Gram -> rule ->] combine -> restore -> base update. Skipping the update restores all the same.
 
-    A preview writes only weights of which a copy is held; the copies and the state stay as they are.
+    A preview writes only weights of which a copy is held; the copies and the state stay as they are. ``coefficients``
+    multiply the scales.
     """
+    skip_update = is_set(found_inf)
+    if coefficients is not None:
+        scale = times(scale, coefficients)
     if rule.needs_gram and not skip_update:
         report = _apply(rule, gram(plan, xs, weighted, snapshot))
     else:
@@ -136,7 +143,7 @@ def descent_(
                 continue
             state = [column[i] for column in (*base.columns, base.steps) if column and column[i] is not None]
             before = [t.clone() for t in state if t is not None] if preview else []
-            gradient = _combination(plan, xs, i, report.coefficients, scale, inverse_grad_scale)
+            gradient = _combination(plan, xs, i, report.coefficients, scale, inverse_of(grad_scale))
             weight = _real(plan.params[i])
             if gradient is None:
                 gradient = torch.zeros_like(_widened(weight))
@@ -177,14 +184,14 @@ def _combination(
     xs: Sequence[TensorList],
     index: int,
     coefficients: Tensor,
-    scale: Sequence[float],
+    scale: FlatScale,
     factor: float = 1.0,
 ) -> Tensor | None:
     """sum_i c_i x_i of one tensor, None if every coefficient is zero: an infinite entry times zero must not be NaN."""
     wide = torch.float64 if plan.params[index].dtype in (torch.float64, torch.complex128) else torch.float32
     total: Tensor | None = None
     for i, x in enumerate(xs):
-        c = torch.tensor(factor * float(coefficients[i]) * scale[plan.groups[index] * len(xs) + i], dtype=wide)
+        c = torch.tensor(factor * float(coefficients[i]) * float(scale[plan.groups[index] * len(xs) + i]), dtype=wide)
         if x[index] is None or c == 0.0:
             continue
         term = c.to(plan.device) * _real(x[index]).to(wide)
@@ -203,8 +210,9 @@ def _sgd(base: SGD, index: int, s: SGDSettings, weight: Tensor, gradient: Tensor
             buffer = s.momentum * _widened(momentum_buffer) + (1.0 - s.dampening) * direction
         momentum_buffer.copy_(buffer)
         direction = direction + s.momentum * buffer if s.nesterov else buffer
-    if s.lr != 0.0:
-        weight.copy_(wide - s.lr * direction)
+    lr = float(s.lr)
+    if lr != 0.0:
+        weight.copy_(wide - lr * direction)
 
 
 def _adam(base: Adam, index: int, s: AdamSettings, weight: Tensor, gradient: Tensor) -> None:
@@ -226,6 +234,7 @@ def _adam(base: Adam, index: int, s: AdamSettings, weight: Tensor, gradient: Ten
         exp_avg_sq = torch.maximum(_widened(moments[2]), exp_avg_sq)
         moments[2].copy_(exp_avg_sq)
     denominator = exp_avg_sq.sqrt() / (1.0 - s.beta2**step) ** 0.5 + s.eps
-    if s.lr != 0.0:
-        decayed = wide * (1.0 - s.lr * s.weight_decay) if s.decoupled else wide
-        weight.copy_(decayed - s.lr / (1.0 - s.beta1**step) * exp_avg / denominator)
+    lr = float(s.lr)
+    if lr != 0.0:
+        decayed = wide * (1.0 - lr * s.weight_decay) if s.decoupled else wide
+        weight.copy_(decayed - lr / (1.0 - s.beta1**step) * exp_avg / denominator)

@@ -9,20 +9,35 @@ from torch import Tensor
 
 
 class LaunchReport:
-    """Scalars of one ascent or descent, converted to tensors only when read.
+    """Scalars of one ascent or descent.
+
+    Those of a launch on a GPU stay there until they are read: reading ``finite``, or a tensor's values, waits for it.
 
     Attributes:
-        finite: False if the Gram matrix held a NaN or an infinity, and the launch changed no weight because of it.
         gram: float64 tensor of shape (k, k); NaN where the launch needed none.
         coefficients: float64 tensor of shape (k,), of the k gradient lists, before rho and other scales.
     """
 
-    __slots__ = ("_coefficients", "_gram", "finite")
+    __slots__ = ("_coefficients", "_finite", "_gram")
 
-    def __init__(self, finite: bool, gram: Tensor | Sequence[float], coefficients: Tensor | Sequence[float]) -> None:
-        self.finite = finite
+    def __init__(
+        self, finite: bool | Tensor, gram: Tensor | Sequence[float], coefficients: Tensor | Sequence[float]
+    ) -> None:
+        self._finite = finite
         self._gram = gram
         self._coefficients = coefficients
+
+    @property
+    def finite(self) -> bool:
+        """False if the Gram matrix held a NaN or an infinity, and the launch changed no weight because of it."""
+        if isinstance(self._finite, Tensor):
+            self._finite = bool(self._finite)
+        return self._finite
+
+    @property
+    def is_known(self) -> bool:
+        """Whether ``finite`` can be read without waiting for a GPU."""
+        return not isinstance(self._finite, Tensor) or self._finite.device.type == "cpu"
 
     @property
     def coefficients(self) -> Tensor:

@@ -35,6 +35,10 @@ struct SgdScalars {
     T sign;  // -1 to maximise
 };
 
+SAMK_HOST_DEVICE SgdScalars<float> rounded(const SgdScalars<double>& s) {
+    return {float(s.learning_rate), float(s.momentum), float(s.keep), float(s.take), float(s.weight_decay), float(s.sign)};
+}
+
 enum class SgdKind { Plain, Momentum, Nesterov };
 
 // The same as torch.optim.SGD, operation by operation. A learning rate of zero keeps the weight's very bits (-0 too).
@@ -62,6 +66,11 @@ struct AdamScalars {
     T decay;  // AdamW's factor 1 - lr * weight_decay
     T sign;   // -1 to maximise
 };
+
+SAMK_HOST_DEVICE AdamScalars<float> rounded(const AdamScalars<double>& s) {
+    return {float(s.step_size), float(s.bias_correction2_sqrt), float(s.one_minus_beta1), float(s.beta2),
+            float(s.one_minus_beta2), float(s.epsilon), float(s.l2), float(s.decay), float(s.sign)};
+}
 
 template <class T, bool amsgrad>
 SAMK_HOST_DEVICE T adam(T weight, T gradient, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, const AdamScalars<T>& s) {

@@ -1,4 +1,5 @@
-// Element types of the kernels and their conversions, written without branches so that loops over them vectorise.
+// Element types of the kernels and their conversions: single instructions on a GPU, and elsewhere written without
+// branches, so that loops over them vectorise.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +40,11 @@ SAMK_HOST_DEVICE double to_float(double value) { return value; }
 SAMK_HOST_DEVICE float to_float(BFloat16 value) { return float_of(uint32_t(value.bits) << 16); }
 
 SAMK_HOST_DEVICE float to_float(Float16 value) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+#else
     const uint32_t magnitude = uint32_t(value.bits & 0x7fffu) << 13;
     const uint32_t exponent = magnitude & 0x0f800000u;
     const uint32_t normal = magnitude + (112u << 23);
@@ -47,6 +53,7 @@ SAMK_HOST_DEVICE float to_float(Float16 value) {
     const uint32_t infinite = magnitude | 0x7f800000u;
     const uint32_t unsigned_bits = exponent == 0 ? subnormal : exponent == 0x0f800000u ? infinite : normal;
     return float_of(unsigned_bits | (uint32_t(value.bits & 0x8000u) << 16));
+#endif
 }
 
 // Conversions to a storage type round to nearest, ties to even, as PyTorch's do.
@@ -73,10 +80,16 @@ template <>
 struct Rounded<BFloat16> {
     template <class T>
     static SAMK_HOST_DEVICE BFloat16 from(T value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+        BFloat16 result;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(float(value)));
+        return result;
+#else
         const uint32_t bits = bits_of(float(value));
         const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
         const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
         return BFloat16{uint16_t(is_nan ? 0x7fc0u : rounded)};
+#endif
     }
 };
 
@@ -84,6 +97,11 @@ template <>
 struct Rounded<Float16> {
     template <class T>
     static SAMK_HOST_DEVICE Float16 from(T value) {
+#ifdef __CUDA_ARCH__
+        Float16 result;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(float(value)));
+        return result;
+#else
         const uint32_t bits = bits_of(float(value));
         const uint32_t sign = (bits >> 16) & 0x8000u;
         const uint32_t magnitude = bits & 0x7fffffffu;
@@ -94,6 +112,7 @@ struct Rounded<Float16> {
         const uint32_t result =
             magnitude >= (143u << 23) ? special : magnitude < (113u << 23) ? subnormal : normal;
         return Float16{uint16_t(result | sign)};
+#endif
     }
 };
 

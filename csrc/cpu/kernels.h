@@ -4,22 +4,10 @@
 
 #include "../common/elementwise.h"
 #include "../common/rules.h"
-#include "table.h"
+#include "../common/settings.h"
+#include "schedule.h"
 
 namespace samk {
-
-enum class BaseKind : int { Sgd = 0, Adam = 1 };
-
-// One parameter group's settings of the base optimizer, named as in torch.
-struct SgdSettings {
-    double lr, momentum, dampening, weight_decay;
-    bool nesterov, maximize;
-};
-
-struct AdamSettings {
-    double lr, beta1, beta2, epsilon, weight_decay;
-    bool decoupled, amsgrad, maximize;
-};
 
 struct Launch {
     const Row* rows = nullptr;

@@ -1,16 +1,10 @@
 // sam_kernels._cpu: the table of tensors and the launches of the CPU backend, for sam_kernels/cpu.py.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
-#include <functional>
 #include <limits>
-#include <memory>
-#include <string>
 #include <vector>
 
 #include "../cpu/kernels.h"
-#include "tensor_reader.h"
+#include "table_binding.h"
 
 namespace samk {
 
@@ -19,69 +13,20 @@ namespace {
 // Below this many elements a launch is over before another Python thread could make use of the lock.
 constexpr int64_t kReleaseLockAbove = 65536;
 
-class Table {
+class Table : public TableBinding {
 public:
-    // shapes, strides: of each tensor, in elements. numels: real elements of each (complex ones count twice).
-    // dtypes: codes of the weights. groups: indices into the per-group arguments. etas: geometry, negative for T = 1.
     Table(const std::vector<std::vector<int64_t>>& shapes, const std::vector<std::vector<int64_t>>& strides,
           const std::vector<int64_t>& numels, const std::vector<int>& dtypes, const std::vector<int32_t>& groups,
           const std::vector<double>& etas)
-        : rows_(numels.size()), layouts_(numels.size()), steps_(numels.size()), wanted_(numels.size()) {
-        if (shapes.size() != rows_.size() || strides.size() != rows_.size() || dtypes.size() != rows_.size() ||
-            groups.size() != rows_.size() || etas.size() != rows_.size())
-            throw py::value_error("Table: the arguments differ in length");
-        for (size_t r = 0; r < rows_.size(); ++r) {
-            if (shapes[r].size() != strides[r].size()) throw py::value_error("Table: shape and strides differ in length");
-            rows_[r].numel = numels[r];
-            rows_[r].group = groups[r];
-            rows_[r].eta = etas[r];
-            int64_t elements = 1;
-            for (const int64_t size : shapes[r]) elements *= size;
-            layouts_[r] = {shapes[r], strides[r], numels[r] != elements, DType(dtypes[r])};
-        }
-    }
-
-    // Takes the pointers of a column from `tensors` (None leaves the cell empty). Returns the rows that need a closer
-    // look; their cells are empty until set() fills them. Weights must be of the type that the table was made for, as
-    // their snapshot is; lists and state may be of any.
-    py::list bind(int column, const py::list& tensors) {
-        check_column(column);
-        check_length(tensors.size());
-        static const RowLayout scalar;
-        const TensorReader& reader = TensorReader::get();
-        py::list odd;
-        for (size_t r = 0; r < rows_.size(); ++r) {
-            PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
-            TensorView view;
-            if (tensor != Py_None) {
-                bool usable = reader.read(tensor, column == kStep ? scalar : layouts_[r], view);
-                if (column == kWeight) usable = usable && view.dtype == layouts_[r].dtype;
-                if (column == kStep) usable = usable && size_of(view.dtype) >= 4;
-                if (!usable) {
-                    view = TensorView{};
-                    odd.append(r);
-                }
-            }
-            rows_[r].cells[column] = Cell{view.pointer, view.dtype};
-        }
-        return odd;
-    }
-
-    void set(int column, size_t row, uintptr_t pointer, int dtype) {
-        check_column(column);
-        rows_.at(row).cells[column] = Cell{reinterpret_cast<void*>(pointer), DType(dtype)};
-    }
-
-    void clear(int column) {
-        check_column(column);
-        for (Row& row : rows_) row.cells[column] = Cell{};
-    }
+        : TableBinding({dlpack::kCpu, 0}, shapes, strides, numels, dtypes, groups, etas), steps_(numels.size()) {}
 
     // ------------------------------------------------------------ launches
 
     // Each returns (finite, Gram matrix row by row with MAX_LISTS columns, coefficients before the scales).
     py::tuple gram(int lists, bool weighted, py::object taken, int threads) {
-        Launch launch = prepare(lists, threads, 4 * lists, [&](const Row& row) { return row.has_gradient(lists); });
+        check_lists(lists);
+        choose_all_with_gradient(lists);
+        Launch launch = prepare(lists, threads, 4 * lists);
         launch.weighted_gram = weighted;
         launch.taken = flags(taken);
         prepare_gram(launch);
@@ -90,7 +35,9 @@ public:
     }
 
     void perturb(int lists, const std::vector<double>& scale, py::object taken, int threads) {
-        Launch launch = prepare(lists, threads, 4 * lists + 12, with_gradient_or_copy(lists, flags(taken)));
+        check_lists(lists);
+        choose_with_gradient_or_copy(lists, flags(taken));
+        Launch launch = prepare(lists, threads, 4 * lists + 12);
         give_coefficients(launch, scale);
         launch.taken = flags(taken);
         launch.take_snapshot = launch.taken != nullptr;
@@ -99,22 +46,26 @@ public:
 
     void restore(py::object taken, int threads) {
         const uint8_t* holds = flags(taken);
-        Launch launch = prepare(0, threads, 8, [&](const Row& row) { return holds[&row - rows_.data()] != 0; });
+        choose([&](size_t r, const Row&) { return holds[r] != 0; });
+        Launch launch = prepare(0, threads, 8);
         run(launch, kernels().restore);
     }
 
     void combine(int lists, const std::vector<double>& scale, int threads) {
-        Launch launch =
-            prepare(lists, threads, 4 * lists + 4, [&](const Row& row) { return row.cells[kWeight].present(); });
+        check_lists(lists);
+        choose([](size_t, const Row& row) { return row.cells[kWeight].present(); });
+        Launch launch = prepare(lists, threads, 4 * lists + 4);
         give_coefficients(launch, scale);
         run(launch, kernels().combine);
     }
 
     py::tuple ascent(int lists, int rule, double epsilon, double alpha, const std::vector<double>& scale,
                      py::object taken, int threads) {
-        Launch launch = prepare(lists, threads, 8 * lists + 12, with_gradient_or_copy(lists, flags(taken)));
+        check_lists(lists);
+        choose_with_gradient_or_copy(lists, flags(taken));
+        Launch launch = prepare(lists, threads, 8 * lists + 12);
         launch.rule = {Rule(rule), epsilon, alpha};
-        check_scale(scale, lists);
+        check_groups(scale.size() / size_t(std::max(lists, 1)), "scales");
         launch.scale = scale.data();
         launch.taken = flags(taken);
         launch.take_snapshot = launch.taken != nullptr;
@@ -125,9 +76,13 @@ public:
 
     py::tuple descent(int lists, int rule, double epsilon, double alpha, bool needs_gram, bool weighted,
                       const std::vector<double>& scale, py::object taken, int base, const py::list& settings,
-                      py::object first, double inverse_grad_scale, bool skip_update, bool preview, int threads) {
-        Launch launch = prepare(lists, threads, 4 * lists + 16, with_gradient_or_copy(lists, flags(taken)));
-        check_scale(scale, lists);
+                      const std::vector<double>& lr, py::object first, double inverse_grad_scale, bool skip_update,
+                      bool preview, int threads) {
+        check_lists(lists);
+        choose_with_gradient_or_copy(lists, flags(taken));
+        Launch launch = prepare(lists, threads, 4 * lists + 16);
+        check_groups(scale.size() / size_t(std::max(lists, 1)), "scales");
+        check_groups(lr.size(), "learning rate");
         launch.rule = {Rule(rule), epsilon, alpha};
         launch.scale = scale.data();
         launch.taken = flags(taken);
@@ -137,15 +92,15 @@ public:
         launch.needs_gram = needs_gram && !skip_update;
         launch.weighted_gram = weighted;
         launch.base = BaseKind(base);
-        if (launch.base == BaseKind::Sgd)
-            read_sgd(settings);
-        else
-            read_adam(settings);
-        launch.sgd = sgd_.data();
-        launch.adam = adam_.data();
+        std::vector<SgdSettings> sgd = read_sgd(launch.base, settings);
+        std::vector<AdamSettings> adam = read_adam(launch.base, settings);
+        for (size_t g = 0; g < sgd.size() && g < lr.size(); ++g) sgd[g].lr = lr[g];
+        for (size_t g = 0; g < adam.size() && g < lr.size(); ++g) adam[g].lr = lr[g];
+        launch.sgd = sgd.data();
+        launch.adam = adam.data();
         launch.first = flags(first);
         launch.steps = steps_.data();
-        check_state(launch);
+        if (!skip_update) check_state(lists, sgd, adam, launch.first);
         if (launch.needs_gram) {
             prepare_gram(launch);
         } else {
@@ -156,28 +111,9 @@ public:
         return result(launch);
     }
 
-    // The rows that the last launch walked over; None for all of them.
-    py::object written_rows() const {
-        if (std::find(wanted_.begin(), wanted_.end(), uint8_t(0)) == wanted_.end()) return py::none();
-        py::list rows;
-        for (size_t r = 0; r < rows_.size(); ++r)
-            if (wanted_[r]) rows.append(r);
-        return rows;
-    }
-
 private:
-    // Rows to walk over: those with something to add, and those that have been perturbed.
-    std::function<bool(const Row&)> with_gradient_or_copy(int lists, const uint8_t* holds) const {
-        return [this, lists, holds](const Row& row) {
-            return row.has_gradient(lists) || (holds && holds[&row - rows_.data()] != 0);
-        };
-    }
-
-    template <class Wanted>
-    Launch prepare(int lists, int threads, int bytes_per_element, Wanted wanted) {
-        if (lists < 0 || lists > kMaxLists) throw py::value_error("the kernels take 1 to 3 gradient lists");
+    Launch prepare(int lists, int threads, int bytes_per_element) {
         if (threads < 1) throw py::value_error("threads must be at least 1");
-        for (size_t r = 0; r < rows_.size(); ++r) wanted_[r] = wanted(rows_[r]);
         schedule_.update(rows_, wanted_, threads);
         Launch launch;
         launch.rows = rows_.data();
@@ -197,7 +133,7 @@ private:
     }
 
     void give_coefficients(Launch& launch, const std::vector<double>& scale) {
-        check_scale(scale, launch.lists);
+        check_groups(scale.size() / size_t(std::max(launch.lists, 1)), "scales");
         for (int i = 0; i < kMaxLists; ++i) coefficients_[i] = 1.0;
         launch.scale = scale.data();
     }
@@ -216,84 +152,12 @@ private:
                               std::vector<double>(coefficients_, coefficients_ + kMaxLists));
     }
 
-    // One byte a row, shared with Python, so that a flag is up to date even if an interrupt follows the launch.
-    uint8_t* flags(const py::object& bytes) const {
-        if (bytes.is_none()) return nullptr;
-        if (!PyByteArray_Check(bytes.ptr())) throw py::type_error("flags must be a bytearray");
-        check_length(size_t(PyByteArray_GET_SIZE(bytes.ptr())));
-        return reinterpret_cast<uint8_t*>(PyByteArray_AS_STRING(bytes.ptr()));
-    }
-
-    void read_sgd(const py::list& settings) {
-        sgd_.clear();
-        for (const py::handle& item : settings) {
-            const auto s = item.cast<py::tuple>();
-            sgd_.push_back({s[0].cast<double>(), s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>(),
-                            s[4].cast<bool>(), s[5].cast<bool>()});
-        }
-        check_groups(sgd_.size());
-    }
-
-    void read_adam(const py::list& settings) {
-        adam_.clear();
-        for (const py::handle& item : settings) {
-            const auto s = item.cast<py::tuple>();
-            adam_.push_back({s[0].cast<double>(), s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>(),
-                             s[4].cast<double>(), s[5].cast<bool>(), s[6].cast<bool>(), s[7].cast<bool>()});
-        }
-        check_groups(adam_.size());
-    }
-
-    void check_column(int column) const {
-        if (column < 0 || column >= kColumns) throw py::index_error("no such column");
-    }
-
-    void check_length(size_t length) const {
-        if (length != rows_.size())
-            throw py::value_error("expected one entry for each of " + std::to_string(rows_.size()) + " tensors, got " +
-                                  std::to_string(length));
-    }
-
-    void check_groups(size_t count) const {
-        for (const Row& row : rows_)
-            if (row.group < 0 || size_t(row.group) >= count) throw py::value_error("a tensor's group has no settings");
-    }
-
-    void check_scale(const std::vector<double>& scale, int lists) const {
-        for (const Row& row : rows_)
-            if (row.group < 0 || size_t(row.group + 1) * size_t(lists) > scale.size())
-                throw py::value_error("a tensor's group has no scales");
-    }
-
-    // A missing pointer must never be walked over.
-    void check_state(const Launch& launch) const {
-        if (launch.skip_update) return;
-        for (const Row& row : rows_) {
-            if (!row.has_gradient(launch.lists)) continue;
-            bool complete = row.cells[kWeight].present();
-            if (launch.base == BaseKind::Sgd) {
-                const bool has_buffer = sgd_[row.group].momentum == 0.0 || row.cells[kState].present();
-                complete = complete && has_buffer && launch.first;
-            } else {
-                complete = complete && row.cells[kState].present() && row.cells[kState + 1].present() &&
-                           row.cells[kStep].present() &&
-                           (!adam_[row.group].amsgrad || row.cells[kState + 2].present());
-            }
-            if (!complete) throw py::value_error("a tensor with a gradient has no optimizer state");
-        }
-    }
-
     // Larger launches leave nothing in the cache for whoever comes next, so their write-only results bypass it.
     static constexpr int64_t kCacheBytes = int64_t(32) << 20;
 
-    std::vector<Row> rows_;
-    std::vector<RowLayout> layouts_;
     Schedule schedule_;
     std::vector<double> partials_;
     std::vector<double> steps_;
-    std::vector<uint8_t> wanted_;
-    std::vector<SgdSettings> sgd_;
-    std::vector<AdamSettings> adam_;
     double gram_[kMaxLists * kMaxLists];
     double coefficients_[kMaxLists];
 };
@@ -347,16 +211,14 @@ py::list lookup(const py::list& dictionaries, const py::str& key) {
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "CPU kernels of sam_kernels: a table of tensors and the launches over it.";
 
-    py::class_<Table>(module, "Table")
+    py::class_<Table> table(module, "Table");
+    define_table<Table>(table);
+    table
         .def(py::init<const std::vector<std::vector<int64_t>>&, const std::vector<std::vector<int64_t>>&,
                       const std::vector<int64_t>&, const std::vector<int>&, const std::vector<int32_t>&,
                       const std::vector<double>&>(),
              py::arg("shapes"), py::arg("strides"), py::arg("numels"), py::arg("dtypes"), py::arg("groups"),
              py::arg("etas"))
-        .def("bind", &Table::bind)
-        .def("set", &Table::set)
-        .def("clear", &Table::clear)
-        .def("written_rows", &Table::written_rows)
         .def("gram", &Table::gram)
         .def("perturb", &Table::perturb)
         .def("restore", &Table::restore)
@@ -370,12 +232,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("missing", &missing, "The indices at which a list holds None.");
     module.def("instruction_set", [] { return kernels().name; }, "The instruction set the kernels run with.");
 
-    module.attr("WEIGHT") = int(kWeight);
-    module.attr("SNAPSHOT") = int(kSnapshot);
-    module.attr("LIST") = int(kList);
-    module.attr("STATE") = int(kState);
-    module.attr("STEP") = int(kStep);
-    module.attr("MAX_LISTS") = kMaxLists;
+    define_columns(module);
 #ifdef _OPENMP
     module.attr("openmp") = true;
 #else

@@ -78,7 +78,7 @@ bool TensorReader::is_set(PyObject* tensor, PyObject* method) const {
     return set;
 }
 
-bool TensorReader::read(PyObject* tensor, const RowLayout& layout, TensorView& view) const {
+bool TensorReader::read(PyObject* tensor, dlpack::Device device, const RowLayout& layout, TensorView& view) const {
     const PyTypeObject* type = Py_TYPE(tensor);
     if (type != tensor_type_ && type != parameter_type_) return false;
 
@@ -87,7 +87,7 @@ bool TensorReader::read(PyObject* tensor, const RowLayout& layout, TensorView& v
         PyErr_Clear();
         return false;
     }
-    if (raw.device.type != dlpack::kCpu) return false;
+    if (raw.device.type != device.type || raw.device.id != device.id) return false;
     view.dtype = dtype_of(raw.dtype);
     const bool complex = raw.dtype.code == dlpack::kComplex;
     int64_t elements = 0;
@@ -97,6 +97,12 @@ bool TensorReader::read(PyObject* tensor, const RowLayout& layout, TensorView& v
     // Views with a pending conjugation or negation hold other values than their memory does. A negation is pending
     // only on the imaginary part of a conjugated tensor, whose elements lie apart: it is dense with one element only.
     return !((complex || elements == 1) && (is_set(tensor, is_neg_) || is_set(tensor, is_conj_)));
+}
+
+void* TensorReader::current_stream(dlpack::Device device) const {
+    void* stream = nullptr;
+    if (exchange_->current_stream(device.type, device.id, &stream) != 0) throw py::error_already_set();
+    return stream;
 }
 
 }  // namespace samk

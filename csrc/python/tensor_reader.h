@@ -39,9 +39,12 @@ public:
     // The reader of the interpreter's torch; imports it.
     static TensorReader& get();
 
-    // True and `view` filled in if the tensor is a plain torch.Tensor or Parameter on the CPU, of a supported dtype,
+    // True and `view` filled in if the tensor is a plain torch.Tensor or Parameter on this device, of a supported dtype,
     // and has this shape and these strides. False if a closer look is needed, which is left to Python; never raises.
-    bool read(PyObject* tensor, const RowLayout& layout, TensorView& view) const;
+    bool read(PyObject* tensor, dlpack::Device device, const RowLayout& layout, TensorView& view) const;
+
+    // The handle of torch's current stream on a device that has streams.
+    void* current_stream(dlpack::Device device) const;
 
     // New reference to tensor.grad (None where there is none); nullptr with an exception set on error.
     PyObject* gradient(PyObject* tensor) const;

@@ -18,8 +18,8 @@ import sam_kernels
 from sam_kernels import SGD, Adam, AdamSettings, LaunchReport, Plan, SGDSettings, Snapshot
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import lookup, missing, pick, same_objects
-from sam_kernels.ops import Scale
 from sam_kernels.rules import Fixed, RuleLike
+from sam_kernels.scales import Scale
 
 from .passes import Gradients
 
@@ -44,6 +44,23 @@ class Descent(NamedTuple):
         return self.found_inf is not None and bool(self.found_inf)
 
 
+class Outcome(NamedTuple):
+    """What a descent did. Neither the report nor the flag is waited for unless read."""
+
+    report: LaunchReport
+    found_inf: Tensor | None
+
+    @property
+    def updated(self) -> bool:
+        """Whether the update was made."""
+        return self.report.finite and (self.found_inf is None or not bool(self.found_inf))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether :attr:`updated` can be told without waiting for a GPU."""
+        return self.report.is_known and (self.found_inf is None or self.found_inf.device.type == "cpu")
+
+
 class BaseUpdate:
     """Makes the last move of a step with a given base optimizer."""
 
@@ -51,14 +68,11 @@ class BaseUpdate:
         self.base_optimizer = base_optimizer
         self._fused_state = FusedState(base_optimizer)
 
-    def descend(self, descent: Descent, by_base_itself: bool) -> tuple[LaunchReport, bool]:
+    def descend(self, descent: Descent, by_base_itself: bool) -> Outcome:
         """Restores the weights and updates them.
 
         Args:
             by_base_itself: never fuse.
-
-        Returns:
-            The launch's report, and whether the update was made.
         """
         if not by_base_itself and FusedState.supports(self.base_optimizer):
             return self._fused(descent)
@@ -83,7 +97,7 @@ class BaseUpdate:
         base.state.clear()
         base.state.update(before)
 
-    def _fused(self, descent: Descent) -> tuple[LaunchReport, bool]:
+    def _fused(self, descent: Descent) -> Outcome:
         base = self.base_optimizer
         for hook in list(base._optimizer_step_pre_hooks.values()):
             hook(base, (), {})
@@ -100,16 +114,18 @@ class BaseUpdate:
             found_inf=descent.found_inf,
             backend=descent.backend,
         )
-        updated = report.finite and not descent.overflowed
-        if updated and created:
+        outcome = Outcome(report, descent.found_inf)
+        # New state is all zeros. After a skipped update it is no different from none, but for dampening, which spares a
+        # buffer's first use; only then is the outcome waited for.
+        if created and ((not outcome.is_known and not _has_dampening(base)) or outcome.updated):
             self._fused_state.commit(params, created)
         # A scheduler on the base asks whether the base has stepped; it has.
         base._opt_called = True  # type: ignore[attr-defined]
         for post_hook in list(base._optimizer_step_post_hooks.values()):
             post_hook(base, (), {})
-        return report, updated
+        return outcome
 
-    def _by_base(self, descent: Descent) -> tuple[LaunchReport, bool]:
+    def _by_base(self, descent: Descent) -> Outcome:
         """Restore, put the combined gradient into ``p.grad``, ``base.step()``."""
         plan, snapshot, lists, rule = descent.plan, descent.snapshot, descent.lists, descent.rule
         plain = rule == _FIXED
@@ -126,13 +142,14 @@ class BaseUpdate:
             _combine_into_grad(descent, report.coefficients * inverse)
         copies = bytes(snapshot.taken)
         sam_kernels.restore_(plan, snapshot, backend=descent.backend)
+        outcome = Outcome(report, descent.found_inf)
         if skip:
-            return report, False
+            return outcome
         # The copies stay valid until the base is through, so that its exceptions leave the weights as they were.
         snapshot.taken[:] = copies
         self.base_optimizer.step()
         snapshot.discard()
-        return report, True
+        return outcome
 
 
 class FusedState:
@@ -154,7 +171,7 @@ class FusedState:
         else:
             return False
         for group in base_optimizer.param_groups:
-            if group.get("differentiable") or group.get("capturable"):
+            if group.get("differentiable"):
                 return False
             if any(isinstance(group[key], Tensor) for key in tensors):
                 return False
@@ -190,7 +207,7 @@ class FusedState:
     ) -> tuple[SGD, dict[int, dict[str, Any]]]:
         groups = self.base_optimizer.param_groups
         settings = [
-            SGDSettings(float(g["lr"]), g["momentum"], g["dampening"], g["weight_decay"], g["nesterov"], g["maximize"])
+            SGDSettings(g["lr"], g["momentum"], g["dampening"], g["weight_decay"], g["nesterov"], g["maximize"])
             for g in groups
         ]
         first = bytearray(len(params))
@@ -218,7 +235,7 @@ class FusedState:
         adamw = isinstance(self.base_optimizer, torch.optim.AdamW)
         settings = [
             AdamSettings(
-                float(g["lr"]),
+                g["lr"],
                 g["betas"][0],
                 g["betas"][1],
                 g["eps"],
@@ -244,14 +261,16 @@ class FusedState:
                 if key == "max_exp_avg_sq" and not settings[group_of[index]].amsgrad:
                     continue
                 if key == "step":
-                    # torch keeps it in the default dtype; float64 only if that is float64.
-                    double = torch.get_default_dtype() == torch.float64
-                    column[index] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+                    column[index] = _new_step(params[index], groups[group_of[index]])
                 else:
                     column[index] = torch.zeros_like(params[index], requires_grad=False)
                 created.setdefault(index, {})[key] = column[index]
         maxima = columns.get("max_exp_avg_sq", [])
         return Adam(settings, columns["exp_avg"], columns["exp_avg_sq"], maxima, columns["step"]), created
+
+
+def _has_dampening(base_optimizer: Optimizer) -> bool:
+    return any(group.get("dampening", 0.0) != 0.0 for group in base_optimizer.param_groups)
 
 
 def _combine_into_grad(descent: Descent, coefficients: Tensor) -> None:
@@ -264,6 +283,15 @@ def _combine_into_grad(descent: Descent, coefficients: Tensor) -> None:
     sam_kernels.combine_(out, lists, coefficients, scale=scale, backend=descent.backend)
     for i, combined in zip(index, out.params, strict=True):
         plan.params[i].grad = combined
+
+
+def _new_step(param: Tensor, group: dict[str, Any]) -> Tensor:
+    """A step count as torch would make it: on the device, in float32, only in ``capturable`` and ``fused`` groups."""
+    if group.get("capturable") or group.get("fused"):
+        return torch.zeros((), dtype=torch.float32, device=param.device)
+    # torch keeps it in the default dtype; float64 only if that is float64.
+    double = torch.get_default_dtype() == torch.float64
+    return torch.zeros((), dtype=torch.float64 if double else torch.float32)
 
 
 def _first_of(lists: Sequence[Gradients]) -> Gradients:

@@ -19,10 +19,10 @@ import sam_kernels
 from sam_kernels import LaunchReport
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import missing
-from sam_kernels.ops import Scale
 from sam_kernels.rules import Fixed, RuleLike
+from sam_kernels.scales import Scale
 
-from .base_update import BaseUpdate, Descent
+from .base_update import BaseUpdate, Descent, Outcome
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes
@@ -35,19 +35,26 @@ _FIXED = Fixed()
 
 
 class StepReport(NamedTuple):
-    """What the last step did. Nothing in it is computed unless read.
+    """What the last step did. Nothing in it is computed, and no GPU is waited for, unless read.
 
     Attributes:
         ascent: scalars of the perturbation: norms, coefficients, and ``finite``, False if the gradient was not finite
             and the weights were therefore left unperturbed.
         descent: scalars of the update; None before it.
-        updated: whether the base optimizer's update was made. False after an overflow that GradScaler found, or where
-            the gradients of the descent were needed in a Gram matrix and were not finite.
     """
 
     ascent: LaunchReport | None = None
     descent: LaunchReport | None = None
-    updated: bool = False
+    outcome: Outcome | None = None
+
+    @property
+    def updated(self) -> bool:
+        """Whether the base optimizer's update was made.
+
+        False after an overflow that GradScaler found, or where the gradients of the descent were needed in a Gram
+        matrix and were not finite.
+        """
+        return self.outcome is not None and self.outcome.updated
 
 
 class _Run:
@@ -186,9 +193,9 @@ class SharpnessAwareOptimizer(Optimizer):
             getattr(self, "found_inf", None),
             self.backend,
         )
-        report, updated = update.descend(descent, by_base_itself=self._is_plain_step())
+        outcome = update.descend(descent, by_base_itself=self._is_plain_step())
         last: StepReport = self._container["report"]
-        self._container["report"] = last._replace(descent=report, updated=updated)
+        self._container["report"] = last._replace(descent=outcome.report, outcome=outcome)
 
     def look_ahead(self, gradients: Gradients) -> None:
         """To where the base optimizer's next update with these gradients would lead, its state untouched.

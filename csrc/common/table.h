@@ -1,16 +1,12 @@
-// The table of tensors that a launch walks over, and how its chunks are shared out among threads.
+// The table of tensors that a launch walks over: a row for each parameter, a column for each role.
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "../common/config.h"
-#include "../common/scalar_types.h"
+#include "config.h"
+#include "scalar_types.h"
 
 namespace samk {
-
-// 16,384 elements are 64 KiB of float32: large enough to amortise the start of a chunk, small enough to share out evenly.
-constexpr int64_t kChunkSize = 16384;
 
 // Distinct pairs (i, j), i <= j, of up to kMaxLists lists.
 constexpr int kMaxPairs = kMaxLists * (kMaxLists + 1) / 2;
@@ -42,24 +38,6 @@ struct Row {
             if (cells[kList + i].present()) return true;
         return false;
     }
-};
-
-struct Chunk {
-    int32_t row;
-    int32_t count;
-    int64_t offset;  // elements
-};
-
-// Chunks of the rows that take part in a launch, and the range of them that each thread owns.
-struct Schedule {
-    std::vector<uint8_t> active;
-    int threads = 0;
-    int64_t elements = 0;
-    std::vector<Chunk> chunks;
-    std::vector<int64_t> bounds;  // thread t owns chunks [bounds[t], bounds[t + 1])
-
-    // Rebuilds only if the active rows or the number of threads have changed.
-    void update(const std::vector<Row>& rows, const std::vector<uint8_t>& wanted, int wanted_threads);
 };
 
 }  // namespace samk

@@ -1,4 +1,4 @@
-#include "table.h"
+#include "schedule.h"
 
 #include <algorithm>
 

@@ -1,0 +1,445 @@
+// The phases that kernels are made of. Each walks over the chunks of all rows; all threads of a block work on one chunk.
+#pragma once
+
+#include "work.cuh"
+
+namespace samk {
+namespace cuda {
+
+// ---------------------------------------------------------------- sums over a block
+
+SAMK_DEVICE double warp_sum(double value) {
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+        value += __shfl_down_sync(0xffffffffu, value, distance);
+    return value;
+}
+
+// Sums of each value over the block, in a fixed order, valid in thread 0.
+template <int count>
+SAMK_DEVICE void block_sums(Shared& shared, double (&values)[count]) {
+    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        const double sum = warp_sum(values[i]);
+        if (lane == 0) shared.warp_sums[i][warp] = sum;
+    }
+    __syncthreads();
+    if (warp == 0) {
+        const bool has_warp = lane < int(blockDim.x) / kWarp;
+#pragma unroll
+        for (int i = 0; i < count; ++i) values[i] = warp_sum(has_warp ? shared.warp_sums[i][lane] : 0.0);
+    }
+    __syncthreads();
+}
+
+// ---------------------------------------------------------------- Gram matrix
+
+template <int lists>
+struct GramBody {
+    static constexpr int kPairs = lists * (lists + 1) / 2;
+
+    bool weighted;
+    double (&sums)[kPairs];
+
+    template <class A>
+    SAMK_DEVICE void run(const Work& work, const Share& share) const {
+        int i = share.first;
+        if (weighted && work.eta >= 0.0) {
+#pragma unroll 1
+            for (; i < share.end; i += share.stride) {
+                // The geometry is that of the weights themselves, not of perturbed ones.
+                const typename A::Own w = A::template own<Reuse::Again>(work.unperturbed(), i);
+                typename A::Gradient x[lists];
+                load<A>(work, i, x);
+                add<A, true>(x, w, work.eta);
+            }
+            return;
+        }
+        if (lists == 1 && A::N > 1) {
+            // One column alone: several loads under way at a time hide the memory's latency.
+            constexpr int kAhead = 4;
+#pragma unroll 1
+            for (; i + (kAhead - 1) * share.stride < share.end; i += kAhead * share.stride) {
+                typename A::Gradient x[kAhead][lists];
+#pragma unroll
+                for (int ahead = 0; ahead < kAhead; ++ahead) load<A>(work, i + ahead * share.stride, x[ahead]);
+#pragma unroll
+                for (int ahead = 0; ahead < kAhead; ++ahead) add<A, false>(x[ahead], {}, 0.0);
+            }
+        }
+#pragma unroll 1
+        for (; i < share.end; i += share.stride) {
+            typename A::Gradient x[lists];
+            load<A>(work, i, x);
+            add<A, false>(x, {}, 0.0);
+        }
+    }
+
+private:
+    template <class A>
+    static SAMK_DEVICE void load(const Work& work, int index, typename A::Gradient (&x)[lists]) {
+#pragma unroll
+        for (int k = 0; k < lists; ++k) {
+            x[k] = {};
+            if (lists == 1 || work.dtype[kList + k] != DType::None) x[k] = A::gradient(work.column(kList + k), index);
+        }
+    }
+
+    // Adds the products of one vector of each list; those of float32 elements are exact.
+    template <class A, bool scaled>
+    SAMK_DEVICE void add(const typename A::Gradient (&x)[lists], const typename A::Own& w, double eta) const {
+#pragma unroll
+        for (int e = 0; e < A::N; ++e) {
+            double value[lists];
+#pragma unroll
+            for (int i = 0; i < lists; ++i) {
+                value[i] = double(x[i].get(e));
+                if (scaled) value[i] *= fabs(double(w.get(e))) + eta;
+            }
+            int pair = 0;
+#pragma unroll
+            for (int i = 0; i < lists; ++i)
+#pragma unroll
+                for (int j = i; j < lists; ++j, ++pair) sums[pair] = fma(value[i], value[j], sums[pair]);
+        }
+    }
+};
+
+template <int lists>
+SAMK_DEVICE void gram_phase_of(const Packed& p, Shared& shared) {
+    constexpr int kPairs = GramBody<lists>::kPairs;
+    const uint32_t chunks = p.header.chunks;
+    const uint32_t virtual_blocks = chunks < kVirtualBlocks ? chunks : kVirtualBlocks;
+    const bool weighted = p.is(Header::kWeightedGram);
+    double sums[kPairs] = {};
+    uint32_t v = blockIdx.x, index = v;
+    int slot = 0;
+    if (v < virtual_blocks) prepare(p, shared, slot, index, NothingMore{});
+    __syncthreads();
+    while (v < virtual_blocks) {
+        uint32_t next_v = v, next_index = index + kVirtualBlocks;
+        if (next_index >= chunks) next_v = next_index = v + gridDim.x;
+        if (next_v < virtual_blocks) prepare(p, shared, slot ^ 1, next_index, NothingMore{});
+        // Rows that only hold a copy take part in what follows, not in the sums.
+        if (shared.work[slot].has_gradient()) on_path(shared.work[slot], GramBody<lists>{weighted, sums});
+        if (next_v != v) {
+            block_sums(shared, sums);
+            double* partial = p.header.partials + int64_t(p.header.first_slot + v) * kPairs;
+#pragma unroll
+            for (int pair = 0; pair < kPairs; ++pair) {
+                if (threadIdx.x == 0) partial[pair] = sums[pair];
+                sums[pair] = 0.0;
+            }
+        }
+        __syncthreads();
+        slot ^= 1;
+        v = next_v, index = next_index;
+    }
+}
+
+// Writes the partial sums of this launch.
+SAMK_DEVICE void gram_phase(const Packed& p, Shared& shared) {
+    switch (p.header.lists) {
+        case 1: gram_phase_of<1>(p, shared); break;
+        case 2: gram_phase_of<2>(p, shared); break;
+        case 3: gram_phase_of<3>(p, shared); break;
+    }
+}
+
+template <int lists>
+SAMK_DEVICE void sum_partials(const Packed& p, Shared& shared) {
+    constexpr int kPairs = GramBody<lists>::kPairs;
+    double sums[kPairs] = {};
+    for (uint32_t slot = threadIdx.x; slot < p.header.slots; slot += blockDim.x)
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) sums[pair] += __ldcg(p.header.partials + int64_t(slot) * kPairs + pair);
+    block_sums(shared, sums);
+    if (threadIdx.x != 0) return;
+    int pair = 0;
+#pragma unroll
+    for (int i = 0; i < lists; ++i)
+#pragma unroll
+        for (int j = i; j < lists; ++j, ++pair)
+            shared.gram[i * kMaxLists + j] = shared.gram[j * kMaxLists + i] = sums[pair];
+}
+
+// Sums the partials in a fixed order and applies the rule; leaves the coefficients in `shared` for all threads.
+SAMK_DEVICE void finish_gram(const Packed& p, Shared& shared, bool write_report) {
+    if (threadIdx.x == 0)
+        for (int i = 0; i < kMaxLists * kMaxLists; ++i) shared.gram[i] = 0.0;
+    switch (p.header.lists) {
+        case 1: sum_partials<1>(p, shared); break;
+        case 2: sum_partials<2>(p, shared); break;
+        case 3: sum_partials<3>(p, shared); break;
+    }
+    if (threadIdx.x == 0) {
+        shared.finite = apply_rule(p.header.rule, shared.gram, p.header.lists, shared.coefficients);
+        if (write_report) {
+            p.header.report[kFinite] = shared.finite ? 1.0 : 0.0;
+            for (int i = 0; i < kMaxLists * kMaxLists; ++i) p.header.report[kGram + i] = shared.gram[i];
+            for (int i = 0; i < kMaxLists; ++i) p.header.report[kCoefficients + i] = shared.coefficients[i];
+        }
+    }
+    __syncthreads();
+}
+
+// Whether this block is the last to come here; all that the others have written before is then visible to it.
+SAMK_DEVICE bool is_last_block(const Packed& p, Shared& shared, Ticket which) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        uint32_t* ticket = p.header.tickets + which;
+        shared.is_last_block = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        if (shared.is_last_block) *ticket = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return shared.is_last_block;
+}
+
+// ---------------------------------------------------------------- combination of lists
+
+// sum_i c_i x_i over the `lists` lists that the chunk's row has.
+template <class A>
+SAMK_DEVICE void load_combination(const Work& work, int lists, int index, typename A::T (&sum)[A::N]) {
+    using T = typename A::T;
+    const auto& c = work.coefficient.template as<T>();
+    typename A::Gradient x = {};
+    if (lists > 0) x = A::gradient(work.column(work.list_column[0]), index);
+#pragma unroll
+    for (int e = 0; e < A::N; ++e) sum[e] = c[0] * T(x.get(e));
+#pragma unroll 1
+    for (int i = 1; i < lists; ++i) {
+        x = A::gradient(work.column(work.list_column[i]), index);
+#pragma unroll
+        for (int e = 0; e < A::N; ++e) sum[e] += c[i] * T(x.get(e));
+    }
+}
+
+// ---------------------------------------------------------------- restore
+
+// Bit for bit.
+SAMK_DEVICE void copy_chunk(const Source& target, const Source& source, int count, bool aligned) {
+    const int size = size_of(target.dtype);
+    int done = 0;
+    if (aligned) {
+        const int vectors = int(int64_t(count) * size / 16);
+        for (int v = int(threadIdx.x); v < vectors; v += int(blockDim.x))
+            __stcs(reinterpret_cast<uint4*>(target.pointer) + v, __ldcs(reinterpret_cast<const uint4*>(source.pointer) + v));
+        done = vectors * (16 / size);
+    }
+    for (int i = done + int(threadIdx.x); i < count; i += int(blockDim.x)) Single<float>::copy(target, source, i);
+}
+
+SAMK_DEVICE void restore_chunk(const Work& work) {
+    copy_chunk(work.column(kWeight), work.column(kSnapshot), work.count, is_vector_path(work.path));
+}
+
+SAMK_DEVICE void restore_phase(const Packed& p, Shared& shared) {
+    for_chunks(p, shared, NothingMore{}, [&](const Work& work) { restore_chunk(work); });
+}
+
+// ---------------------------------------------------------------- perturb, combine
+
+// w <- w + T(w)^2 d. Where a copy of w is held already, w is that copy, whatever the weights hold now.
+struct PerturbBody {
+    bool take;
+
+    template <class A>
+    SAMK_DEVICE void run(const Work& work, const Share& share) const {
+        using T = typename A::T;
+        const int lists = work.lists;
+        const bool held = work.held();
+        const Source weight = work.column(kWeight), snapshot = work.column(kSnapshot);
+#pragma unroll 1
+        for (int i = share.first; i < share.end; i += share.stride) {
+            typename A::Own w = A::own(held ? snapshot : weight, i);
+            T step[A::N];
+            load_combination<A>(work, lists, i, step);
+            if (take && !held) A::copy(snapshot, weight, i, w);
+            if (lists > 0) {
+                const T eta = T(work.eta);
+#pragma unroll
+                for (int e = 0; e < A::N; ++e) w.set(e, perturbed(T(w.get(e)), step[e], eta));
+                A::store(weight, i, w);
+            } else if (held) {
+                A::copy(weight, snapshot, i, w);
+            }
+        }
+    }
+};
+
+SAMK_DEVICE void perturb_phase(const Packed& p, Shared& shared, const double* coefficients) {
+    const PerturbBody body{p.is(Header::kTakeSnapshot)};
+    for_chunks(p, shared, Coefficients{coefficients}, [&](const Work& work) { on_path(work, body); });
+}
+
+struct CombineBody {
+    template <class A>
+    SAMK_DEVICE void run(const Work& work, const Share& share) const {
+        const int lists = work.lists;
+#pragma unroll 1
+        for (int i = share.first; i < share.end; i += share.stride) {
+            typename A::T sum[A::N];
+            load_combination<A>(work, lists, i, sum);
+            typename A::Own result = {};
+#pragma unroll
+            for (int e = 0; e < A::N; ++e) result.set(e, sum[e]);
+            A::store(work.column(kWeight), i, result);
+        }
+    }
+};
+
+SAMK_DEVICE void combine_phase(const Packed& p, Shared& shared, const double* coefficients) {
+    for_chunks(p, shared, Coefficients{coefficients}, [&](const Work& work) { on_path(work, CombineBody{}); });
+}
+
+// ---------------------------------------------------------------- base optimizers
+
+// Addresses and hyper-parameters are read from shared memory where they are used: kept in registers, they would leave
+// too few for the elements.
+template <class T, SgdKind kind>
+struct SgdUpdate {
+    template <class A>
+    struct State {
+        typename A::Own buffer;
+    };
+
+    template <class A>
+    static SAMK_DEVICE void load(const Work& work, int index, State<A>& state) {
+        if constexpr (kind != SgdKind::Plain) state.buffer = A::own(work.column(kState), index);
+    }
+    template <class A>
+    static SAMK_DEVICE T updated(const Work& work, T weight, T gradient, State<A>& state, int e) {
+        T buffer = T(0);
+        if constexpr (kind != SgdKind::Plain) buffer = T(state.buffer.get(e));
+        const T result = sgd<T, kind>(weight, gradient, buffer, work.sgd.template as<T>());
+        if constexpr (kind != SgdKind::Plain) state.buffer.set(e, buffer);
+        return result;
+    }
+    template <class A>
+    static SAMK_DEVICE void store(const Work& work, int index, const State<A>& state) {
+        if constexpr (kind != SgdKind::Plain) A::store(work.column(kState), index, state.buffer);
+    }
+};
+
+template <class T, bool amsgrad>
+struct AdamUpdate {
+    template <class A>
+    struct State {
+        typename A::Own m, v, v_max;
+    };
+
+    template <class A>
+    static SAMK_DEVICE void load(const Work& work, int index, State<A>& state) {
+        state.m = A::own(work.column(kState), index);
+        state.v = A::own(work.column(kState + 1), index);
+        if constexpr (amsgrad) state.v_max = A::own(work.column(kState + 2), index);
+    }
+    template <class A>
+    static SAMK_DEVICE T updated(const Work& work, T weight, T gradient, State<A>& state, int e) {
+        T m = T(state.m.get(e)), v = T(state.v.get(e)), v_max = T(0);
+        if constexpr (amsgrad) v_max = T(state.v_max.get(e));
+        const T result = adam<T, amsgrad>(weight, gradient, m, v, v_max, work.adam.template as<T>());
+        state.m.set(e, m);
+        state.v.set(e, v);
+        if constexpr (amsgrad) state.v_max.set(e, v_max);
+        return result;
+    }
+    template <class A>
+    static SAMK_DEVICE void store(const Work& work, int index, const State<A>& state) {
+        A::store(work.column(kState), index, state.m);
+        A::store(work.column(kState + 1), index, state.v);
+        if constexpr (amsgrad) A::store(work.column(kState + 2), index, state.v_max);
+    }
+};
+
+// w <- base(snapshot or w, combination of the lists), one pass.
+template <template <class> class Update>
+struct UpdateBody {
+    bool preview;
+
+    template <class A>
+    SAMK_DEVICE void run(const Work& work, const Share& share) const {
+        using T = typename A::T;
+        using U = Update<T>;
+        const int lists = work.lists;
+#pragma unroll 1
+        for (int i = share.first; i < share.end; i += share.stride) {
+            typename A::Own w = A::own(work.unperturbed(), i);
+            typename U::template State<A> state;
+            U::template load<A>(work, i, state);
+            T gradient[A::N];
+            load_combination<A>(work, lists, i, gradient);
+#pragma unroll
+            for (int e = 0; e < A::N; ++e) w.set(e, U::template updated<A>(work, T(w.get(e)), gradient[e], state, e));
+            A::store(work.column(kWeight), i, w);
+            if (!preview) U::template store<A>(work, i, state);
+        }
+    }
+};
+
+template <class T>
+using PlainSgd = SgdUpdate<T, SgdKind::Plain>;
+template <class T>
+using MomentumSgd = SgdUpdate<T, SgdKind::Momentum>;
+template <class T>
+using NesterovSgd = SgdUpdate<T, SgdKind::Nesterov>;
+template <class T>
+using PlainAdam = AdamUpdate<T, false>;
+template <class T>
+using AmsgradAdam = AdamUpdate<T, true>;
+
+// Whether a descent only restores. `finite` is that of the launch's own Gram matrix, if it has one.
+SAMK_DEVICE bool skips_update(const Packed& p, bool finite) {
+    return !finite || p.is(Header::kSkipUpdate) || (p.header.found_inf && *p.header.found_inf != 0.0f) ||
+           (p.header.finite && *p.header.finite == 0.0);
+}
+
+template <bool is_adam>
+SAMK_DEVICE void update_phase(const Packed& p, Shared& shared, const double* coefficients, bool finite) {
+    if (threadIdx.x == 0) {
+        shared.skip_update = skips_update(p, finite);
+        shared.inverse_grad_scale = 1.0 / read_scalar(p.header.grad_scale_kind, p.header.grad_scale);
+        shared.step = 0.0;  // of no step that is made
+    }
+    const bool preview = p.is(Header::kPreview);
+    for_chunks(p, shared, BaseScalars<is_adam>{{coefficients}}, [&](const Work& work) {
+        if (shared.skip_update || !work.has_gradient()) {
+            if (work.held()) restore_chunk(work);
+            return;
+        }
+        if (preview && !work.held()) return;
+        if constexpr (is_adam) {
+            if (work.group_flags & Group::kAmsgrad)
+                on_path(work, UpdateBody<AmsgradAdam>{preview});
+            else
+                on_path(work, UpdateBody<PlainAdam>{preview});
+        } else {
+            if (!(work.group_flags & Group::kHasMomentum))
+                on_path(work, UpdateBody<PlainSgd>{preview});
+            else if (work.group_flags & Group::kNesterov)
+                on_path(work, UpdateBody<NesterovSgd>{preview});
+            else
+                on_path(work, UpdateBody<MomentumSgd>{preview});
+        }
+    });
+}
+
+// Counts this step in the step tensors that lie on the device, once every block has read them.
+SAMK_DEVICE void count_steps(const Packed& p, Shared& shared) {
+    if (!p.is(Header::kCountSteps) || !is_last_block(p, shared, kStepTicket) || shared.skip_update) return;
+    for (uint32_t row = threadIdx.x; row < p.header.rows; row += blockDim.x) {
+        const RowClass& c = p.row_class(p.start(row).row_class);
+        if (!(c.flags & RowClass::kHasGradient) || c.dtype(kStep) == DType::None) continue;
+        void* place = reinterpret_cast<void*>(p.row(row)[1 + p.header.position[kStep]]);
+        if (c.dtype(kStep) == DType::Float64)
+            *static_cast<double*>(place) += 1.0;
+        else
+            *static_cast<float*>(place) += 1.0f;
+    }
+}
+
+}  // namespace cuda
+}  // namespace samk

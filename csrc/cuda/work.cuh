@@ -1,0 +1,287 @@
+// What a block knows of the chunk it works on.
+//
+// Note [Preparing chunks]
+// Finding a chunk's row, its addresses, coefficients and hyper-parameters takes some hundred cycles and many registers,
+// and is the same for all threads. The first warp does it for the next chunk while the block works on the current one,
+// and leaves the result in shared memory: one barrier for each chunk, no thread waits for a search, and the loops over
+// elements have the registers to themselves.
+#pragma once
+
+#include <cmath>
+
+#include "../common/elementwise.h"
+#include "access.cuh"
+
+namespace samk {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr int kMaxWarps = kMaxThreads / kWarp;
+
+// A value for arithmetic in double and one for arithmetic in float.
+template <class Double, class Float>
+struct InBoth {
+    Double in_double;
+    Float in_float;
+
+    template <class T>
+    SAMK_DEVICE const auto& as() const {
+        if constexpr (sizeof(T) == sizeof(double)) return in_double;
+        else return in_float;
+    }
+};
+
+struct Work {
+    char* pointer[kColumns];  // of the chunk's first element
+    DType dtype[kColumns];
+    Path path;
+    uint8_t flags;  // of the row's class
+    uint32_t group_flags;
+    int count;
+    double eta;
+
+    // The lists that the row has and whose coefficient is not zero; an infinite entry of others must not become NaN.
+    int lists;
+    int list_column[kMaxLists];
+
+    // In both types of arithmetic, to be read where they are used: they would take more registers than there are.
+    InBoth<double[kMaxLists], float[kMaxLists]> coefficient;
+    InBoth<SgdScalars<double>, SgdScalars<float>> sgd;
+    InBoth<AdamScalars<double>, AdamScalars<float>> adam;
+
+    SAMK_DEVICE Source column(int which) const { return {pointer[which], dtype[which]}; }
+    SAMK_DEVICE bool held() const { return (flags & RowClass::kHeld) != 0; }
+    SAMK_DEVICE bool has_gradient() const { return (flags & RowClass::kHasGradient) != 0; }
+    // Where the weights themselves are, whatever they are perturbed to.
+    SAMK_DEVICE Source unperturbed() const { return column(held() ? kSnapshot : kWeight); }
+};
+
+// What the threads of a block share.
+struct Shared {
+    Work work[2];
+    double warp_sums[kMaxPairs][kMaxWarps];
+    double gram[kMaxLists * kMaxLists];
+    double coefficients[kMaxLists];
+    bool finite;
+    bool is_last_block;
+    bool skip_update;
+    double inverse_grad_scale;
+    // Adam's bias corrections of the step count that was last looked at on the device.
+    double step, beta1, beta2, bias_correction1, bias_correction2_sqrt;
+};
+
+struct Chunk {
+    uint32_t row;
+    int64_t offset;
+    int count;
+};
+
+SAMK_DEVICE Chunk chunk_at(const Packed& p, uint32_t index) {
+    uint32_t low = 0, high = p.header.rows;  // the last row whose first chunk is not behind the wanted one
+    while (high - low > 1) {
+        const uint32_t middle = (low + high) / 2;
+        if (p.start(middle).first_chunk <= index)
+            low = middle;
+        else
+            high = middle;
+    }
+    const RowStart start = p.start(low);
+    const uint32_t end = low + 1 < p.header.rows ? p.start(low + 1).first_chunk : p.header.chunks;
+    Chunk chunk;
+    chunk.row = low;
+    chunk.offset = int64_t(index - start.first_chunk) * p.header.chunk_size;
+    chunk.count = int(p.header.chunk_size) - (index + 1 == end ? int(start.missing) : 0);
+    return chunk;
+}
+
+SAMK_DEVICE double read_scalar(uint32_t kind, uint64_t bits) {
+    if (kind == uint32_t(ScalarKind::Value)) {
+        double value;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    if (kind == uint32_t(ScalarKind::Float32)) return double(*reinterpret_cast<const float*>(bits));
+    return *reinterpret_cast<const double*>(bits);
+}
+
+SAMK_DEVICE double scale_of(const Group& group, int list) {
+    return read_scalar((group.kinds >> (2 * list)) & 3u, group.scale[list]);
+}
+
+SAMK_DEVICE double learning_rate_of(const Group& group) {
+    return read_scalar((group.kinds >> (2 * kMaxLists)) & 3u, group.lr);
+}
+
+// By repeated squaring: step counts are whole numbers, and CUDA's pow() is a function call that costs every thread of the
+// kernel registers.
+SAMK_DEVICE double power(double base, uint32_t exponent) {
+    double result = 1.0;
+#pragma unroll 1
+    for (; exponent > 0; exponent /= 2, base *= base)
+        if (exponent % 2 == 1) result *= base;
+    return result;
+}
+
+// What only some phases need to know of a chunk, computed by one thread.
+struct NothingMore {
+    SAMK_DEVICE void operator()(const Packed&, Shared&, const Chunk&, const RowClass&, Work&) const {}
+};
+
+struct Coefficients {
+    const double* of_lists;  // null for ones
+
+    SAMK_DEVICE void operator()(const Packed& p, Shared&, const Chunk&, const RowClass& c, Work& work) const {
+        set(p, c, work, 1.0);
+    }
+
+    SAMK_DEVICE void set(const Packed& p, const RowClass& c, Work& work, double factor) const {
+        const Group& group = p.group(c.group);
+        int lists = 0;
+        for (int i = 0; i < p.header.lists; ++i) {
+            const double value = factor * (of_lists ? of_lists[i] : 1.0) * scale_of(group, i);
+            // Zero in the type of the arithmetic.
+            const bool is_zero = c.path == Path::SingleDouble ? value == 0.0 : float(value) == 0.0f;
+            if (c.dtype(kList + i) == DType::None || is_zero) continue;
+            work.list_column[lists] = kList + i;
+            set_coefficient(work, lists, value);
+            ++lists;
+        }
+        work.lists = lists;
+        for (; lists < kMaxLists; ++lists) {
+            work.list_column[lists] = kList;
+            set_coefficient(work, lists, 0.0);
+        }
+    }
+
+    static SAMK_DEVICE void set_coefficient(Work& work, int list, double value) {
+        work.coefficient.in_double[list] = value;
+        work.coefficient.in_float[list] = float(value);
+    }
+};
+
+template <bool is_adam>
+struct BaseScalars {
+    Coefficients coefficients;
+
+    SAMK_DEVICE void operator()(const Packed& p, Shared& shared, const Chunk& chunk, const RowClass& c,
+                                Work& work) const {
+        if (!(c.flags & RowClass::kHasGradient)) return;
+        coefficients.set(p, c, work, shared.inverse_grad_scale);
+        const Group& group = p.group(c.group);
+        const double lr = learning_rate_of(group), decay = group.weight_decay;
+        const double sign = group.flags & Group::kMaximize ? -1.0 : 1.0;
+        work.group_flags = group.flags;
+        if constexpr (is_adam) {
+            double bias1 = c.bias_correction1, bias2_sqrt = c.bias_correction2_sqrt;
+            if (c.dtype(kStep) != DType::None) {
+                look_up_step(p, shared, chunk, c);
+                bias1 = shared.bias_correction1, bias2_sqrt = shared.bias_correction2_sqrt;
+            }
+            const bool decoupled = (group.flags & Group::kDecoupled) != 0;
+            const AdamScalars<double> adam = {lr / bias1,
+                                              bias2_sqrt,
+                                              1.0 - group.momentum_or_beta1,
+                                              group.dampening_or_beta2,
+                                              1.0 - group.dampening_or_beta2,
+                                              group.epsilon,
+                                              decoupled ? 0.0 : decay,
+                                              decoupled ? 1.0 - lr * decay : 1.0,
+                                              sign};
+            work.adam = {adam, rounded(adam)};
+        } else {
+            const bool first = (c.flags & RowClass::kFirst) != 0;
+            const double momentum = group.momentum_or_beta1;
+            const SgdScalars<double> sgd = {lr,    momentum, first ? 0.0 : momentum, first ? 1.0 : 1.0 - group.dampening_or_beta2,
+                                            decay, sign};
+            work.sgd = {sgd, rounded(sgd)};
+        }
+    }
+
+    // Two powers, unless the step count is that of the chunk before.
+    static SAMK_DEVICE void look_up_step(const Packed& p, Shared& shared, const Chunk& chunk, const RowClass& c) {
+        const uint64_t place = p.row(chunk.row)[1 + p.header.position[kStep]];
+        const ScalarKind kind = c.dtype(kStep) == DType::Float64 ? ScalarKind::Float64 : ScalarKind::Float32;
+        const double step = 1.0 + read_scalar(uint32_t(kind), place);
+        const double beta1 = p.group(c.group).momentum_or_beta1, beta2 = p.group(c.group).dampening_or_beta2;
+        if (step == shared.step && beta1 == shared.beta1 && beta2 == shared.beta2) return;
+        shared.step = step, shared.beta1 = beta1, shared.beta2 = beta2;
+        shared.bias_correction1 = 1.0 - power(beta1, uint32_t(step));
+        shared.bias_correction2_sqrt = sqrt(1.0 - power(beta2, uint32_t(step)));
+    }
+};
+
+// For all threads of the block; the first warp writes. A barrier must follow before anybody reads.
+template <class More>
+SAMK_DEVICE void prepare(const Packed& p, Shared& shared, int slot, uint32_t index, const More& more) {
+    const int lane = int(threadIdx.x);
+    if (lane >= kWarp) return;
+    Work& work = shared.work[slot];
+    const Chunk chunk = chunk_at(p, index);
+    const RowClass& c = p.row_class(p.start(chunk.row).row_class);
+    if (lane < kColumns) {
+        const DType dtype = c.dtype(lane);
+        char* pointer = nullptr;
+        if (dtype != DType::None)
+            pointer = reinterpret_cast<char*>(p.row(chunk.row)[1 + p.header.position[lane]]) +
+                      chunk.offset * size_of(dtype);
+        work.pointer[lane] = pointer;
+        work.dtype[lane] = dtype;
+    }
+    if (lane == 0) {
+        work.path = c.path;
+        work.flags = c.flags;
+        work.count = chunk.count;
+        work.eta = c.eta;
+        more(p, shared, chunk, c, work);
+    }
+}
+
+// Calls f(work) for this block's share of the chunks.
+template <class More, class F>
+SAMK_DEVICE void for_chunks(const Packed& p, Shared& shared, const More& more, const F& f) {
+    const uint32_t chunks = p.header.chunks;
+    // After a Gram phase the cache still holds the gradients of the last chunks.
+    const bool reverse = p.is(Header::kReverse);
+    int slot = 0;
+    __syncthreads();  // nobody still reads what an earlier phase has left
+    if (blockIdx.x < chunks) prepare(p, shared, slot, reverse ? chunks - 1 - blockIdx.x : blockIdx.x, more);
+    __syncthreads();
+    for (uint32_t step = blockIdx.x; step < chunks; step += gridDim.x) {
+        const uint32_t next = step + gridDim.x;
+        if (next < chunks) prepare(p, shared, slot ^ 1, reverse ? chunks - 1 - next : next, more);
+        f(shared.work[slot]);
+        __syncthreads();
+        slot ^= 1;
+    }
+}
+
+SAMK_DEVICE bool is_vector_path(Path path) { return path != Path::SingleFloat && path != Path::SingleDouble; }
+
+// The elements [first, first + N), [first + stride, ...), up to `end`, which one thread works on.
+struct Share {
+    int first, stride, end;
+};
+
+template <class A, class Body>
+SAMK_DEVICE void run_range(const Work& work, const Body& body, int begin, int end) {
+    body.template run<A>(work, Share{begin + int(threadIdx.x) * A::N, int(blockDim.x) * A::N, end});
+}
+
+// Calls body.run<access>(work, share) for all elements of the chunk, in vectors where the path has them.
+template <class Body>
+SAMK_DEVICE void on_path(const Work& work, const Body& body) {
+    const int count = work.count;
+    const int whole = is_vector_path(work.path) ? count - count % 8 : 0;
+    switch (work.path) {
+        case Path::Float32: run_range<Uniform<float, float>>(work, body, 0, whole); break;
+        case Path::BFloat16: run_range<Uniform<BFloat16, BFloat16>>(work, body, 0, whole); break;
+        case Path::Float16: run_range<Uniform<Float16, Float16>>(work, body, 0, whole); break;
+        case Path::Float32BFloat16: run_range<Uniform<float, BFloat16>>(work, body, 0, whole); break;
+        case Path::SingleFloat: break;
+        case Path::SingleDouble: run_range<Single<double>>(work, body, 0, count); return;
+    }
+    if (whole < count) run_range<Single<float>>(work, body, whole, count);
+}
+
+}  // namespace cuda
+}  // namespace samk

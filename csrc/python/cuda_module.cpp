@@ -1,0 +1,413 @@
+// sam_kernels._cuda: the table of tensors and the launches of the CUDA backend, for sam_kernels/cuda.py.
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cuda/launch.h"
+#include "../cuda/packing.h"
+#include "table_binding.h"
+
+#ifndef SAMK_CUDA_MODULE
+#define SAMK_CUDA_MODULE _cuda
+#endif
+
+namespace samk {
+namespace cuda {
+
+namespace {
+
+#ifdef SAMK_CUDA_SHIM
+constexpr dlpack::DeviceType kDeviceType = dlpack::kCpu;
+#else
+constexpr dlpack::DeviceType kDeviceType = dlpack::kCuda;
+#endif
+
+// Float64 numbers at the start of the scratch memory that hold the tickets.
+constexpr int kTicketDoubles = 2;
+
+struct Tuning {
+    int chunk_size = 16384;             // elements; a multiple of 8
+    int threads = kMaxThreads;          // of a block; a multiple of 32
+    int blocks_per_multiprocessor = 0;  // 0: as many as fit
+    bool one_launch = true;             // Gram matrix and what follows in one cooperative launch, where the table fits
+};
+
+class Table : public TableBinding {
+public:
+    Table(int device, const std::vector<std::vector<int64_t>>& shapes, const std::vector<std::vector<int64_t>>& strides,
+          const std::vector<int64_t>& numels, const std::vector<int>& dtypes, const std::vector<int32_t>& groups,
+          const std::vector<double>& etas)
+        : TableBinding({kDeviceType, device}, shapes, strides, numels, dtypes, groups, etas),
+          host_steps_(numels.size()),
+          step_is_on_host_(numels.size()) {}
+
+    void tune(int chunk_size, int threads, int blocks_per_multiprocessor, bool one_launch) {
+        if (chunk_size < 8 || chunk_size > 65536 || chunk_size % 8 != 0)
+            throw py::value_error("chunk_size must be a multiple of 8, 8 to 65536");
+        if (threads < 32 || threads > kMaxThreads || threads % 32 != 0)
+            throw py::value_error("threads must be a multiple of 32, 32 to " + std::to_string(kMaxThreads));
+        if (blocks_per_multiprocessor < 0) throw py::value_error("blocks_per_multiprocessor must be at least 0");
+        tuning_ = {chunk_size, threads, blocks_per_multiprocessor, one_launch};
+    }
+
+    // Float64 numbers of device memory, zero at first, that set_scratch() wants.
+    int64_t scratch_size() const { return kTicketDoubles + max_launches() * int64_t(kVirtualBlocks) * kMaxPairs; }
+    void set_scratch(uintptr_t pointer) { scratch_ = reinterpret_cast<double*>(pointer); }
+
+    // As bind(STEP, ...), but step counts may lie on the host as well. Returns the odd rows, and whether one is there.
+    py::tuple bind_steps(const py::list& tensors) {
+        check_length(tensors.size());
+        static const RowLayout scalar;
+        const TensorReader& reader = TensorReader::get();
+        py::list odd;
+        bool some_on_host = false;
+        for (size_t r = 0; r < rows_.size(); ++r) {
+            PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
+            TensorView view;
+            step_is_on_host_[r] = 0;
+            if (tensor != Py_None) {
+                const bool on_device = reader.read(tensor, device_, scalar, view);
+                const bool on_host = !on_device && reader.read(tensor, {dlpack::kCpu, 0}, scalar, view);
+                if ((!on_device && !on_host) || size_of(view.dtype) < 4) {
+                    view = TensorView{};
+                    odd.append(r);
+                } else if (on_host) {
+                    some_on_host = true;
+                    step_is_on_host_[r] = 1;
+                }
+            }
+            rows_[r].cells[kStep] = Cell{view.pointer, view.dtype};
+        }
+        return py::make_tuple(odd, some_on_host);
+    }
+
+    // ------------------------------------------------------------ launches
+    //
+    // `report` is the address of REPORT_SIZE float64 numbers on the device; scales, learning rates and grad_scale are
+    // numbers or tensors of one float32 or float64 element on the device. Nothing waits for the device.
+
+    void gram(int lists, int rule, double epsilon, double alpha, bool weighted, py::object taken, uintptr_t report) {
+        check_lists(lists);
+        choose_all_with_gradient(lists);
+        Operation operation = operation_of(lists, weighted, weighted && !taken.is_none());
+        operation.taken = flags(taken);
+        operation.reads_weights = weighted;
+        Header header = header_of({Rule(rule), epsilon, alpha}, report);
+        header.flags = weighted ? Header::kWeightedGram : 0u;
+        begin();
+        launch_gram(operation, header);
+    }
+
+    void perturb(int lists, const py::list& scale, uintptr_t coefficients, py::object taken) {
+        check_lists(lists);
+        uint8_t* holds = flags(taken);
+        choose_with_gradient_or_copy(lists, holds);
+        Operation operation = operation_of(lists, true, holds != nullptr);
+        operation.taken = holds;
+        operation.scale = read_scales(scale, lists);
+        Header header = {};
+        header.flags = holds ? Header::kTakeSnapshot : 0u;
+        header.coefficients = reinterpret_cast<const double*>(coefficients);
+        begin();
+        launch_each(operation, header, kPerturbKernel);
+        if (holds) mark(holds, 1);
+    }
+
+    void restore(py::object taken) {
+        const uint8_t* holds = flags(taken);
+        choose([&](size_t r, const Row&) { return holds[r] != 0; });
+        begin();
+        launch_each(operation_of(0, true, true), {}, kRestoreKernel);
+    }
+
+    void combine(int lists, const py::list& scale, uintptr_t coefficients) {
+        check_lists(lists);
+        choose([](size_t, const Row& row) { return row.cells[kWeight].present(); });
+        Operation operation = operation_of(lists, true, false);
+        operation.scale = read_scales(scale, lists);
+        Header header = {};
+        header.coefficients = reinterpret_cast<const double*>(coefficients);
+        begin();
+        launch_each(operation, header, kCombineKernel);
+    }
+
+    void ascent(int lists, int rule, double epsilon, double alpha, const py::list& scale, py::object taken,
+                uintptr_t report) {
+        check_lists(lists);
+        uint8_t* holds = flags(taken);
+        choose_with_gradient_or_copy(lists, holds);
+        Operation operation = operation_of(lists, true, holds != nullptr);
+        operation.taken = holds;
+        operation.scale = read_scales(scale, lists);
+        Header header = header_of({Rule(rule), epsilon, alpha}, report);
+        header.flags = Header::kWeightedGram | Header::kReverse | (holds ? Header::kTakeSnapshot : 0u);
+        begin();
+        if (!launch_together(operation, header, kAscentKernel)) {
+            launch_gram(operation, header);
+            header.coefficients = header.report + kCoefficients;
+            launch_each(operation, header, kPerturbKernel);
+        }
+        if (holds) mark(holds, 1);
+    }
+
+    // With needs_gram the rule gives the coefficients; otherwise they are read from `coefficients`, ones if that is null.
+    // The update is skipped if there is a nonzero at `found_inf`, which may be null.
+    void descent(int lists, int rule, double epsilon, double alpha, bool needs_gram, bool weighted,
+                 const py::list& scale, py::object taken, int base, const py::list& settings, const py::list& lr,
+                 py::object first, py::handle grad_scale, uintptr_t found_inf, bool skip_update, bool preview,
+                 uintptr_t coefficients, uintptr_t report) {
+        check_lists(lists);
+        uint8_t* holds = flags(taken);
+        choose_with_gradient_or_copy(lists, holds);
+        Operation operation = operation_of(lists, true, holds != nullptr);
+        operation.taken = holds;
+        operation.first = flags(first);
+        operation.scale = read_scales(scale, lists);
+        operation.sgd = read_sgd(BaseKind(base), settings);
+        operation.adam = read_adam(BaseKind(base), settings);
+        for (const py::handle& entry : lr) operation.lr.push_back(read_scalar(entry));
+        check_groups(operation.lr.size(), "learning rate");
+        if (!skip_update) check_state(lists, operation.sgd, operation.adam, operation.first);
+        const bool is_adam = BaseKind(base) == BaseKind::Adam;
+        const Operation without_state = operation;
+        add_columns(operation, kState, kStep - kState);
+        if (has_device_step()) operation.columns.push_back(kStep);
+        const bool counts = is_adam && !skip_update;
+        if (counts) count_on_host(lists);
+        operation.host_steps = &host_steps_;
+
+        Header header = header_of({Rule(rule), epsilon, alpha}, report);
+        const Scalar unscale = read_scalar(grad_scale);
+        header.grad_scale_kind = uint8_t(unscale.kind);
+        std::memcpy(&header.grad_scale, &unscale.value, sizeof header.grad_scale);
+        header.found_inf = reinterpret_cast<const float*>(found_inf);
+        header.coefficients = reinterpret_cast<const double*>(coefficients);
+        header.flags = (weighted ? Header::kWeightedGram : 0u) | (preview ? Header::kPreview : 0u) |
+                       (skip_update ? Header::kSkipUpdate : 0u) | (needs_gram ? Header::kReverse : 0u) |
+                       (counts && !preview && has_device_step() ? Header::kCountSteps : 0u);
+        begin();
+        Kernel* const alone = is_adam ? kDescentKernel_adam : kDescentKernel_sgd;
+        Kernel* const together = is_adam ? kRuleDescentKernel_adam : kRuleDescentKernel_sgd;
+        if (!needs_gram) {
+            launch_each(operation, header, alone);
+        } else if (!launch_together(operation, header, together)) {
+            launch_gram(without_state, header);
+            header.coefficients = header.report + kCoefficients;
+            header.finite = header.report + kFinite;
+            launch_each(operation, header, alone);
+        }
+        if (counts && !preview) store_host_steps(lists);
+        if (holds && !preview) mark(holds, 0);
+    }
+
+    int launches() const { return launches_; }
+
+private:
+    // ------------------------------------------------------------ arguments
+
+    Operation operation_of(int lists, bool weights, bool snapshot) const {
+        Operation operation;
+        operation.rows = &rows_;
+        operation.wanted = &wanted_;
+        operation.lists = lists;
+        operation.chunk_size = uint32_t(tuning_.chunk_size);
+        if (weights) operation.columns.push_back(kWeight);
+        if (snapshot) operation.columns.push_back(kSnapshot);
+        add_columns(operation, kList, lists);
+        return operation;
+    }
+
+    // Those of `count` columns that some row has; others take no room.
+    void add_columns(Operation& operation, int first, int count) const {
+        for (int column = first; column < first + count; ++column)
+            if (std::any_of(rows_.begin(), rows_.end(), [&](const Row& row) { return row.cells[column].present(); }))
+                operation.columns.push_back(column);
+    }
+
+    Header header_of(const RuleArguments& rule, uintptr_t report) const {
+        Header header = {};
+        header.rule = rule;
+        header.report = reinterpret_cast<double*>(report);
+        header.tickets = reinterpret_cast<uint32_t*>(scratch_);
+        header.partials = scratch_ + kTicketDoubles;
+        return header;
+    }
+
+    Scalar read_scalar(py::handle entry) const {
+        if (PyFloat_Check(entry.ptr()) || PyLong_Check(entry.ptr())) return Scalar(entry.cast<double>());
+        static const RowLayout zero_dimensions, one_element{{1}, {1}};
+        TensorView view;
+        const TensorReader& reader = TensorReader::get();
+        const bool usable = reader.read(entry.ptr(), device_, zero_dimensions, view) ||
+                            reader.read(entry.ptr(), device_, one_element, view);
+        if (!usable || size_of(view.dtype) < 4)
+            throw py::type_error("a scalar must be a number, or one float32 or float64 element on the tensors' device");
+        Scalar scalar;
+        scalar.kind = view.dtype == DType::Float64 ? ScalarKind::Float64 : ScalarKind::Float32;
+        scalar.pointer = view.pointer;
+        return scalar;
+    }
+
+    std::vector<Scalar> read_scales(const py::list& scale, int lists) const {
+        std::vector<Scalar> result;
+        for (const py::handle& entry : scale) result.push_back(read_scalar(entry));
+        check_groups(result.size() / size_t(std::max(lists, 1)), "scales");
+        return result;
+    }
+
+    // ------------------------------------------------------------ Adam's step counts on the host
+
+    bool has_device_step() const {
+        for (size_t r = 0; r < rows_.size(); ++r)
+            if (rows_[r].cells[kStep].present() && !step_is_on_host_[r]) return true;
+        return false;
+    }
+
+    // Step counts after this step; zero for those on the device.
+    void count_on_host(int lists) {
+        for (size_t r = 0; r < rows_.size(); ++r) {
+            const Cell& cell = rows_[r].cells[kStep];
+            host_steps_[r] = 0.0;
+            if (!wanted_[r] || !rows_[r].has_gradient(lists) || !cell.present() || !step_is_on_host_[r]) continue;
+            host_steps_[r] = 1.0 + (cell.dtype == DType::Float64 ? *static_cast<const double*>(cell.pointer)
+                                                                  : double(*static_cast<const float*>(cell.pointer)));
+        }
+    }
+
+    void store_host_steps(int lists) {
+        for (size_t r = 0; r < rows_.size(); ++r) {
+            const Cell& cell = rows_[r].cells[kStep];
+            if (!wanted_[r] || !rows_[r].has_gradient(lists) || host_steps_[r] == 0.0) continue;
+            if (cell.dtype == DType::Float64)
+                *static_cast<double*>(cell.pointer) = host_steps_[r];
+            else
+                *static_cast<float*>(cell.pointer) = float(host_steps_[r]);
+        }
+    }
+
+    // ------------------------------------------------------------ launching
+
+    void begin() { launches_ = 0; }
+
+    void mark(uint8_t* taken, uint8_t value) const {
+        for (size_t r = 0; r < rows_.size(); ++r)
+            if (wanted_[r]) taken[r] = value;
+    }
+
+    void launch_packed(Kernel* kernel, bool cooperative) {
+        const uint32_t useful = std::max<uint32_t>(1, packed_.header.chunks);
+        const DeviceGuard guard(device_.id);
+        const int resident = resident_blocks(kernel, tuning_.threads, tuning_.blocks_per_multiprocessor);
+        const int blocks = int(std::min<uint32_t>(useful, uint32_t(resident)));
+#ifdef SAMK_CUDA_SHIM
+        void* const stream = nullptr;
+#else
+        void* const stream = TensorReader::get().current_stream(device_);
+#endif
+        launch(kernel, packed_, blocks, tuning_.threads, cooperative, stream);
+        ++launches_;
+    }
+
+    // All rows of the operation, in as many launches as they need.
+    void launch_each(const Operation& operation, const Header& header, Kernel* kernel) {
+        for (size_t next = 0; next < rows_.size();) {
+            packed_.header = header;
+            next = pack(operation, next, packed_);
+            if (packed_.header.rows > 0) launch_packed(kernel, false);
+        }
+    }
+
+    // False if the rows do not fit in one launch, or two are wanted.
+    bool launch_together(const Operation& operation, const Header& header, Kernel* kernel) {
+        if (!tuning_.one_launch) return false;
+        packed_.header = header;
+        if (pack(operation, 0, packed_) < rows_.size()) return false;
+        packed_.header.slots = std::min(packed_.header.chunks, kVirtualBlocks);
+        launch_packed(kernel, true);
+        return true;
+    }
+
+    // The last of the launches sums up and applies the rule, also where there are no rows at all.
+    void launch_gram(const Operation& operation, const Header& header) {
+        uint32_t slots = 0;
+        size_t next = 0;
+        do {
+            packed_.header = header;
+            next = pack(operation, next, packed_);
+            packed_.header.first_slot = slots;
+            slots += std::min(packed_.header.chunks, kVirtualBlocks);
+            packed_.header.slots = slots;
+            if (next >= rows_.size()) packed_.header.flags |= Header::kFinalise;
+            if (launches_ >= max_launches()) throw std::logic_error("more launches than the scratch memory is made for");
+            launch_packed(kGramKernel, false);
+        } while (next < rows_.size());
+    }
+
+    // A row with a class and a group of its own takes 20 words at most.
+    int64_t max_launches() const { return 1 + int64_t(rows_.size()) / (kCapacity / 20); }
+
+    Tuning tuning_;
+    double* scratch_ = nullptr;
+    std::vector<double> host_steps_;
+    std::vector<uint8_t> step_is_on_host_;
+    Packed packed_;
+    int launches_ = 0;
+};
+
+static_assert(1 + 5 + sizeof(RowClass) / 8 + sizeof(Group) / 8 <= 20, "see max_launches()");
+
+// Launches of an operation over that many tensors of one group and type, with that many columns.
+int launch_count(int tensors, int columns) {
+    std::vector<Row> rows(static_cast<size_t>(tensors));
+    const std::vector<uint8_t> wanted(rows.size(), 1);
+    Operation operation;
+    operation.rows = &rows;
+    operation.wanted = &wanted;
+    for (int column = 0; column < columns; ++column) operation.columns.push_back(column);
+    for (Row& row : rows) {
+        row.numel = 1000;
+        for (const int column : operation.columns) row.cells[column] = {nullptr, DType::Float32};
+    }
+    return count_launches(operation);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
+    module.doc() = "CUDA kernels of sam_kernels: a table of tensors and the launches over it.";
+
+    py::class_<Table> table(module, "Table");
+    define_table<Table>(table);
+    table
+        .def(py::init<int, const std::vector<std::vector<int64_t>>&, const std::vector<std::vector<int64_t>>&,
+                      const std::vector<int64_t>&, const std::vector<int>&, const std::vector<int32_t>&,
+                      const std::vector<double>&>(),
+             py::arg("device"), py::arg("shapes"), py::arg("strides"), py::arg("numels"), py::arg("dtypes"),
+             py::arg("groups"), py::arg("etas"))
+        .def("tune", &Table::tune)
+        .def("scratch_size", &Table::scratch_size)
+        .def("set_scratch", &Table::set_scratch)
+        .def("bind_steps", &Table::bind_steps)
+        .def("gram", &Table::gram)
+        .def("perturb", &Table::perturb)
+        .def("restore", &Table::restore)
+        .def("combine", &Table::combine)
+        .def("ascent", &Table::ascent)
+        .def("descent", &Table::descent)
+        .def_property_readonly("launches", &Table::launches, "Kernel launches of the last operation.");
+
+    module.def("why_unusable", &why_unusable, "Empty if the kernels can run on a device, else why they cannot.");
+    module.def("launch_count", &launch_count, "Launches of an operation over tensors with that many columns.");
+
+    define_columns(module);
+    module.attr("REPORT_SIZE") = int(kReportSize);
+    module.attr("FINITE") = int(kFinite);
+    module.attr("GRAM") = int(kGram);
+    module.attr("COEFFICIENTS") = int(kCoefficients);
+    module.attr("MAX_THREADS") = kMaxThreads;
+}
+
+}  // namespace cuda
+}  // namespace samk

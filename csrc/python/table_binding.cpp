@@ -1,0 +1,142 @@
+#include "table_binding.h"
+
+#include <algorithm>
+
+namespace samk {
+
+TableBinding::TableBinding(dlpack::Device device, const std::vector<std::vector<int64_t>>& shapes,
+                           const std::vector<std::vector<int64_t>>& strides, const std::vector<int64_t>& numels,
+                           const std::vector<int>& dtypes, const std::vector<int32_t>& groups,
+                           const std::vector<double>& etas)
+    : device_(device), rows_(numels.size()), layouts_(numels.size()), wanted_(numels.size()) {
+    if (shapes.size() != rows_.size() || strides.size() != rows_.size() || dtypes.size() != rows_.size() ||
+        groups.size() != rows_.size() || etas.size() != rows_.size())
+        throw py::value_error("Table: the arguments differ in length");
+    for (size_t r = 0; r < rows_.size(); ++r) {
+        if (shapes[r].size() != strides[r].size()) throw py::value_error("Table: shape and strides differ in length");
+        rows_[r].numel = numels[r];
+        rows_[r].group = groups[r];
+        rows_[r].eta = etas[r];
+        int64_t elements = 1;
+        for (const int64_t size : shapes[r]) elements *= size;
+        layouts_[r] = {shapes[r], strides[r], numels[r] != elements, DType(dtypes[r])};
+    }
+}
+
+py::list TableBinding::bind(int column, const py::list& tensors) {
+    check_column(column);
+    check_length(tensors.size());
+    static const RowLayout scalar;
+    const TensorReader& reader = TensorReader::get();
+    py::list odd;
+    for (size_t r = 0; r < rows_.size(); ++r) {
+        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
+        TensorView view;
+        if (tensor != Py_None) {
+            bool usable = reader.read(tensor, device_, column == kStep ? scalar : layouts_[r], view);
+            if (column == kWeight) usable = usable && view.dtype == layouts_[r].dtype;
+            if (column == kStep) usable = usable && size_of(view.dtype) >= 4;
+            if (!usable) {
+                view = TensorView{};
+                odd.append(r);
+            }
+        }
+        rows_[r].cells[column] = Cell{view.pointer, view.dtype};
+    }
+    return odd;
+}
+
+void TableBinding::set(int column, size_t row, uintptr_t pointer, int dtype) {
+    check_column(column);
+    rows_.at(row).cells[column] = Cell{reinterpret_cast<void*>(pointer), DType(dtype)};
+}
+
+void TableBinding::clear(int column) {
+    check_column(column);
+    for (Row& row : rows_) row.cells[column] = Cell{};
+}
+
+py::object TableBinding::written_rows() const {
+    if (std::find(wanted_.begin(), wanted_.end(), uint8_t(0)) == wanted_.end()) return py::none();
+    py::list rows;
+    for (size_t r = 0; r < rows_.size(); ++r)
+        if (wanted_[r]) rows.append(r);
+    return rows;
+}
+
+uint8_t* TableBinding::flags(const py::object& bytes) const {
+    if (bytes.is_none()) return nullptr;
+    if (!PyByteArray_Check(bytes.ptr())) throw py::type_error("flags must be a bytearray");
+    check_length(size_t(PyByteArray_GET_SIZE(bytes.ptr())));
+    return reinterpret_cast<uint8_t*>(PyByteArray_AS_STRING(bytes.ptr()));
+}
+
+std::vector<SgdSettings> TableBinding::read_sgd(BaseKind base, const py::list& settings) {
+    std::vector<SgdSettings> result;
+    if (base != BaseKind::Sgd) return result;
+    for (const py::handle& item : settings) {
+        const auto s = item.cast<py::tuple>();
+        result.push_back({0.0, s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>(), s[4].cast<bool>(),
+                          s[5].cast<bool>()});
+    }
+    return result;
+}
+
+std::vector<AdamSettings> TableBinding::read_adam(BaseKind base, const py::list& settings) {
+    std::vector<AdamSettings> result;
+    if (base != BaseKind::Adam) return result;
+    for (const py::handle& item : settings) {
+        const auto s = item.cast<py::tuple>();
+        result.push_back({0.0, s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>(), s[4].cast<double>(),
+                          s[5].cast<bool>(), s[6].cast<bool>(), s[7].cast<bool>()});
+    }
+    return result;
+}
+
+void TableBinding::check_lists(int lists) const {
+    if (lists < 0 || lists > kMaxLists) throw py::value_error("the kernels take 1 to 3 gradient lists");
+}
+
+void TableBinding::check_column(int column) const {
+    if (column < 0 || column >= kColumns) throw py::index_error("no such column");
+}
+
+void TableBinding::check_length(size_t length) const {
+    if (length != rows_.size())
+        throw py::value_error("expected one entry for each of " + std::to_string(rows_.size()) + " tensors, got " +
+                              std::to_string(length));
+}
+
+void TableBinding::check_groups(size_t groups, const char* what) const {
+    for (const Row& row : rows_)
+        if (row.group < 0 || size_t(row.group) >= groups)
+            throw py::value_error(std::string("a tensor's group has no ") + what);
+}
+
+void TableBinding::check_state(int lists, const std::vector<SgdSettings>& sgd, const std::vector<AdamSettings>& adam,
+                               const uint8_t* first) const {
+    check_groups(std::max(sgd.size(), adam.size()), "settings");
+    for (const Row& row : rows_) {
+        if (!row.has_gradient(lists)) continue;
+        bool complete = row.cells[kWeight].present();
+        if (!sgd.empty()) {
+            const bool has_buffer = sgd[row.group].momentum == 0.0 || row.cells[kState].present();
+            complete = complete && has_buffer && first;
+        } else {
+            complete = complete && row.cells[kState].present() && row.cells[kState + 1].present() &&
+                       row.cells[kStep].present() && (!adam[row.group].amsgrad || row.cells[kState + 2].present());
+        }
+        if (!complete) throw py::value_error("a tensor with a gradient has no optimizer state");
+    }
+}
+
+void define_columns(py::module_& module) {
+    module.attr("WEIGHT") = int(kWeight);
+    module.attr("SNAPSHOT") = int(kSnapshot);
+    module.attr("LIST") = int(kList);
+    module.attr("STATE") = int(kState);
+    module.attr("STEP") = int(kStep);
+    module.attr("MAX_LISTS") = kMaxLists;
+}
+
+}  // namespace samk

@@ -1,0 +1,83 @@
+// The table of tensors as Python fills it, for the bindings of all backends.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../common/settings.h"
+#include "../common/table.h"
+#include "tensor_reader.h"
+
+namespace samk {
+
+class TableBinding {
+public:
+    // shapes, strides: of each tensor, in elements. numels: real elements of each (complex ones count twice).
+    // dtypes: codes of the weights. groups: indices into the per-group arguments. etas: geometry, negative for T = 1.
+    TableBinding(dlpack::Device device, const std::vector<std::vector<int64_t>>& shapes,
+                 const std::vector<std::vector<int64_t>>& strides, const std::vector<int64_t>& numels,
+                 const std::vector<int>& dtypes, const std::vector<int32_t>& groups, const std::vector<double>& etas);
+
+    // Takes the pointers of a column from `tensors` (None leaves the cell empty). Returns the rows that need a closer
+    // look; their cells are empty until set() fills them. Weights must be of the type that the table was made for, as
+    // their snapshot is; lists and state may be of any.
+    py::list bind(int column, const py::list& tensors);
+
+    void set(int column, size_t row, uintptr_t pointer, int dtype);
+
+    void clear(int column);
+
+    // The rows that the last launch walked over; None for all of them.
+    py::object written_rows() const;
+
+protected:
+    // Marks the rows to walk over in wanted_.
+    template <class Wanted>
+    void choose(Wanted wanted) {
+        for (size_t r = 0; r < rows_.size(); ++r) wanted_[r] = wanted(r, rows_[r]);
+    }
+    void choose_all_with_gradient(int lists) {
+        choose([&](size_t, const Row& row) { return row.has_gradient(lists); });
+    }
+    // Those with something to add, and those that have been perturbed.
+    void choose_with_gradient_or_copy(int lists, const uint8_t* holds) {
+        choose([&](size_t r, const Row& row) { return row.has_gradient(lists) || (holds && holds[r]); });
+    }
+
+    // One byte a row, shared with Python, so that a flag is up to date even if an interrupt follows the launch.
+    uint8_t* flags(const py::object& bytes) const;
+
+    // Both return an empty list for a base of the other kind. `lr` is left out: it may lie on a device.
+    static std::vector<SgdSettings> read_sgd(BaseKind base, const py::list& settings);
+    static std::vector<AdamSettings> read_adam(BaseKind base, const py::list& settings);
+
+    void check_lists(int lists) const;
+    void check_column(int column) const;
+    void check_length(size_t length) const;
+    // Per-group arguments must reach every row's group.
+    void check_groups(size_t groups, const char* what) const;
+    // A missing pointer must never be walked over.
+    void check_state(int lists, const std::vector<SgdSettings>& sgd, const std::vector<AdamSettings>& adam,
+                     const uint8_t* first) const;
+
+    dlpack::Device device_;
+    std::vector<Row> rows_;
+    std::vector<RowLayout> layouts_;
+    std::vector<uint8_t> wanted_;
+};
+
+// Defines bind, set, clear, written_rows, and the constants that name the columns.
+template <class Table, class Class>
+void define_table(Class& definition) {
+    definition.def("bind", &Table::bind)
+        .def("set", &Table::set)
+        .def("clear", &Table::clear)
+        .def("written_rows", &Table::written_rows);
+}
+void define_columns(py::module_& module);
+
+}  // namespace samk

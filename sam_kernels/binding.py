@@ -1,0 +1,155 @@
+"""Filling a native backend's table of pointers: what the CPU and the CUDA backend have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .bases import Base, TensorList
+from .errors import DeviceChangedError
+from .plan import REAL_DTYPE, Layout, Plan, Snapshot, check_supported
+
+# The codes of enum class DType in csrc/common/scalar_types.h.
+_DTYPE_CODES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
+
+
+class Staging:
+    """Dense copies of tensors that the kernels cannot address, for one launch."""
+
+    def __init__(self) -> None:
+        self.alive: list[Tensor] = []
+        self.results: list[tuple[Tensor, Tensor]] = []
+
+    def stand_in(self, tensor: Tensor, layout: Layout, written: bool) -> Tensor:
+        dtype = tensor.dtype if tensor.is_complex() == layout.dtype.is_complex else layout.dtype
+        copy = layout.empty(dtype)
+        copy.copy_(tensor.detach())
+        self.alive.append(copy)
+        if written:
+            self.results.append((tensor, copy))
+        return copy
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for tensor, copy in self.results:
+            tensor.copy_(copy)
+
+
+class Binder:
+    """Binds tensors to the tables of one native module.
+
+    Args:
+        native: the extension module.
+        name: of the backend; its tables are kept in ``plan.tables`` under it.
+        make_table: makes the module's table for a plan from the arguments of :meth:`arguments_of`.
+    """
+
+    def __init__(self, native: Any, name: str, make_table: Callable[[Plan, dict[str, Any]], Any]) -> None:
+        self.native, self.name, self._make_table = native, name, make_table
+
+    def table(self, plan: Plan) -> Any:
+        """The plan's table, with whatever addresses it has."""
+        table = plan.tables.get(self.name)
+        if table is None:
+            arguments = {
+                "shapes": [layout.shape for layout in plan.layouts],
+                "strides": [layout.strides for layout in plan.layouts],
+                "numels": [layout.numel for layout in plan.layouts],
+                "dtypes": [_code(layout.dtype) for layout in plan.layouts],
+                "groups": plan.groups,
+                "etas": [-1.0 if eta is None else eta for eta in plan.geometry],
+            }
+            table = plan.tables[self.name] = self._make_table(plan, arguments)
+        return table
+
+    def bind_params(self, plan: Plan, staging: Staging) -> Any:
+        """The table with the weights' addresses as they are now."""
+        table = self.table(plan)
+        odd = table.bind(self.native.WEIGHT, plan.params)
+        if odd:
+            for index in odd:
+                param, layout = plan.params[index], plan.layouts[index]
+                if param.dtype != layout.dtype or param.device != layout.device or param.shape != layout.shape:
+                    device = plan.device
+                    plan.refresh()
+                    if plan.device != device or plan.parts:
+                        raise DeviceChangedError
+                    return self.bind_params(plan, staging)
+            self._bind_odd(table, self.native.WEIGHT, plan, plan.params, odd, staging, written=True)
+        return table
+
+    def bind_lists(self, table: Any, plan: Plan, xs: Sequence[TensorList], staging: Staging) -> None:
+        for number in range(self.native.MAX_LISTS):
+            if number >= len(xs):
+                table.clear(self.native.LIST + number)
+                continue
+            x = xs[number]
+            tensors = x if isinstance(x, list) else list(x)
+            odd = table.bind(self.native.LIST + number, tensors)
+            if odd:
+                self._bind_odd(table, self.native.LIST + number, plan, tensors, odd, staging, written=False)
+
+    def bind_state(self, table: Any, plan: Plan, base: Base, staging: Staging, written: bool) -> None:
+        """All of a base's state but its step counts."""
+        for number in range(self.native.STEP - self.native.STATE):
+            column = base.columns[number] if number < len(base.columns) else ()
+            if not column:
+                table.clear(self.native.STATE + number)
+                continue
+            odd = table.bind(self.native.STATE + number, column)
+            if odd:
+                self._bind_odd(table, self.native.STATE + number, plan, column, odd, staging, written)
+
+    def _bind_odd(
+        self,
+        table: Any,
+        column: int,
+        plan: Plan,
+        tensors: TensorList,
+        odd: Sequence[int],
+        staging: Staging,
+        written: bool,
+    ) -> None:
+        """Fills the cells that the table could not read: checks the tensors, and copies those laid out differently."""
+        for index in odd:
+            tensor, layout = tensors[index], plan.layouts[index]
+            role = plan.names[index] if column == self.native.WEIGHT else f"the gradient or state of {plan.names[index]}"
+            assert tensor is not None
+            check_supported(tensor, role)
+            if tensor.shape != layout.shape:
+                raise ValueError(f"{role} has shape {tuple(tensor.shape)}, expected {tuple(layout.shape)}")
+            if tensor.device != layout.device:
+                raise ValueError(f"{role} is on {tensor.device}, expected {layout.device}")
+            if tensor.is_complex() and not layout.dtype.is_complex:
+                raise ValueError(f"{role} is complex ({tensor.dtype}), expected {layout.dtype}")
+            if layout.dtype.is_complex != tensor.is_complex() or not layout.matches(tensor):
+                tensor = staging.stand_in(tensor, layout, written)
+            table.set(column, index, tensor.data_ptr(), _code(tensor.dtype))
+
+    def bind_snapshot(self, table: Any, plan: Plan, snapshot: Snapshot | None) -> bytearray | None:
+        """Binds the snapshot's memory and returns its flags."""
+        if snapshot is None:
+            return None
+        snapshot.fit(plan)
+        # A snapshot's memory moves only when it is allocated anew, so its addresses are read once.
+        key = self.name + " snapshot"
+        if plan.tables.get(key) is not snapshot.tensors:
+            for index, tensor in enumerate(snapshot.tensors):
+                table.set(self.native.SNAPSHOT, index, tensor.data_ptr(), _code(tensor.dtype))
+            plan.tables[key] = snapshot.tensors
+        return snapshot.taken
+
+    def finish(self, table: Any, plan: Plan, staging: Staging) -> None:
+        """Tells autograd what the launch has written: it would otherwise compute wrong gradients without an error."""
+        if staging.results:
+            staging.write_back()
+        rows = table.written_rows()
+        increment_version(plan.params if rows is None else [plan.params[i] for i in rows])
+
+
+def _code(dtype: torch.dtype) -> int:
+    return _DTYPE_CODES[REAL_DTYPE.get(dtype, dtype)]

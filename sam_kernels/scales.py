@@ -1,0 +1,46 @@
+"""Scales of the gradient lists: one for each group and list, numbers or, on a GPU, tensors of one element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Scale = float | Tensor | Sequence[Sequence[float | Tensor]]
+
+# One entry for each group and list, group by group.
+FlatScale = Sequence[float | Tensor]
+
+
+def flattened(scale: Scale, groups: int, lists: int) -> FlatScale:
+    """An entry for each group and list.
+
+    Tensors on a device stay what they are; nothing waits for them.
+
+    Raises:
+        ValueError: if ``scale`` has fewer entries than there are groups, or not one for each list.
+    """
+    if isinstance(scale, (int, float, Tensor)):
+        return [_entry(scale)] * (lists * groups)
+    flat = [_entry(value) for group in scale for value in group]
+    if len(flat) != len(scale) * lists or len(scale) < groups:
+        raise ValueError(f"scale must give {lists} numbers for each group, got {scale}")
+    return flat
+
+
+def times(scale: FlatScale, coefficients: Tensor) -> FlatScale:
+    """The scales times each list's coefficient."""
+    factors: Sequence[float | Tensor]
+    factors = coefficients.tolist() if coefficients.device.type == "cpu" else list(coefficients.unbind())
+    return [value * factors[index % len(factors)] for index, value in enumerate(scale)]
+
+
+def numbers(scale: FlatScale) -> list[float]:
+    """As numbers; waits for the device if a tensor lies on one."""
+    return [float(value) for value in scale]
+
+
+def _entry(value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.detach()
+    return float(value)
