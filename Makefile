@@ -5,16 +5,28 @@ VENV ?= .venv
 TORCH ?= 2.14.1
 
 BIN := $(VENV)/bin
-NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
-SOURCES := sam_kernels python benches tests examples setup.py
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
+SOURCES := sam_kernels python benches tests examples setup.py csrc
 
-.PHONY: quickstart test bench lint format wheel test-wheel clean
+.PHONY: quickstart test test-gpu sanitize bench bench-gpu lint format wheel test-wheel clean
 
 quickstart: $(VENV)/.built
 	$(BIN)/python -m sam_optim.quickstart
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest
+
+# The tests that need a GPU, with a torch that has CUDA: make test-gpu BIN=/path/to/bin uses another environment.
+test-gpu:
+	$(BIN)/python -m pytest tests/cuda -m gpu
+
+# Looks for invalid accesses, races and wrong barriers in a program that runs every CUDA kernel.
+sanitize:
+	for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.cuda.sanitize || exit 1; done
+
+bench-gpu:
+	$(BIN)/python -m benches.gpu --output benches/results/gpu.json
 
 bench: $(VENV)/.built
 	mkdir -p benches/results

@@ -11,7 +11,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 sys.path.insert(0, "csrc")
-import build_cuda  # noqa: E402
+import build_cuda
 
 COMMON_FLAGS = [
     "-O3",
@@ -64,7 +64,7 @@ class CudaExtension(Pybind11Extension):
         super().__init__(
             "sam_kernels._cuda",
             ["csrc/cuda/packing.cpp", "csrc/python/cuda_module.cpp", *BINDING],
-            depends=[*HEADERS, *map(str, build_cuda.KERNELS), *map(str, Path("csrc/cuda").glob("*.cuh"))],
+            depends=[*HEADERS, *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu*"))],
             cxx_std=17,
             extra_compile_args=COMMON_FLAGS,
             library_dirs=[str(toolkit.library)],
@@ -76,10 +76,10 @@ def cuda_extensions() -> list[Pybind11Extension]:
     """The CUDA extension where there is nvcc, whether or not there is a GPU."""
     try:
         if platform.system() != "Linux":
-            raise build_cuda.NoCuda("the CUDA kernels are built on Linux only")
+            raise build_cuda.NoCudaError("the CUDA kernels are built on Linux only")
         toolkit = build_cuda.find_toolkit()
         return [CudaExtension(toolkit, build_cuda.wanted_archs(toolkit))]
-    except build_cuda.NoCuda as reason:
+    except build_cuda.NoCudaError as reason:
         print(f"sam-kernels: building without the CUDA kernels: {reason}", file=sys.stderr)
         return []
 

@@ -47,7 +47,11 @@ class ForeachSAM:
         if self.adaptive:
             torch._foreach_mul_(direction, operators)
         self.old = [p.clone() for p in self.params]
-        torch._foreach_add_(self.params, direction, alpha=float(self.rho / (norm + 1e-12)))
+        scale = self.rho / (norm + 1e-12)
+        if scale.is_cuda:  # reading the number would wait for the GPU
+            torch._foreach_add_(self.params, torch._foreach_mul(direction, scale))
+        else:
+            torch._foreach_add_(self.params, direction, alpha=float(scale))
 
     @torch.no_grad()
     def second_step(self) -> None:

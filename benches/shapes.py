@@ -25,3 +25,34 @@ def tiny() -> list[Shape]:
 
 
 MODELS = {"resnet50": resnet50(), "161 x 10": tiny()}
+
+
+def vit_b16() -> list[Shape]:
+    """ViT-B/16 (Dosovitskiy et al. 2021) with 1,000 classes: 152 tensors, 86,567,656 parameters."""
+    width, hidden = 768, 3072
+    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,)]
+    block += [(hidden, width), (hidden,), (width, hidden), (width,)]
+    start: list[Shape] = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    return [*start, *(shape for _ in range(12) for shape in block), (width,), (width,), (1000, width), (1000,)]
+
+
+def gpt(width: int, layers: int, vocabulary: int = 50257, context: int = 1024) -> list[Shape]:
+    """A GPT-2 (Radford et al. 2019) with output weights tied to the embedding."""
+    block: list[Shape] = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+    block += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [
+        (vocabulary, width),
+        (context, width),
+        *(shape for _ in range(layers) for shape in block),
+        (width,),
+        (width,),
+    ]
+
+
+GPU_MODELS = {
+    "resnet50": resnet50(),
+    "vit_b16": vit_b16(),
+    "gpt2": gpt(768, 12),
+    "1.24 B": gpt(1984, 24),
+    "1000 small": [(1000,)] * 1000,
+}

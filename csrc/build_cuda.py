@@ -35,8 +35,12 @@ FLAGS = [
 ]
 
 
-class NoCuda(Exception):
+class NoCudaError(Exception):
     """There is no usable nvcc; the message says why."""
+
+
+class CommandError(Exception):
+    """The message has the command and all that it said."""
 
 
 class Toolkit(NamedTuple):
@@ -59,28 +63,32 @@ def find_toolkit() -> Toolkit:
     """The toolkit to build with.
 
     Raises:
-        NoCuda: if there is none.
+        NoCudaError: if there is none.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
     if nvcc is None:
-        raise NoCuda("nvcc is not on the PATH, and CUDA_HOME is not set")
+        raise NoCudaError("nvcc is not on the PATH, and CUDA_HOME is not set")
     try:
         text = _run([nvcc, "--version"])
         codes = frozenset(re.findall(r"sm_(\d+)", _run([nvcc, "--list-gpu-code"])))
         top = re.search(r"TOP=(\S+)", _run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull]))
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise NoCuda(f"{nvcc} does not run: {error}") from None
+    except (OSError, CommandError) as error:
+        raise NoCudaError(f"{nvcc} does not run: {error}") from None
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None or top is None:
-        raise NoCuda(f"{nvcc} does not say its version and place")
+        raise NoCudaError(f"{nvcc} does not say its version and place")
     version = (int(release[1]), int(release[2]))
     if version < OLDEST_CUDA:
-        raise NoCuda(f"{nvcc} is of CUDA {version[0]}.{version[1]}; the kernels need {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}")
-    folders = [folder for pattern in ("targets/*/lib", "lib64", "lib") for folder in Path(top[1]).resolve().glob(pattern)]
+        raise NoCudaError(
+            f"{nvcc} is of CUDA {version[0]}.{version[1]}; the kernels need {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
+        )
+    folders = [
+        folder for pattern in ("targets/*/lib", "lib64", "lib") for folder in Path(top[1]).resolve().glob(pattern)
+    ]
     library = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
     if library is None:
-        raise NoCuda(f"the toolkit of {nvcc} has no libcudart_static.a")
+        raise NoCudaError(f"the toolkit of {nvcc} has no libcudart_static.a")
     return Toolkit(nvcc, version, codes, library)
 
 
@@ -88,12 +96,12 @@ def wanted_archs(toolkit: Toolkit) -> list[str]:
     """The compute capabilities to build for, lowest first.
 
     Raises:
-        NoCuda: if none are wanted.
+        NoCudaError: if none are wanted.
         ValueError: for a capability that this nvcc does not know.
     """
     wanted = os.environ.get("SAM_KERNELS_CUDA_ARCHS", "").strip()
     if wanted.lower() == "none":
-        raise NoCuda("SAM_KERNELS_CUDA_ARCHS is none")
+        raise NoCudaError("SAM_KERNELS_CUDA_ARCHS is none")
     archs = [re.sub(r"[.\s]|sm_", "", arch) for arch in re.split("[;,]", wanted) if arch.strip()]
     unknown = [arch for arch in archs if arch not in toolkit.codes]
     if unknown:
@@ -136,5 +144,5 @@ def _run(command: list[str]) -> str:
     """Output and errors together."""
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode != 0:
-        raise subprocess.CalledProcessError(run.returncode, command, output=run.stdout, stderr=run.stdout)
+        raise CommandError(f"{' '.join(command)}\n{run.stdout}")
     return run.stdout

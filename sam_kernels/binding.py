@@ -117,7 +117,9 @@ class Binder:
         """Fills the cells that the table could not read: checks the tensors, and copies those laid out differently."""
         for index in odd:
             tensor, layout = tensors[index], plan.layouts[index]
-            role = plan.names[index] if column == self.native.WEIGHT else f"the gradient or state of {plan.names[index]}"
+            role = (
+                plan.names[index] if column == self.native.WEIGHT else f"the gradient or state of {plan.names[index]}"
+            )
             assert tensor is not None
             check_supported(tensor, role)
             if tensor.shape != layout.shape:

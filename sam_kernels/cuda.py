@@ -32,12 +32,11 @@ _FIXED = Fixed()
 
 @dataclass(frozen=True)
 class Tuning:
-    """How kernels are launched. The defaults are those of every device; no result but the norm's last bits depends on them.
+    """How kernels are launched. No result but the last bits of the norm depends on it.
 
     Attributes:
-        chunk_size: elements that a block works on at a time, a multiple of 8 up to 65536. The norm is summed chunk by
-            chunk, so its last bits depend on this.
-        threads: of a block, a multiple of 32 up to 512. The norm's last bits depend on this too.
+        chunk_size: elements that a block works on at a time, a multiple of 8 up to 65536. The norm's bits depend on it.
+        threads: of a block, a multiple of 32 up to 512. The norm's bits depend on it.
         blocks_per_multiprocessor: 0 for as many as fit.
         one_launch: take norm and perturbation in one cooperative launch where the table of tensors fits in one, else in
             two launches.
@@ -78,13 +77,13 @@ class CudaBackend:
         return None
 
     def describe(self) -> str:
-        return "CUDA C++, " + ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}))
+        return "CUDA C++, " + ", ".join(
+            sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+        )
 
     # ------------------------------------------------------------------ operations
 
-    def gram(
-        self, plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None
-    ) -> Tensor:
+    def gram(self, plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
         staging = Staging()
         table = self._binder.bind_params(plan, staging) if weighted else self._binder.table(plan)
         if not weighted:

@@ -70,15 +70,13 @@ enum class Path : uint8_t {
 struct RowClass {
     enum Flag : uint8_t { kHeld = 1, kFirst = 2, kHasGradient = 4 };
 
-    uint32_t dtypes;  // three bits for each column
     uint16_t group;
     uint8_t flags;
     Path path;
+    DType dtype[kColumns];
     double eta;
     double bias_correction1;       // Adam whose step counts are on the host: 1 - beta1^step,
     double bias_correction2_sqrt;  // sqrt(1 - beta2^step)
-
-    SAMK_HOST_DEVICE DType dtype(int column) const { return DType((dtypes >> (3 * column)) & 7u); }
 };
 
 // First word of a row; its pointers follow.
@@ -148,7 +146,6 @@ struct Packed {
 
 static_assert(sizeof(Packed) <= kParameterBytes, "a launch's parameters are too long");
 static_assert(sizeof(RowStart) == 8 && sizeof(RowClass) % 8 == 0 && sizeof(Group) % 8 == 0, "words have 8 bytes");
-static_assert(3 * kColumns <= 32, "a class has three bits for each column's type");
 
 }  // namespace cuda
 }  // namespace samk

@@ -68,7 +68,7 @@ private:
         const int class_index = index_of_class(row_class);
         const size_t new_words = row_words_ + (size_t(class_index) == classes_.size() ? kClassWords : 0) +
                                  (size_t(group) == groups_.size() ? kGroupWords : 0);
-        if (used_words() + new_words > size_t(kCapacity) || chunks_ + row_chunks > UINT32_MAX) {
+        if (used_words() + new_words > size_t(kCapacity) || chunks_ + row_chunks > INT32_MAX) {
             if (row_count_ == 0) throw std::length_error("one tensor alone is too large for a launch");
             return false;
         }
@@ -106,7 +106,7 @@ private:
         const double host_step = operation_.host_steps ? (*operation_.host_steps)[index] : 0.0;
         for (const int column : operation_.columns)
             if (row.cells[column].present() && !(column == kStep && host_step > 0.0))
-                result.dtypes |= uint32_t(row.cells[column].dtype) << (3 * column);
+                result.dtype[column] = row.cells[column].dtype;
         result.group = uint16_t(group);
         if (operation_.taken && operation_.taken[index]) result.flags |= RowClass::kHeld;
         if (operation_.first && operation_.first[index]) result.flags |= RowClass::kFirst;

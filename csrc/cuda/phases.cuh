@@ -15,7 +15,7 @@ SAMK_DEVICE double warp_sum(double value) {
     return value;
 }
 
-// Sums of each value over the block, in a fixed order, valid in thread 0.
+// Sums of each value over the block, in a fixed order, valid in thread 0. Two barriers of the block.
 template <int count>
 SAMK_DEVICE void block_sums(Shared& shared, double (&values)[count]) {
     const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
@@ -36,16 +36,18 @@ SAMK_DEVICE void block_sums(Shared& shared, double (&values)[count]) {
 // ---------------------------------------------------------------- Gram matrix
 
 template <int lists>
-struct GramBody {
-    static constexpr int kPairs = lists * (lists + 1) / 2;
+constexpr int kPairs = lists * (lists + 1) / 2;
 
-    bool weighted;
-    double (&sums)[kPairs];
+// ahead: loads of one column alone that are under way at a time, to hide the memory's latency.
+template <int lists, int ahead>
+struct GramBody {
+    const Packed& p;
+    double (&sums)[kPairs<lists>];
 
     template <class A>
     SAMK_DEVICE void run(const Work& work, const Share& share) const {
         int i = share.first;
-        if (weighted && work.eta >= 0.0) {
+        if (p.is(Header::kWeightedGram) && work.eta >= 0.0) {
 #pragma unroll 1
             for (; i < share.end; i += share.stride) {
                 // The geometry is that of the weights themselves, not of perturbed ones.
@@ -56,16 +58,14 @@ struct GramBody {
             }
             return;
         }
-        if (lists == 1 && A::N > 1) {
-            // One column alone: several loads under way at a time hide the memory's latency.
-            constexpr int kAhead = 4;
+        if (lists == 1 && A::N > 1 && ahead > 1) {
 #pragma unroll 1
-            for (; i + (kAhead - 1) * share.stride < share.end; i += kAhead * share.stride) {
-                typename A::Gradient x[kAhead][lists];
+            for (; i + (ahead - 1) * share.stride < share.end; i += ahead * share.stride) {
+                typename A::Gradient x[ahead][lists];
 #pragma unroll
-                for (int ahead = 0; ahead < kAhead; ++ahead) load<A>(work, i + ahead * share.stride, x[ahead]);
+                for (int k = 0; k < ahead; ++k) load<A>(work, i + k * share.stride, x[k]);
 #pragma unroll
-                for (int ahead = 0; ahead < kAhead; ++ahead) add<A, false>(x[ahead], {}, 0.0);
+                for (int k = 0; k < ahead; ++k) add<A, false>(x[k], {}, 0.0);
             }
         }
 #pragma unroll 1
@@ -106,54 +106,55 @@ private:
     }
 };
 
-template <int lists>
+template <int lists, int ahead>
 SAMK_DEVICE void gram_phase_of(const Packed& p, Shared& shared) {
-    constexpr int kPairs = GramBody<lists>::kPairs;
     const uint32_t chunks = p.header.chunks;
     const uint32_t virtual_blocks = chunks < kVirtualBlocks ? chunks : kVirtualBlocks;
-    const bool weighted = p.is(Header::kWeightedGram);
-    double sums[kPairs] = {};
+    double sums[kPairs<lists>] = {};
+    // Chunk `index` of virtual block `v`; afterwards the next chunk of it, or the first one of this block's next.
     uint32_t v = blockIdx.x, index = v;
+    const auto is_last_of_block = [&] { return index + kVirtualBlocks >= chunks; };
     int slot = 0;
     if (v < virtual_blocks) prepare(p, shared, slot, index, NothingMore{});
     __syncthreads();
     while (v < virtual_blocks) {
-        uint32_t next_v = v, next_index = index + kVirtualBlocks;
-        if (next_index >= chunks) next_v = next_index = v + gridDim.x;
-        if (next_v < virtual_blocks) prepare(p, shared, slot ^ 1, next_index, NothingMore{});
+        const uint32_t next = is_last_of_block() ? v + gridDim.x : index + kVirtualBlocks;
+        if (!is_last_of_block() || next < virtual_blocks) prepare(p, shared, slot ^ 1, next, NothingMore{});
         // Rows that only hold a copy take part in what follows, not in the sums.
-        if (shared.work[slot].has_gradient()) on_path(shared.work[slot], GramBody<lists>{weighted, sums});
-        if (next_v != v) {
+        if (shared.work[slot].has_gradient()) on_path(shared.work[slot], GramBody<lists, ahead>{p, sums});
+        if (is_last_of_block()) {
             block_sums(shared, sums);
-            double* partial = p.header.partials + int64_t(p.header.first_slot + v) * kPairs;
+            double* partial = p.header.partials + int64_t(p.header.first_slot + v) * kPairs<lists>;
 #pragma unroll
-            for (int pair = 0; pair < kPairs; ++pair) {
+            for (int pair = 0; pair < kPairs<lists>; ++pair) {
                 if (threadIdx.x == 0) partial[pair] = sums[pair];
                 sums[pair] = 0.0;
             }
+            v = index = v + gridDim.x;
+        } else {
+            __syncthreads();
+            index += kVirtualBlocks;
         }
-        __syncthreads();
         slot ^= 1;
-        v = next_v, index = next_index;
     }
 }
 
 // Writes the partial sums of this launch.
+template <int ahead>
 SAMK_DEVICE void gram_phase(const Packed& p, Shared& shared) {
     switch (p.header.lists) {
-        case 1: gram_phase_of<1>(p, shared); break;
-        case 2: gram_phase_of<2>(p, shared); break;
-        case 3: gram_phase_of<3>(p, shared); break;
+        case 1: gram_phase_of<1, ahead>(p, shared); break;
+        case 2: gram_phase_of<2, ahead>(p, shared); break;
+        case 3: gram_phase_of<3, ahead>(p, shared); break;
     }
 }
 
 template <int lists>
 SAMK_DEVICE void sum_partials(const Packed& p, Shared& shared) {
-    constexpr int kPairs = GramBody<lists>::kPairs;
-    double sums[kPairs] = {};
+    double sums[kPairs<lists>] = {};
     for (uint32_t slot = threadIdx.x; slot < p.header.slots; slot += blockDim.x)
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) sums[pair] += __ldcg(p.header.partials + int64_t(slot) * kPairs + pair);
+        for (int pair = 0; pair < kPairs<lists>; ++pair) sums[pair] += __ldcg(p.header.partials + int64_t(slot) * kPairs<lists> + pair);
     block_sums(shared, sums);
     if (threadIdx.x != 0) return;
     int pair = 0;
@@ -164,7 +165,7 @@ SAMK_DEVICE void sum_partials(const Packed& p, Shared& shared) {
             shared.gram[i * kMaxLists + j] = shared.gram[j * kMaxLists + i] = sums[pair];
 }
 
-// Sums the partials in a fixed order and applies the rule; leaves the coefficients in `shared` for all threads.
+// Sums the partials in a fixed order and applies the rule; leaves the coefficients in `shared`, for thread 0.
 SAMK_DEVICE void finish_gram(const Packed& p, Shared& shared, bool write_report) {
     if (threadIdx.x == 0)
         for (int i = 0; i < kMaxLists * kMaxLists; ++i) shared.gram[i] = 0.0;
@@ -181,12 +182,11 @@ SAMK_DEVICE void finish_gram(const Packed& p, Shared& shared, bool write_report)
             for (int i = 0; i < kMaxLists; ++i) p.header.report[kCoefficients + i] = shared.coefficients[i];
         }
     }
-    __syncthreads();
 }
 
-// Whether this block is the last to come here; all that the others have written before is then visible to it.
+// Whether this block is the last to come here. What the first threads of the other blocks have written before is then
+// visible to it, and they have read what they will ever read.
 SAMK_DEVICE bool is_last_block(const Packed& p, Shared& shared, Ticket which) {
-    __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
         uint32_t* ticket = p.header.tickets + which;
@@ -254,7 +254,7 @@ struct PerturbBody {
         const Source weight = work.column(kWeight), snapshot = work.column(kSnapshot);
 #pragma unroll 1
         for (int i = share.first; i < share.end; i += share.stride) {
-            typename A::Own w = A::own(held ? snapshot : weight, i);
+            typename A::Own w = A::own(work.unperturbed(), i);
             T step[A::N];
             load_combination<A>(work, lists, i, step);
             if (take && !held) A::copy(snapshot, weight, i, w);
@@ -391,14 +391,14 @@ using PlainAdam = AdamUpdate<T, false>;
 template <class T>
 using AmsgradAdam = AdamUpdate<T, true>;
 
-// Whether a descent only restores. `finite` is that of the launch's own Gram matrix, if it has one.
-SAMK_DEVICE bool skips_update(const Packed& p, bool finite) {
-    return !finite || p.is(Header::kSkipUpdate) || (p.header.found_inf && *p.header.found_inf != 0.0f) ||
+// Whether a descent only restores. `finite` is that of the launch's own Gram matrix, null if it has none.
+SAMK_DEVICE bool skips_update(const Packed& p, const bool* finite) {
+    return (finite && !*finite) || p.is(Header::kSkipUpdate) || (p.header.found_inf && *p.header.found_inf != 0.0f) ||
            (p.header.finite && *p.header.finite == 0.0);
 }
 
 template <bool is_adam>
-SAMK_DEVICE void update_phase(const Packed& p, Shared& shared, const double* coefficients, bool finite) {
+SAMK_DEVICE void update_phase(const Packed& p, Shared& shared, const double* coefficients, const bool* finite) {
     if (threadIdx.x == 0) {
         shared.skip_update = skips_update(p, finite);
         shared.inverse_grad_scale = 1.0 / read_scalar(p.header.grad_scale_kind, p.header.grad_scale);
@@ -432,9 +432,9 @@ SAMK_DEVICE void count_steps(const Packed& p, Shared& shared) {
     if (!p.is(Header::kCountSteps) || !is_last_block(p, shared, kStepTicket) || shared.skip_update) return;
     for (uint32_t row = threadIdx.x; row < p.header.rows; row += blockDim.x) {
         const RowClass& c = p.row_class(p.start(row).row_class);
-        if (!(c.flags & RowClass::kHasGradient) || c.dtype(kStep) == DType::None) continue;
+        if (!(c.flags & RowClass::kHasGradient) || c.dtype[kStep] == DType::None) continue;
         void* place = reinterpret_cast<void*>(p.row(row)[1 + p.header.position[kStep]]);
-        if (c.dtype(kStep) == DType::Float64)
+        if (c.dtype[kStep] == DType::Float64)
             *static_cast<double*>(place) += 1.0;
         else
             *static_cast<float*>(place) += 1.0f;

@@ -141,7 +141,7 @@ struct Coefficients {
             const double value = factor * (of_lists ? of_lists[i] : 1.0) * scale_of(group, i);
             // Zero in the type of the arithmetic.
             const bool is_zero = c.path == Path::SingleDouble ? value == 0.0 : float(value) == 0.0f;
-            if (c.dtype(kList + i) == DType::None || is_zero) continue;
+            if (c.dtype[kList + i] == DType::None || is_zero) continue;
             work.list_column[lists] = kList + i;
             set_coefficient(work, lists, value);
             ++lists;
@@ -173,7 +173,7 @@ struct BaseScalars {
         work.group_flags = group.flags;
         if constexpr (is_adam) {
             double bias1 = c.bias_correction1, bias2_sqrt = c.bias_correction2_sqrt;
-            if (c.dtype(kStep) != DType::None) {
+            if (c.dtype[kStep] != DType::None) {
                 look_up_step(p, shared, chunk, c);
                 bias1 = shared.bias_correction1, bias2_sqrt = shared.bias_correction2_sqrt;
             }
@@ -200,7 +200,7 @@ struct BaseScalars {
     // Two powers, unless the step count is that of the chunk before.
     static SAMK_DEVICE void look_up_step(const Packed& p, Shared& shared, const Chunk& chunk, const RowClass& c) {
         const uint64_t place = p.row(chunk.row)[1 + p.header.position[kStep]];
-        const ScalarKind kind = c.dtype(kStep) == DType::Float64 ? ScalarKind::Float64 : ScalarKind::Float32;
+        const ScalarKind kind = c.dtype[kStep] == DType::Float64 ? ScalarKind::Float64 : ScalarKind::Float32;
         const double step = 1.0 + read_scalar(uint32_t(kind), place);
         const double beta1 = p.group(c.group).momentum_or_beta1, beta2 = p.group(c.group).dampening_or_beta2;
         if (step == shared.step && beta1 == shared.beta1 && beta2 == shared.beta2) return;
@@ -219,7 +219,7 @@ SAMK_DEVICE void prepare(const Packed& p, Shared& shared, int slot, uint32_t ind
     const Chunk chunk = chunk_at(p, index);
     const RowClass& c = p.row_class(p.start(chunk.row).row_class);
     if (lane < kColumns) {
-        const DType dtype = c.dtype(lane);
+        const DType dtype = c.dtype[lane];
         char* pointer = nullptr;
         if (dtype != DType::None)
             pointer = reinterpret_cast<char*>(p.row(chunk.row)[1 + p.header.position[lane]]) +
@@ -236,14 +236,13 @@ SAMK_DEVICE void prepare(const Packed& p, Shared& shared, int slot, uint32_t ind
     }
 }
 
-// Calls f(work) for this block's share of the chunks.
+// Calls f(work) for this block's share of the chunks. Barriers before its first and after each call.
 template <class More, class F>
 SAMK_DEVICE void for_chunks(const Packed& p, Shared& shared, const More& more, const F& f) {
     const uint32_t chunks = p.header.chunks;
     // After a Gram phase the cache still holds the gradients of the last chunks.
     const bool reverse = p.is(Header::kReverse);
     int slot = 0;
-    __syncthreads();  // nobody still reads what an earlier phase has left
     if (blockIdx.x < chunks) prepare(p, shared, slot, reverse ? chunks - 1 - blockIdx.x : blockIdx.x, more);
     __syncthreads();
     for (uint32_t step = blockIdx.x; step < chunks; step += gridDim.x) {

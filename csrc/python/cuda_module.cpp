@@ -20,7 +20,9 @@ namespace {
 
 #ifdef SAMK_CUDA_SHIM
 constexpr dlpack::DeviceType kDeviceType = dlpack::kCpu;
+bool treat_steps_as_on_host = false;  // the shim's device is the host, so a test has to say which is meant
 #else
+constexpr bool treat_steps_as_on_host = false;
 constexpr dlpack::DeviceType kDeviceType = dlpack::kCuda;
 #endif
 
@@ -68,7 +70,7 @@ public:
             TensorView view;
             step_is_on_host_[r] = 0;
             if (tensor != Py_None) {
-                const bool on_device = reader.read(tensor, device_, scalar, view);
+                const bool on_device = !treat_steps_as_on_host && reader.read(tensor, device_, scalar, view);
                 const bool on_host = !on_device && reader.read(tensor, {dlpack::kCpu, 0}, scalar, view);
                 if ((!on_device && !on_host) || size_of(view.dtype) < 4) {
                     view = TensorView{};
@@ -401,12 +403,17 @@ PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
     module.def("why_unusable", &why_unusable, "Empty if the kernels can run on a device, else why they cannot.");
     module.def("launch_count", &launch_count, "Launches of an operation over tensors with that many columns.");
 
+#ifdef SAMK_CUDA_SHIM
+    module.def("set_steps_on_host", [](bool on_host) { treat_steps_as_on_host = on_host; });
+#endif
+
     define_columns(module);
     module.attr("REPORT_SIZE") = int(kReportSize);
     module.attr("FINITE") = int(kFinite);
     module.attr("GRAM") = int(kGram);
     module.attr("COEFFICIENTS") = int(kCoefficients);
     module.attr("MAX_THREADS") = kMaxThreads;
+    module.attr("TABLE_WORDS") = kCapacity;
 }
 
 }  // namespace cuda

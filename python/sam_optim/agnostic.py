@@ -13,7 +13,7 @@ from sam_kernels.rules import RuleLike
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
 from .passes import VALIDATION, Gradients, Pass, Passes
-from .sam import SAM, check_rho
+from .sam import SAM, is_zero, radius
 
 
 class AgnosticSAM(SAM):
@@ -87,13 +87,12 @@ class AgnosticSAM(SAM):
         g_plus = yield Pass(perturbed=True)
         self.descend(g_plus)
 
-    def _both_radii(self) -> list[tuple[float, float]]:
+    def _both_radii(self) -> list[tuple[float | Tensor, float | Tensor]]:
         """rho_train and rho_val of each group."""
         radii = []
         for group in self.param_groups:
-            rho, rho_val = float(group["rho"]), group["rho_val"]
-            check_rho(rho)
-            radii.append((rho, rho / 2 if rho_val is None else float(rho_val)))
+            rho, rho_val = radius(group["rho"]), group["rho_val"]
+            radii.append((rho, rho / 2 if rho_val is None else radius(rho_val)))
         return radii
 
     def _smoothed(self, gradients: Gradients) -> Gradients:
@@ -114,11 +113,12 @@ class AgnosticSAM(SAM):
         return [None if g is None else average[i] for i, g in enumerate(gradients)]
 
     def _is_plain_step(self) -> bool:
-        return all(rho == 0.0 and rho_val == 0.0 for rho, rho_val in self._both_radii())
+        return all(is_zero(rho) and is_zero(rho_val) for rho, rho_val in self._both_radii())
 
     def validate_group(self, group: dict[str, Any]) -> None:
         super().validate_group(group)
-        if group["rho_val"] is not None and not float(group["rho_val"]) >= 0.0:
+        rho_val = group["rho_val"]
+        if rho_val is not None and not (isinstance(rho_val, Tensor) and rho_val.is_cuda) and not float(rho_val) >= 0.0:
             raise InvalidSettingError(f"Invalid rho_val: {group['rho_val']}; it must be None or at least 0")
 
 

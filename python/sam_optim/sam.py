@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from sam_kernels.rules import NORM_EPSILON, Normalized
 
 from .construction import BaseOptimizer
@@ -29,6 +31,7 @@ class SAM(SharpnessAwareOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or group dicts. A group may set ``rho``, ``adaptive``, ``eta``, and
             ``perturb=False``, which keeps it out of the perturbation and of the norm (normalisation layers, biases).
+            rho may be a tensor of one element on the GPU; captured steps then read it at each replay.
         base_optimizer: class or instance of a torch optimizer.
         rho: radius of the perturbation; at least 0. At 0 in all groups the step is the base optimizer's, bit for bit.
         adaptive: False for SAM. True or ``"elementwise"`` for ASAM with T = abs(w) + eta on every parameter, as in the
@@ -77,18 +80,15 @@ class SAM(SharpnessAwareOptimizer):
         g_plus = yield Pass(perturbed=True)
         self.descend(g_plus)
 
-    def _radii(self) -> list[list[float]]:
+    def _radii(self) -> list[list[float | Tensor]]:
         """Each group's rho."""
-        radii = [[float(group["rho"])] for group in self.param_groups]
-        for (rho,) in radii:
-            check_rho(rho)
-        return radii
+        return [[radius(group["rho"])] for group in self.param_groups]
 
     def _is_plain_step(self) -> bool:
-        return all(float(group["rho"]) == 0.0 for group in self.param_groups)
+        return all(is_zero(group["rho"]) for group in self.param_groups)
 
     def validate_group(self, group: dict[str, Any]) -> None:
-        check_rho(float(group["rho"]))
+        radius(group["rho"])
         if group["adaptive"] not in (False, True, "elementwise", "weights"):
             raise InvalidSettingError(
                 f"Invalid adaptive: {group['adaptive']!r}; it is False, True, 'elementwise' or 'weights'"
@@ -133,7 +133,20 @@ class ASAM(SAM):
         super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
 
 
-def check_rho(rho: float) -> None:
-    """Raises :class:`InvalidSettingError` for a negative or undefined radius."""
-    if not rho >= 0.0:
+def radius(rho: float | Tensor) -> float | Tensor:
+    """A radius as the kernels take it. A tensor on a GPU stays there, and nobody looks at its value.
+
+    Raises:
+        InvalidSettingError: for a negative or undefined radius.
+    """
+    if isinstance(rho, Tensor) and rho.is_cuda:
+        return rho
+    if not float(rho) >= 0.0:
         raise InvalidSettingError(f"Invalid rho: {rho}; it must be at least 0")
+    return float(rho)
+
+
+def is_zero(rho: float | Tensor) -> bool:
+    """Whether a radius is known to be zero."""
+    rho = radius(rho)
+    return not isinstance(rho, Tensor) and rho == 0.0

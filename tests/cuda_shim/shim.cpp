@@ -23,7 +23,8 @@ constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 128 * 1024;
 
 enum class State { Ready, AtBlockBarrier, AtShuffle, AtGridBarrier, Done };
-enum class Order { Forward, Reverse, Random };
+// Uneven: one warp runs on for as long as it can before the next gets a turn.
+enum class Order { Forward, Reverse, Random, Uneven };
 
 struct Fiber {
     unsigned block, thread;
@@ -94,12 +95,19 @@ void run() {
     for (size_t f = 0; f < turn.size(); ++f) turn[f] = order == Order::Reverse ? turn.size() - 1 - f : f;
     std::mt19937 random(seed);
     const size_t threads = block_size.x;
+    std::vector<size_t> warps(fibers.size() / kWarp);
+    for (size_t w = 0; w < warps.size(); ++w) warps[w] = w;
+    if (order == Order::Uneven) std::shuffle(warps.begin(), warps.end(), random);
     while (current->error.empty()) {
         if (order == Order::Random) std::shuffle(turn.begin(), turn.end(), random);
+        size_t favourite = fibers.size();
+        for (size_t w = 0; w < warps.size() && favourite == fibers.size(); ++w)
+            for (size_t f = warps[w] * kWarp; f < (warps[w] + 1) * kWarp; ++f)
+                if (fibers[f].state == State::Ready) favourite = warps[w];
         bool progress = false;
         for (const size_t f : turn) {
             Fiber& fiber = fibers[f];
-            if (fiber.state != State::Ready) continue;
+            if (fiber.state != State::Ready || (order == Order::Uneven && f / kWarp != favourite)) continue;
             progress = true;
             current->running = &fiber;
             thread_index.x = fiber.thread;
@@ -208,7 +216,7 @@ std::string why_unusable(int) { return ""; }
 // For the tests, by ctypes.
 #define SHIM_EXPORT extern "C" __attribute__((visibility("default")))
 
-// blocks: of a grid, at most. order: 0 forward, 1 reverse, 2 random. skipped: the name of a barrier to leave out.
+// blocks: of a grid, at most. order: 0 forward, 1 reverse, 2 random, 3 uneven. skipped: the name of a barrier to leave out.
 SHIM_EXPORT void shim_configure(int blocks, int order, unsigned seed, const char* skipped) {
     shim::wanted_blocks = blocks;
     shim::order = shim::Order(order);

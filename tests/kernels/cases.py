@@ -84,6 +84,13 @@ class Problem:
             [t.clone() for t in self.steps],
         )
 
+    def to(self, device: torch.device | str) -> Problem:
+        """A copy with everything on another device."""
+        own = self.copy()
+        for column in (own.params, *own.xs, *own.states, own.steps):
+            column[:] = [None if t is None else t.to(device) for t in column]
+        return own
+
     def plan(self) -> sk.Plan:
         return sk.Plan(self.params, self.groups, self.geometry)
 
@@ -119,11 +126,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
 
-def assert_backends_agree(problem: Problem, run: Callable[[Problem, str], object], backend: str = "cpu") -> None:
+def assert_backends_agree(
+    problem: Problem, run: Callable[[Problem, str], object], backend: str = "cpu", device: torch.device | str = "cpu"
+) -> None:
     """Runs ``run(problem, backend)`` on copies of the problem and compares everything it may have written."""
-    wanted, got = problem.copy(), problem.copy()
+    wanted, got = problem.copy(), problem.to(device)
     run(wanted, "reference")
     run(got, backend)
     for a, b in zip(got.tensors(), wanted.tensors(), strict=True):
+        a = a.cpu()
         assert torch.isfinite(a).all() == torch.isfinite(b).all()
         torch.testing.assert_close(a, b, **tolerance(a.dtype), equal_nan=True)

@@ -1,0 +1,289 @@
+"""The optimizer side of a SAM step on a GPU: against the memory's bandwidth, and against peers, in one run.
+
+    python -m benches.gpu --output benches/results/gpu.json
+
+Times are those between two events on the GPU around one eager step, medians after a warm-up; where launching takes
+longer than running, they are the host's. Every contender is checked against the others before it is timed, on random
+numbers. Percentages are of a device-to-device copy in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import sam_kernels
+from sam_kernels.cuda import Tuning
+from sam_kernels.cuda import backend as cuda
+
+from .contenders import BASES, CONTENDERS, RHO
+from .shapes import GPU_MODELS, Shape
+
+# Elements that a step reads and writes for each parameter, ascent and descent.
+ELEMENTS = {"SGD momentum": 5 + 5, "AdamW": 5 + 7}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Timer:
+    """Medians of device time, host time and launches of a call."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+
+    def __call__(self, call: Callable[[], object]) -> dict[str, float]:
+        for _ in range(3):
+            call()
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        rounds = min(100, max(10, int(self.seconds / max(time.perf_counter() - start, 1e-6))))
+        device_times, host_times = [], []
+        for _ in range(rounds):
+            begin = self._event()
+            host = time.perf_counter()
+            call()
+            host_times.append(time.perf_counter() - host)
+            end = self._event()
+            self._wait()
+            device_times.append(self._between(begin, end))
+        return {
+            "ms": 1e3 * statistics.median(device_times),
+            "spread_ms": 1e3 * (max(device_times) - min(device_times)),
+            "host_us": 1e6 * statistics.median(host_times),
+            "rounds": rounds,
+            "launches": self._launches(call),
+        }
+
+    def _event(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return end - begin if self.device.type != "cuda" else begin.elapsed_time(end) / 1e3
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _launches(self, call: Callable[[], object]) -> int:
+        if self.device.type != "cuda":
+            return 0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def make_parameters(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Random parameters with random gradients; the same on every call."""
+    generator = torch.Generator(device).manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(s, generator=generator, device=device).to(dtype)) for s in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator, device=device).to(dtype)
+    return parameters
+
+
+def step_of(contender: str, parameters: list[Tensor], base: str, **changes: Any) -> Callable[[], object]:
+    """The optimizer side of a step: both moves."""
+    cls, settings = BASES[base]
+    settings = {**settings, **changes}
+    if contender == "compiled SAM":
+        optimizer = CONTENDERS["foreach SAM"](parameters, cls, RHO, False, **settings)
+        optimizer.first_step = torch.compile(optimizer.first_step)
+    else:
+        optimizer = CONTENDERS[contender](parameters, cls, RHO, False, **settings)
+
+    def step() -> None:
+        optimizer.first_step()
+        optimizer.second_step()
+
+    return step
+
+
+def contenders(parameters: int) -> Iterator[str]:
+    yield from ("sam-kernels", "per-tensor SAM", "foreach SAM")
+    try:
+        import pytorch_optimizer  # noqa: F401
+
+        yield "pytorch-optimizer"
+    except ImportError:
+        pass
+    # Compiling a thousand tensors takes minutes.
+    if parameters <= 200:
+        yield "compiled SAM"
+
+
+def verify(shapes: list[Shape], base: str, device: torch.device) -> None:
+    """All contenders make the same step."""
+    results = {}
+    for name in contenders(len(shapes)):
+        parameters = make_parameters(shapes, torch.float32, device)
+        step_of(name, parameters, base, lr=0.1)()
+        results[name] = [p.detach() for p in parameters]
+    for name, tensors in results.items():
+        for a, b in zip(tensors, results["sam-kernels"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def copy_bandwidth(timer: Timer, count: int) -> float:
+    """Bytes a second, read and written, of a copy on the device."""
+    source, target = torch.randn(count, device=timer.device), torch.empty(count, device=timer.device)
+    return 8 * count / (timer(lambda: target.copy_(source))["ms"] / 1e3)
+
+
+def rows_of_model(model: str, timer: Timer, copy: float) -> Iterator[dict[str, Any]]:
+    """Every contender on one model, base and type."""
+    shapes = GPU_MODELS[model]
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    for base in BASES:
+        verify(shapes[:30], base, timer.device)
+        for dtype_name, dtype in DTYPES.items():
+            floor = ELEMENTS[base] * dtype.itemsize * count
+            for contender in contenders(len(shapes)):
+                forms = (True, False) if contender == "sam-kernels" else (True,)
+                for one_launch in forms:
+                    cuda.tuning = Tuning(one_launch=one_launch)
+                    row = {
+                        "model": model,
+                        "parameters": count,
+                        "base": base,
+                        "dtype": dtype_name,
+                        "contender": contender + ("" if one_launch else ", two launches"),
+                    }
+                    try:
+                        parameters = make_parameters(shapes, dtype, timer.device)
+                        row |= timer(step_of(contender, parameters, base))
+                        row["gb_per_second"] = floor / row["ms"] / 1e6
+                        row["percent_of_copy"] = 100 * floor / (row["ms"] / 1e3) / copy
+                    except (RuntimeError, torch.OutOfMemoryError) as error:
+                        row["error"] = str(error).splitlines()[0]
+                    cuda.tuning = Tuning()
+                    parameters = None
+                    if timer.device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    yield row
+
+
+def sweeps(model: str, timer: Timer, copy: float) -> Iterator[dict[str, Any]]:
+    """Chunk size, threads and blocks of our own kernels."""
+    shapes = GPU_MODELS[model]
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    tunings = [
+        *(Tuning(chunk_size=size) for size in (4096, 8192, 16384, 32768, 65536 - 8)),
+        *(Tuning(threads=threads) for threads in (128, 256, 384)),
+        *(Tuning(blocks_per_multiprocessor=blocks) for blocks in (1, 2, 3)),
+    ]
+    parameters = make_parameters(shapes, torch.float32, timer.device)
+    for tuning in tunings:
+        cuda.tuning = tuning
+        row = {"model": model, "sweep": repr(tuning)} | timer(step_of("sam-kernels", parameters, "SGD momentum"))
+        row["percent_of_copy"] = 100 * 40 * count / (row["ms"] / 1e3) / copy
+        yield row
+    cuda.tuning = Tuning()
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="Optimizer side of a SAM step")
+    for column in ("model", "base", "type", "contender", "ms", "GB/s", "of copy", "launches", "host µs", "ratio"):
+        table.add_column(column, justify="left" if column in ("model", "base", "type", "contender") else "right")
+    ours: dict[tuple[str, str, str], float] = {}
+    for row in rows:
+        key = (row["model"], row["base"], row["dtype"])
+        if row["contender"] == "sam-kernels" and "ms" in row:
+            ours[key] = row["ms"]
+        if "ms" not in row:
+            table.add_row(*key, row["contender"], row.get("error", ""))
+            continue
+        table.add_row(
+            *key,
+            row["contender"],
+            f"{row['ms']:.3f}",
+            f"{row['gb_per_second']:.0f}",
+            f"{row['percent_of_copy']:.0f} %",
+            str(row["launches"]),
+            f"{row['host_us']:.0f}",
+            f"{row['ms'] / ours[key]:.1f}" if key in ours else "",
+        )
+    console.print(table)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on, and nothing that names a host."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 0,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": " ".join(["python -m benches.gpu", *sys.argv[1:]]),
+        "backends": {name: status.detail for name, status in sam_kernels.backends().items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--models", nargs="+", choices=list(GPU_MODELS), default=list(GPU_MODELS))
+    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time for each row")
+    parser.add_argument("--limit", type=float, default=420.0, help="seconds after which no further row is begun")
+    parser.add_argument("--no-sweeps", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "there is no CUDA device\n")
+
+    started = time.perf_counter()
+    timer = Timer(device, arguments.seconds)
+    copy = copy_bandwidth(timer, 2**28 if device.type == "cuda" else 2**22)
+    console = Console(width=150)
+    console.print(f"copy on the device: {copy / 1e9:.0f} GB/s")
+    results: dict[str, Any] = {"machine": machine(device), "copy_gb_per_second": copy / 1e9, "rows": [], "sweeps": []}
+
+    def save() -> None:
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+    for model in arguments.models:
+        for row in rows_of_model(model, timer, copy):
+            results["rows"].append(row)
+            save()
+            if time.perf_counter() - started > arguments.limit:
+                break
+    if not arguments.no_sweeps:
+        for model in [m for m in ("resnet50", "gpt2") if m in arguments.models]:
+            for row in sweeps(model, timer, copy):
+                results["sweeps"].append(row)
+                if time.perf_counter() - started > arguments.limit + 40:
+                    break
+    save()
+    show(results["rows"], console)
+    for row in results["sweeps"]:
+        console.print(f"{row['model']}  {row['sweep']}  {row['ms']:.3f} ms  {row['percent_of_copy']:.0f} %")
+
+
+if __name__ == "__main__":
+    main()

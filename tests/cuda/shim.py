@@ -1,0 +1,119 @@
+"""Builds and loads the CUDA kernels for the CPU, with the stand-in for CUDA in ``tests/cuda_shim``."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pybind11
+import pytest
+
+from sam_kernels.cuda import CudaBackend, Tuning
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    *sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.name != "launch.cu"),
+    ROOT / "csrc/cuda/packing.cpp",
+    *(ROOT / "csrc/python" / name for name in ("cuda_module.cpp", "table_binding.cpp", "tensor_reader.cpp")),
+    ROOT / "tests/cuda_shim/shim.cpp",
+]
+COMPILER = os.environ.get("CXX", "c++")
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-w",
+    "-DSAMK_CUDA_MODULE=_cuda_shim",
+]
+
+# Few threads and small chunks, so that small tensors already make many blocks, many chunks and every kind of tail.
+TUNING = Tuning(chunk_size=512, threads=64)
+
+
+@cache
+def native() -> Any:
+    """The extension module, compiled once for each state of the sources."""
+    if not (ROOT / "csrc").exists():
+        pytest.skip("the sources of the kernels are not here")
+    if shutil.which(COMPILER.split()[0]) is None:
+        pytest.skip("there is no C++ compiler")
+    flags = [
+        *FLAGS,
+        f'-DSAMK_CUDA_SHIM="{ROOT / "tests/cuda_shim/shim.h"}"',
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_paths()['include']}",
+    ]
+    identity = hashlib.sha256(repr((flags, COMPILER)).encode())
+    for path in sorted((*(ROOT / "csrc").rglob("*"), *(ROOT / "tests/cuda_shim").rglob("*"))):
+        if path.suffix in (".h", ".cuh", ".inl", ".cu", ".cpp"):
+            identity.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build" / f"cuda-shim-{identity.hexdigest()[:16]}"
+    library = folder / "_cuda_shim.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+
+            def compile_one(source: Path) -> str:
+                built = f"{scratch}/{source.name}.o"
+                _run([*COMPILER.split(), *flags, "-x", "c++", "-c", str(source), "-o", built])
+                return built
+
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                objects = list(pool.map(compile_one, SOURCES))
+            _run([*COMPILER.split(), "-shared", *objects, "-o", f"{scratch}/library.so"])
+            Path(f"{scratch}/library.so").rename(library)
+    specification = importlib.util.spec_from_file_location("_cuda_shim", library)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def _run(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+class ShimBackend(CudaBackend):
+    """The CUDA backend on tensors of the CPU."""
+
+    def __init__(self) -> None:
+        module = native()
+        super().__init__(module, "cuda-shim")
+        self.tuning = TUNING
+        self._library = ctypes.CDLL(module.__file__)
+        self._library.shim_barriers.restype = ctypes.c_char_p
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+    def describe(self) -> str:
+        return "CUDA kernels run by fibers"
+
+    def barriers(self) -> list[str]:
+        """Names of the barriers that kernels have reached so far."""
+        return str(self._library.shim_barriers().decode()).split()
+
+    @contextmanager
+    def schedule(self, blocks: int = 3, order: str = "forward", seed: int = 0, skipped: str = "") -> Iterator[None]:
+        """Runs kernels with another grid, in another order of threads, or without one of their barriers."""
+        number = ["forward", "reverse", "random", "uneven"].index(order)
+        self._library.shim_configure(blocks, number, seed, skipped.encode())
+        try:
+            yield
+        finally:
+            self._library.shim_configure(3, 0, 0, b"")

@@ -1,0 +1,328 @@
+"""The CUDA kernels against the reference, on the CPU and on a GPU: every operation, dtype, path and tail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sam_kernels as sk
+
+from ..kernels.cases import DTYPE_PAIRS, Problem, assert_backends_agree, poisoned_snapshot, same_bits
+from ..kernels.test_parity import ADAM_OPTIONS, SCALES, SGD_OPTIONS, descent
+from .shim import native
+
+# Around every boundary of vectors (2, 4, 8), warps (32), blocks (64 threads) and chunks (512).
+SIZES = [0, 1, 3, 7, 8, 9, 31, 33, 255, 511, 512, 513, 1024, 1100, 2049]
+
+by_dtypes = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+
+
+one_launch_or_two = pytest.mark.parametrize("one_launch", [True, False])
+
+
+def agree(target, problem, run):
+    assert_backends_agree(problem, run, target.name, target.device)
+
+
+@pytest.fixture
+def launches_in(target, monkeypatch):
+    """Chooses between the one-launch and the two-launch form."""
+
+    def choose(one_launch):
+        monkeypatch.setattr(target.backend, "tuning", replace(target.backend.tuning, one_launch=one_launch))
+
+    return choose
+
+
+@by_dtypes
+@pytest.mark.parametrize("lists", [1, 2, 3])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_gram(target, dtypes, lists, adaptive):
+    problem = Problem.random(SIZES, *dtypes, adaptive=adaptive, lists=lists)
+    matrices = [
+        sk.gram(own.xs, own.plan(), backend=name).cpu()
+        for own, name in ((problem.to(target.device), target.name), (problem, "reference"))
+    ]
+    assert matrices[0].shape == (lists, lists)
+    torch.testing.assert_close(*matrices, rtol=1e-11, atol=1e-9)
+
+
+@by_dtypes
+@pytest.mark.parametrize("lists", [1, 2, 3])
+@pytest.mark.parametrize("adaptive", [False, True])
+@one_launch_or_two
+def test_ascent(target, launches_in, dtypes, lists, adaptive, one_launch):
+    launches_in(one_launch)
+
+    def run(problem, backend):
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        before = [p.clone() for p in problem.params]
+        report = sk.ascent_(plan, problem.xs, scale=SCALES[lists], snapshot=snapshot, backend=backend)
+        assert report.finite
+        for copy, original in zip(snapshot.tensors, before, strict=True):
+            assert same_bits(copy, original)
+        if backend == target.name:
+            assert target.backend.launches(plan) == (1 if one_launch else 2)
+
+    agree(target, Problem.random(SIZES, *dtypes, adaptive=adaptive, lists=lists), run)
+
+
+@by_dtypes
+@pytest.mark.parametrize("lists", [1, 2, 3])
+def test_perturb_combine_restore(target, dtypes, lists):
+    coefficients = [0.5, -2.0, 0.25][:lists]
+
+    def perturb(problem, backend):
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        before = [p.clone() for p in problem.params]
+        sk.perturb_(plan, problem.xs, coefficients, scale=SCALES[lists], snapshot=snapshot, backend=backend)
+        perturbed = [p.clone() for p in problem.params]
+        sk.restore_(plan, snapshot, backend=backend)
+        assert all(same_bits(a, b) for a, b in zip(problem.params, before, strict=True))
+        for p, value in zip(problem.params, perturbed, strict=True):
+            p.copy_(value)
+
+    def combine(problem, backend):
+        sk.combine_(problem.plan(), problem.xs, torch.tensor(coefficients), scale=SCALES[lists], backend=backend)
+
+    agree(target, Problem.random(SIZES, *dtypes, adaptive=True, lists=lists), perturb)
+    agree(target, Problem.random(SIZES, *dtypes, lists=lists), combine)
+
+
+@by_dtypes
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+def test_descent_sgd(target, dtypes, options):
+    for first in (False, True):
+        agree(target, Problem.random(SIZES, *dtypes), lambda p, b, first=first: descent(p, p.sgd(first, **options), b))
+
+
+@by_dtypes
+@pytest.mark.parametrize("options", ADAM_OPTIONS, ids=str)
+def test_descent_adam(target, dtypes, options):
+    agree(target, Problem.random(SIZES, *dtypes), lambda p, b: descent(p, p.adam(**options), b))
+
+
+@by_dtypes
+@pytest.mark.parametrize("rule", [sk.Deflected(alpha=0.4), sk.NormMatched(), sk.Normalized()], ids=str)
+@one_launch_or_two
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_descent_with_rule(target, launches_in, dtypes, rule, one_launch, base):
+    launches_in(one_launch)
+
+    def run(problem, backend):
+        own = problem.sgd(momentum=0.9) if base == "sgd" else problem.adam()
+        report = descent(problem, own, backend, rule=rule, weighted=True)
+        assert report.finite
+
+    agree(target, Problem.random(SIZES, *dtypes, lists=2, adaptive=True), run)
+
+
+@by_dtypes
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "adam"], ids=str)
+def test_look_ahead(target, dtypes, options):
+    def run(problem, backend):
+        before = problem.copy()
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        problem.xs[0][-1] = None
+        sk.ascent_(plan, problem.xs, scale=0.3, snapshot=snapshot, backend=backend)
+        problem.xs[0][3] = None
+        problem.xs[0][-1] = torch.ones_like(problem.params[-1])
+        base = problem.adam(amsgrad=True) if options == "adam" else problem.sgd(**options)
+        sk.look_ahead_(plan, problem.xs, base, snapshot=snapshot, backend=backend)
+        assert same_bits(problem.params[3], before.params[3])
+        assert same_bits(problem.params[-1], before.params[-1])
+        for a, b in zip(problem.tensors()[len(plan) :], before.tensors()[len(plan) :], strict=True):
+            assert same_bits(a, b)
+
+    agree(target, Problem.random(SIZES, *dtypes), run)
+
+
+def test_mixed_types_and_alignments_in_one_launch(target):
+    """Weights, gradients and state of different types; views that start between the 16-byte boundaries."""
+
+    def build():
+        problem = Problem.random([600] * 8, torch.float32, lists=2)
+        types = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+        for index in range(8):
+            weight_type, other_type = types[index % 4], types[(index + index // 4) % 4]
+            problem.params[index] = problem.params[index].to(weight_type)
+            problem.xs[0][index] = problem.xs[0][index].to(other_type)
+            problem.states[0][index] = problem.states[0][index].to(other_type)
+            problem.xs[1][index] = torch.cat([torch.zeros(index), problem.xs[1][index].float()])[index:]
+        return problem
+
+    def run(problem, backend):
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        report = sk.ascent_(plan, problem.xs, scale=SCALES[2], snapshot=snapshot, backend=backend)
+        sk.descent_(plan, problem.xs, problem.sgd(momentum=0.9), snapshot=snapshot, backend=backend)
+        assert report.finite
+        if backend == target.name:
+            assert target.backend.launches(plan) == 1
+
+    wanted, got = build(), build().to(target.device)
+    run(wanted, "reference")
+    run(got, target.name)
+    for a, b in zip(got.tensors(), wanted.tensors(), strict=True):
+        tolerance = 1e-2 if a.dtype in (torch.bfloat16, torch.float16) else 1e-5
+        torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=1e-3)
+
+
+def test_channels_last_complex_and_strided(target):
+    def run(backend, device):
+        generator = torch.Generator().manual_seed(0)
+        weights = [
+            torch.randn(4, 3, 5, 5, generator=generator).to(device, memory_format=torch.channels_last),
+            torch.randn(20, 30, generator=generator).to(device)[:, ::2],
+            torch.randn(70, dtype=torch.complex64, generator=generator).to(device),
+        ]
+        gradients = [torch.randn(w.shape, dtype=w.dtype, generator=generator).to(device) for w in weights]
+        plan = sk.Plan(weights)
+        snapshot = poisoned_snapshot(plan)
+        sk.ascent_(plan, [gradients], scale=0.5, snapshot=snapshot, backend=backend)
+        base = sk.SGD([sk.SGDSettings(0.1, 0.9)], [torch.zeros_like(w) for w in weights], bytearray(3))
+        sk.descent_(plan, [gradients], base, snapshot=snapshot, backend=backend)
+        return weights
+
+    for a, b in zip(run(target.name, target.device), run("reference", "cpu"), strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+@one_launch_or_two
+def test_replaced_perturbation(target, launches_in, one_launch):
+    """Where a copy is held, the next perturbation starts from it; a tensor without an entry goes back to it."""
+    launches_in(one_launch)
+
+    def run(problem, backend):
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        sk.ascent_(plan, [problem.xs[0]], scale=3.0, snapshot=snapshot, backend=backend)
+        problem.xs[1][2] = None
+        sk.ascent_(plan, [problem.xs[1]], scale=0.5, snapshot=snapshot, backend=backend)
+
+    agree(target, Problem.random([600, 5, 40, 1000], adaptive=True, lists=2), run)
+
+
+@one_launch_or_two
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_not_finite(target, launches_in, one_launch, value):
+    """Weights are those before, whatever they were perturbed to; no state and no step count moves."""
+    launches_in(one_launch)
+    problem = Problem.random([600, 5, 1000], lists=2).to(target.device)
+    plan = problem.plan()
+    before = problem.copy()
+    problem.xs[0][2][700] = value
+    for perturbed in (False, True):
+        snapshot = poisoned_snapshot(plan)
+        if perturbed:
+            sk.perturb_(plan, [problem.xs[1]], [0.3], snapshot=snapshot, backend=target.name)
+        report = sk.ascent_(plan, [problem.xs[0]], snapshot=snapshot, backend=target.name)
+        assert not report.finite
+        assert report.coefficients.tolist() == [0.0]
+        assert all(same_bits(a, b) for a, b in zip(problem.params, before.params, strict=True))
+        report = sk.ascent_(plan, problem.xs, rule=lambda gram: gram.diagonal(), snapshot=snapshot, backend=target.name)
+        assert not report.finite
+        assert all(same_bits(a, b) for a, b in zip(problem.params, before.params, strict=True))
+    for base in (problem.adam(), problem.sgd(momentum=0.9)):
+        for rule in (sk.Deflected(alpha=0.1), lambda gram: gram.diagonal()):
+            report = sk.descent_(plan, problem.xs, base, rule=rule, snapshot=snapshot, backend=target.name)
+            assert not report.finite
+            assert all(same_bits(a, b) for a, b in zip(problem.tensors(), before.tensors(), strict=True))
+
+
+def test_infinite_entry_with_a_coefficient_of_zero(target):
+    problem = Problem.random([600, 5], lists=2)
+    problem.xs[1][0][3] = float("inf")
+
+    def run(problem, backend):
+        sk.perturb_(problem.plan(), problem.xs, [0.5, 0.0], backend=backend)
+
+    agree(target, problem, run)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+@pytest.mark.parametrize("overflow", [0.0, 1.0])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_grad_scale_found_inf_and_learning_rate_as_tensors(target, base, overflow, on_device):
+    """On the device they are read when the kernels run."""
+
+    def run(problem, backend):
+        device = problem.params[0].device if on_device else "cpu"
+        lr = torch.tensor(0.05, device=device)
+        own = problem.sgd(momentum=0.9, lr=lr) if base == "sgd" else problem.adam(lr=lr, decoupled=True)
+        scale, found = torch.tensor([8.0], device=device), torch.tensor(overflow, device=device)
+        descent(problem, own, backend, grad_scale=scale, found_inf=found)
+
+    agree(target, Problem.random([600, 5, 1000]), run)
+
+
+def test_scales_on_the_device(target):
+    problem = Problem.random([600, 5, 1000], lists=2, group_count=1)
+    own = problem.to(target.device)
+    scale = [torch.tensor(0.3, device=target.device), torch.tensor(-0.2, dtype=torch.float64, device=target.device)]
+    plan = own.plan()
+    target.backend.ascent_(plan, own.xs, sk.Normalized(), scale, poisoned_snapshot(plan))
+    sk.ascent_(problem.plan(), problem.xs, scale=[[0.3, -0.2]], backend="reference")
+    for a, b in zip(own.params, problem.params, strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_step_counts(request, target, on_host):
+    """Each tensor has its own, on the device or on the host, as torch puts them."""
+    problem = Problem.random([600, 5, 0, 1000], lists=2)
+    problem.steps = [torch.tensor(3.0), torch.tensor(7.0, dtype=torch.float64), torch.tensor(0.0), torch.tensor(3.0)]
+    own = problem.to(target.device)
+    if on_host:
+        own.steps = [step.cpu() for step in own.steps]
+    if target.device.type == "cpu":
+        native().set_steps_on_host(on_host)
+        request.addfinalizer(lambda: native().set_steps_on_host(False))
+    for backend, p in ((target.name, own), ("reference", problem)):
+        for found_inf, rule in ((0.0, sk.Fixed()), (1.0, sk.Fixed()), (0.0, sk.Deflected(alpha=0.1))):
+            flag = torch.tensor(found_inf, device=p.params[0].device)
+            descent(p, p.adam(), backend, found_inf=flag, rule=rule)
+    assert [float(s) for s in own.steps] == [5.0, 9.0, 2.0, 5.0]
+    for a, b in zip(own.tensors(), problem.tensors(), strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+def test_coefficients_of_a_rule_of_the_users_own(target):
+    """Three launches; the scalars stay where they are."""
+
+    def rule(gram):
+        return gram.diagonal().rsqrt() * 0.3
+
+    def run(problem, backend):
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        report = sk.ascent_(plan, problem.xs, rule=rule, snapshot=snapshot, backend=backend)
+        assert report.coefficients.device == problem.params[0].device
+        sk.descent_(plan, problem.xs, problem.adam(), rule=rule, snapshot=snapshot, backend=backend)
+
+    agree(target, Problem.random(SIZES, lists=2), run)
+
+
+def test_no_tensors_and_no_gradients(target):
+    assert sk.gram([[]], [], backend="reference").tolist() == [[0.0]]
+    for size in (3, 0):
+        weight = torch.ones(size, device=target.device)
+        for gradient in (None, torch.zeros_like(weight)):
+            report = sk.ascent_([weight], [[gradient]], backend=target.name)
+            assert report.finite and report.norms.tolist() == [0.0]
+
+
+def test_unsupported_tensors(target):
+    ones = torch.ones(3, device=target.device)
+    with pytest.raises(ValueError, match="shape"):
+        sk.ascent_([ones], [[torch.ones(4, device=target.device)]], backend=target.name)
+    with pytest.raises(sk.UnsupportedTensorError, match="sparse"):
+        sk.ascent_([ones], [[ones.to_sparse()]], backend=target.name)
+    with pytest.raises(ValueError, match="step of tensor 0"):
+        base = sk.Adam([sk.AdamSettings(0.1)], *([torch.zeros_like(ones)] for _ in range(2)), [], [torch.tensor(1)])
+        sk.descent_([ones], [[ones]], base, backend=target.name)
