@@ -60,6 +60,20 @@ def gram(xs: Sequence[TensorList], params: Params | None = None, *, backend: str
     return _gram(plan, xs, plan.is_weighted, None, backend)
 
 
+def coefficients_of(
+    rule: RuleLike, xs: Sequence[TensorList], params: Params, *, weighted: bool = False, backend: str | None = None
+) -> Tensor:
+    """What a rule makes of the lists: float64, shape (k,), on the tensors' device; zeros if G is not finite.
+
+    Args:
+        weighted: whether the Gram matrix is taken in the tensors' geometry.
+    """
+    plan = _plan(params)
+    _check_lists(xs, len(plan))
+    report, _ = _apply(rule, _gram(plan, xs, weighted, None, backend))
+    return report.coefficients
+
+
 def perturb_(
     params: Params,
     xs: Sequence[TensorList],

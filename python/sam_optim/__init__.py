@@ -15,6 +15,7 @@ from .randomness import RandomState
 from .sam import ASAM, SAM
 from .sampa import SAMPa
 from .schedules import LambdaRho, RhoFollowsLR
+from .train_step import TrainStep, split_batch
 
 __all__ = [
     "ASAM",
@@ -30,9 +31,11 @@ __all__ = [
     "SharpnessAwareOptimizer",
     "StepOrderError",
     "StepReport",
+    "TrainStep",
     "disable_running_stats",
     "enable_running_stats",
     "freeze_in_perturbed_passes",
     "frozen_batch_norm",
     "running_statistics",
+    "split_batch",
 ]

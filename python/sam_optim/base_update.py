@@ -273,16 +273,35 @@ def _has_dampening(base_optimizer: Optimizer) -> bool:
     return any(group.get("dampening", 0.0) != 0.0 for group in base_optimizer.param_groups)
 
 
+def combined_gradient(
+    plan: Plan, lists: Sequence[Gradients], rule: RuleLike, scale: Scale, backend: str | None
+) -> Gradients:
+    """sum_i scale_i c_i x_i in new tensors, None where no list has an entry; zeros if a Gram matrix is not finite."""
+    coefficients = torch.ones(len(lists), dtype=torch.float64)
+    if rule != _FIXED:
+        coefficients = sam_kernels.ops.coefficients_of(rule, lists, plan, backend=backend)
+    out: Gradients = [None] * len(plan)
+    combined = _combine(plan, lists, coefficients, scale, backend)
+    for index, tensor in combined:
+        out[index] = tensor
+    return out
+
+
 def _combine_into_grad(descent: Descent, coefficients: Tensor) -> None:
     """p.grad <- sum_i c_i x_i for every parameter that has a gradient in some list."""
-    plan, scale = descent.plan, descent.scale
-    index = [i for i, entry in enumerate(_first_of(descent.lists)) if entry is not None]
+    for index, tensor in _combine(descent.plan, descent.lists, coefficients, descent.scale, descent.backend):
+        descent.plan.params[index].grad = tensor
+
+
+def _combine(
+    plan: Plan, lists: Sequence[Gradients], coefficients: Tensor, scale: Scale, backend: str | None
+) -> list[tuple[int, Tensor]]:
+    """New tensors with sum_i c_i x_i, and the indices of their parameters."""
+    index = [i for i, entry in enumerate(_first_of(lists)) if entry is not None]
     out = Plan([torch.empty_like(plan.params[i], requires_grad=False) for i in index], pick(plan.groups, index))
-    scale = scale if isinstance(scale, (int, float)) else scale[: out.group_count]
-    lists = [pick(x, index) for x in descent.lists]
-    sam_kernels.combine_(out, lists, coefficients, scale=scale, backend=descent.backend)
-    for i, combined in zip(index, out.params, strict=True):
-        plan.params[i].grad = combined
+    scale = scale if isinstance(scale, (int, float, Tensor)) else scale[: out.group_count]
+    sam_kernels.combine_(out, [pick(x, index) for x in lists], coefficients, scale=scale, backend=backend)
+    return list(zip(index, out.params, strict=True))
 
 
 def _new_step(param: Tensor, group: dict[str, Any]) -> Tensor:

@@ -22,7 +22,7 @@ from sam_kernels.host import missing
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
-from .base_update import BaseUpdate, Descent, Outcome
+from .base_update import BaseUpdate, Descent, Outcome, combined_gradient
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes
@@ -31,6 +31,7 @@ from .randomness import RandomState
 
 ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
+DescentHandler = Callable[[Sequence[Gradients], RuleLike, Scale], None]
 _FIXED = Fixed()
 
 
@@ -175,6 +176,14 @@ class SharpnessAwareOptimizer(Optimizer):
 
     def descend(self, *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0) -> None:
         """Restores the weights and updates them by the base optimizer with a combination of gradient lists."""
+        handler: DescentHandler | None = self._container["descent handler"]
+        if handler is not None:
+            self._container["descent handler"] = None
+            try:
+                handler(lists, rule, scale)
+            finally:
+                self._container["descent handler"] = handler
+            return
         if not self._container["in step()"]:
             # Through step(), so that step hooks fire and schedulers see it, however the passes are driven.
             self._container["descent"] = (lists, rule, scale)
@@ -196,6 +205,33 @@ class SharpnessAwareOptimizer(Optimizer):
         outcome = update.descend(descent, by_base_itself=self._is_plain_step())
         last: StepReport = self._container["report"]
         self._container["report"] = last._replace(descent=outcome.report, outcome=outcome)
+
+    @contextmanager
+    def descents_to(self, handler: DescentHandler) -> Iterator[None]:
+        """Within the block, what methods would hand to :meth:`descend` goes to ``handler`` instead.
+
+        While the handler runs, :meth:`descend` is the real one. A handler that does not call it has to restore the
+        weights, see :meth:`return_to_copies`.
+        """
+        before = self._container["descent handler"]
+        self._container["descent handler"] = handler
+        try:
+            yield
+        finally:
+            self._container["descent handler"] = before
+
+    def combined(self, lists: Sequence[Gradients], rule: RuleLike = _FIXED, scale: Scale = 1.0) -> Gradients:
+        """The gradient that a descent with these lists would take, in new tensors; None where no list has an entry.
+
+        A Gram matrix that is not finite gives zeros.
+        """
+        return combined_gradient(self._container["plans"].plan, lists, rule, scale, self.backend)
+
+    def return_to_copies(self) -> None:
+        """Puts the weights themselves back, bit for bit, where copies of them are held."""
+        plans: PlanCache = self._container["plans"]
+        if plans.holds_copies:
+            sam_kernels.restore_(plans.plan, plans.snapshot, backend=self.backend)
 
     def look_ahead(self, gradients: Gradients) -> None:
         """To where the base optimizer's next update with these gradients would lead, its state untouched.
@@ -443,9 +479,7 @@ class SharpnessAwareOptimizer(Optimizer):
         # A generator that is running is the one that the exception comes from, and ends by it.
         if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:
             run.passes.close()
-        plans: PlanCache = self._container["plans"]
-        if plans.holds_copies:
-            sam_kernels.restore_(plans.plan, plans.snapshot, backend=self.backend)
+        self.return_to_copies()
 
     @contextmanager
     def restore_on_error(self) -> Iterator[None]:
@@ -583,6 +617,7 @@ class SharpnessAwareOptimizer(Optimizer):
             "report": StepReport(),
             "method state": {},
             "previous closure": None,
+            "descent handler": None,
             "plans": PlanCache(self.geometry_of, self.is_perturbed_group),
             "update": BaseUpdate(self.base_optimizer),
         }

@@ -1,0 +1,396 @@
+"""The driver of whole steps: it runs the gradient passes that a method asks for. Knows no formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import sam_kernels
+from sam_kernels.rules import RuleLike
+from sam_kernels.scales import Scale
+
+from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
+from .errors import InvalidSettingError, StepOrderError
+from .optimizer import SharpnessAwareOptimizer
+from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
+from .randomness import RandomState
+
+Perturbation = Literal["batch", "micro_batch"]
+LossFunction = Callable[[nn.Module, Any], Any]
+
+
+class TrainStep:
+    """Makes one training step a call: ``loss = step(batch)``.
+
+    ::
+
+        step = TrainStep(model, optimizer, lambda model, batch: cross_entropy(model(batch[0]), batch[1]))
+        for batch in loader:
+            loss = step(batch)
+
+    The passes of any method are run one after the other. Dropout draws the same masks in all passes of one batch,
+    running statistics of BatchNorm are updated once, by the unperturbed pass on the training batch, and gradients are
+    cleared before and after. If anything is raised, weights and running statistics are as before the step.
+
+    Args:
+        model: in training mode, as the caller has put it.
+        optimizer: of the model's parameters.
+        loss_fn: called as ``loss_fn(model, batch)``; returns the loss, a mean over the batch's samples, or a tuple or
+            list whose first entry it is.
+        micro_batches: run each pass in so many parts of the batch and accumulate their gradients.
+        perturbation: with micro-batches, ``"batch"`` perturbs once along the gradient of the whole batch, so that the
+            step is that of the whole batch. ``"micro_batch"`` perturbs for each part along its own gradient and
+            averages the gradients there (m-SAM, Foret et al. 2021, section 4.1); it takes memory for one more gradient.
+        max_grad_norm: clips the gradient that the base optimizer takes to this norm.
+        scaler: a ``torch.amp.GradScaler``; the step then also updates it.
+        autocast: data type to run forward passes in, by ``torch.autocast``.
+        validation: for methods with a validation batch, where ``step(batch)`` takes it from: an iterable, begun again
+            when it is exhausted, or the share of each training batch that is split off its end for it.
+        split: from a batch and a number to that many parts; by default tensors are split along their first dimension.
+        statistics: names BatchNorm's running statistics, see :func:`running_statistics`.
+
+    Raises:
+        InvalidSettingError: for settings out of range, or a method that cannot be driven as asked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: SharpnessAwareOptimizer,
+        loss_fn: LossFunction,
+        *,
+        micro_batches: int = 1,
+        perturbation: Perturbation = "batch",
+        max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        autocast: torch.dtype | None = None,
+        validation: Any = None,
+        split: Callable[[Any, int], Sequence[Any]] | None = None,
+        statistics: StatisticsRule = running_statistics,
+    ) -> None:
+        if not isinstance(optimizer, SharpnessAwareOptimizer):
+            raise TypeError(f"TrainStep drives the optimizers of sam_optim, not {type(optimizer).__name__}")
+        if micro_batches < 1:
+            raise InvalidSettingError(f"Invalid micro_batches: {micro_batches}; it must be at least 1")
+        if perturbation not in ("batch", "micro_batch"):
+            raise InvalidSettingError(f"Invalid perturbation: {perturbation!r}; it is 'batch' or 'micro_batch'")
+        if perturbation == "micro_batch" and optimizer.uses_previous_batch:
+            raise InvalidSettingError(f"{type(optimizer).__name__} has no perturbation of its own for each micro-batch")
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise InvalidSettingError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0")
+        if isinstance(validation, (int, float)) and not 0.0 < validation < 1.0:
+            raise InvalidSettingError(f"Invalid validation: {validation}; a share lies between 0 and 1")
+        if scaler is not None and optimizer.uses_previous_batch and scaler.is_enabled():
+            raise InvalidSettingError(f"{type(optimizer).__name__} cannot be used with GradScaler; use bfloat16")
+        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.micro_batches, self.perturbation = micro_batches, perturbation
+        self.max_grad_norm, self.scaler, self.autocast = max_grad_norm, scaler, autocast
+        self.validation = validation
+        self._split = split or split_batch
+        self._statistics = statistics
+        self._validation_batches: Iterator[Any] | None = None
+        self._previous: tuple[Any, RandomState] | None = None
+
+    def __call__(self, batch: Any, validation_batch: Any = None, *, previous_batch: Any = None) -> Any:
+        """Makes a step.
+
+        Args:
+            batch: the training batch.
+            validation_batch: for methods that use one.
+            previous_batch: the training batch of the step before, for methods that use it; by default the one that
+                this object has seen. Give it for the first step after a checkpoint has been loaded.
+
+        Returns:
+            What ``loss_fn`` returned for the training batch in its first unperturbed pass, tensors detached. Of several
+            micro-batches: the mean loss; with more than a loss, the mean loss and a list of the other entries.
+
+        Raises:
+            StepOrderError: if the method needs a batch that is not there, or a step is already begun.
+        """
+        if self.optimizer.is_step_begun:
+            self.optimizer.restore()
+            raise StepOrderError("a step was begun elsewhere and not completed; the weights have been restored")
+        batch, validation_batch = self._with_validation(batch, validation_batch)
+        run = _Step(self, batch, validation_batch, previous_batch)
+        self.optimizer.zero_grad()
+        with self._undone_on_error():
+            if self.perturbation == "micro_batch" and self.micro_batches > 1:
+                run.each_micro_batch_by_itself()
+            else:
+                run.whole_batch()
+        self.optimizer.zero_grad()
+        if self.optimizer.uses_previous_batch and run.random_of_train is not None:
+            self._previous = (batch, run.random_of_train)
+        return run.result()
+
+    def _with_validation(self, batch: Any, validation_batch: Any) -> tuple[Any, Any]:
+        if validation_batch is not None or self.validation is None:
+            return batch, validation_batch
+        if isinstance(self.validation, (int, float)):
+            return _split_off(batch, float(self.validation))
+        if self._validation_batches is None:
+            self._validation_batches = iter(self.validation)
+        drawn = next(self._validation_batches, _NOTHING)
+        if drawn is _NOTHING:
+            self._validation_batches = iter(self.validation)
+            drawn = next(self._validation_batches, _NOTHING)
+            if drawn is _NOTHING:
+                raise ValueError("validation has no batches")
+        return batch, drawn
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Weights are restored by the optimizer; running statistics and scaled gradients here."""
+        saved = []
+        for module in self.model.modules():
+            for name in self._statistics(module):
+                buffer = module._buffers.get(name)
+                if buffer is not None:
+                    saved.append((buffer, buffer.clone()))
+        try:
+            yield
+        except BaseException:
+            self.optimizer.restore()
+            with torch.no_grad():
+                for buffer, value in saved:
+                    buffer.copy_(value)
+            self.optimizer.zero_grad()
+            raise
+
+
+_NOTHING = object()
+
+
+class _Step:
+    """One step under way."""
+
+    def __init__(self, owner: TrainStep, batch: Any, validation_batch: Any, previous_batch: Any) -> None:
+        self.owner, self.optimizer = owner, owner.optimizer
+        self.random_of_train: RandomState | None = None
+        self._batches = {TRAIN: batch, VALIDATION: validation_batch, PREVIOUS: previous_batch}
+        self._random: dict[str, RandomState] = {}
+        if previous_batch is None and owner._previous is not None:
+            self._batches[PREVIOUS], self._random[PREVIOUS] = owner._previous
+        self._devices = {p.device for group in self.optimizer.param_groups for p in group["params"]}
+        self._outputs: list[tuple[float, Any]] = []  # of the training batch's first pass: weights and results
+        self._has_output = False
+        self._sum: Gradients | None = None
+
+    # ------------------------------------------------------------------ ways to make the step
+
+    def whole_batch(self) -> None:
+        count = self.owner.micro_batches
+        parts = {name: self._parts(batch, count) for name, batch in self._batches.items() if batch is not None}
+        with self.optimizer.descents_to(self._finish):
+            for p in self.optimizer.each_pass():
+                self._run(p, self._of(parts, p.data))
+
+    def each_micro_batch_by_itself(self) -> None:
+        """m-SAM: each part with its own perturbation; their final gradients are averaged."""
+        count = self.owner.micro_batches
+        parts = {name: self._parts(batch, count) for name, batch in self._batches.items() if batch is not None}
+        train = parts[TRAIN]
+        for number, (share, part) in enumerate(train):
+            own = {name: [(1.0, entries[number % len(entries)][1])] for name, entries in parts.items()}
+            own[TRAIN] = [(1.0, part)]
+            self._random.clear()
+            self._has_output = False
+            with self.optimizer.descents_to(self._add_to_sum(share)):
+                for p in self.optimizer.each_pass():
+                    self._run(p, self._of(own, p.data), share)
+        assert self._sum is not None
+        self._finish([self._sum], _FIXED, 1.0)
+
+    def result(self) -> Any:
+        """Of the unperturbed pass on the training batch."""
+        if len(self._outputs) == 1:
+            return self._outputs[0][1]
+        losses = sum(share * _loss_of(output) for share, output in self._outputs)
+        if all(isinstance(output, Tensor) for _, output in self._outputs):
+            return losses
+        return losses, [list(output[1:]) for _, output in self._outputs]
+
+    # ------------------------------------------------------------------ passes
+
+    def _run(self, p: Pass, parts: list[tuple[float, Any]], share_of_step: float = 1.0) -> None:
+        owner = self.owner
+        keeps_result = p.data == TRAIN and not p.perturbed and not self._has_output
+        after = None
+        if p.perturbed and p.data in self._random:
+            after = RandomState(self._devices)
+            self._random[p.data].restore()
+        elif p.data not in self._random:
+            self._random[p.data] = RandomState(self._devices)
+        with ExitStack() as stack:
+            if p.perturbed or p.data != TRAIN:
+                stack.enter_context(frozen_batch_norm(owner.model, owner._statistics))
+            for share, part in parts:
+                output = self._forward_backward(part, share)
+                if keeps_result:
+                    self._outputs.append((share * share_of_step, _detached(output)))
+        if after is not None:
+            after.restore()
+        if keeps_result:
+            self._has_output = True
+            self.random_of_train = self._random[TRAIN]
+
+    def _forward_backward(self, batch: Any, share: float) -> Any:
+        owner = self.owner
+        # Weights change between passes; an autocast that the caller has entered would reuse its copies of them.
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            if owner.autocast is None:
+                output = owner.loss_fn(owner.model, batch)
+            else:
+                device = next(iter(self._devices)).type
+                with torch.autocast(device, dtype=owner.autocast):
+                    output = owner.loss_fn(owner.model, batch)
+            loss = _loss_of(output) * share
+            if owner.scaler is not None:
+                loss = owner.scaler.scale(loss)
+            loss.backward()
+        return output
+
+    def _of(self, parts: dict[str, list[tuple[float, Any]]], name: str) -> list[tuple[float, Any]]:
+        found = parts.get(name)
+        if found is not None:
+            return found
+        method = type(self.optimizer).__name__
+        if name == PREVIOUS:
+            raise StepOrderError(
+                f"{method} needs the training batch of the step before, which this TrainStep has not seen; give it as "
+                "previous_batch"
+            )
+        raise StepOrderError(f"{method} needs a {name} batch: step(batch, {name}_batch), or TrainStep({name}=...)")
+
+    def _parts(self, batch: Any, count: int) -> list[tuple[float, Any]]:
+        """Micro-batches with their shares of the batch's samples."""
+        if count == 1:
+            return [(1.0, batch)]
+        parts = list(self.owner._split(batch, count))
+        sizes = [_samples_of(part) for part in parts]
+        return [(size / sum(sizes), part) for size, part in zip(sizes, parts, strict=True)]
+
+    # ------------------------------------------------------------------ descents
+
+    def _finish(self, lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> None:
+        """The real descent, with clipping and GradScaler."""
+        owner, optimizer = self.owner, self.optimizer
+        if owner.max_grad_norm is not None:
+            lists, rule, scale = [self._clipped(lists, rule, scale)], _FIXED, 1.0
+        if owner.scaler is None or not owner.scaler.is_enabled():
+            optimizer.descend(*lists, rule=rule, scale=scale)
+            return
+        # GradScaler looks for infinities in p.grad.
+        self._put_into_grad(lists[0])
+        optimizer._container["descent"] = (lists, rule, scale)
+        try:
+            owner.scaler.step(optimizer)
+        finally:
+            optimizer._container.pop("descent", None)
+        owner.scaler.update()
+
+    def _clipped(self, lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> Gradients:
+        owner, optimizer = self.owner, self.optimizer
+        plain = len(lists) == 1 and isinstance(scale, float) and scale == 1.0 and rule == _FIXED
+        gradients = lists[0] if plain else optimizer.combined(lists, rule, scale)
+        self._put_into_grad(gradients)
+        if owner.scaler is not None and owner.scaler.is_enabled():
+            owner.scaler.unscale_(optimizer)
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        assert owner.max_grad_norm is not None
+        nn.utils.clip_grad_norm_(params, owner.max_grad_norm)
+        return gradients
+
+    def _put_into_grad(self, gradients: Gradients) -> None:
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+
+    def _add_to_sum(self, share: float) -> Callable[[Sequence[Gradients], RuleLike, Scale], None]:
+        """Adds a micro-batch's share of the final gradient, and goes back to the weights themselves."""
+
+        def handler(lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> None:
+            optimizer = self.optimizer
+            self._sum = _added(self._sum, optimizer.combined(lists, rule, scale), share, optimizer.backend)
+            optimizer.return_to_copies()
+
+        return handler
+
+
+_FIXED = sam_kernels.Fixed()
+
+
+def _added(total: Gradients | None, gradients: Gradients, share: float, backend: str | None) -> Gradients:
+    """total + share * gradients, in place where there is a total."""
+    total = [None] * len(gradients) if total is None else total
+    present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    for i in present:
+        if total[i] is None:
+            total[i] = torch.zeros_like(gradients[i])  # type: ignore[arg-type]
+    out = [total[i] for i in present]
+    if out:
+        new = [gradients[i] for i in present]
+        sam_kernels.combine_(out, [out, new], [1.0, share], backend=backend)  # type: ignore[arg-type]
+    return total
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return the loss first, a tensor of one element, got {type(loss).__name__}")
+    return loss
+
+
+def _detached(output: Any) -> Any:
+    leaves, structure = tree_flatten(output)
+    return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+
+def _samples_of(batch: Any) -> int:
+    for leaf in tree_flatten(batch)[0]:
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    raise ValueError("the batch holds no tensor with a first dimension; give TrainStep a split of your own")
+
+
+def split_batch(batch: Any, count: int) -> list[Any]:
+    """Cuts a batch into ``count`` parts of nearly equal size along the first dimension of each of its tensors.
+
+    Args:
+        batch: tensors in any nesting of tuples, lists and dicts. Tensors without dimensions, tensors whose first
+            dimension is not the batch's, and other entries go into every part.
+        count: at most the number of samples.
+
+    Raises:
+        ValueError: if there are fewer samples than parts.
+    """
+    samples = _samples_of(batch)
+    if samples < count:
+        raise ValueError(f"a batch of {samples} samples cannot be split into {count} micro-batches")
+    bounds = [samples * number // count for number in range(count + 1)]
+    return [_sliced(batch, samples, start, end) for start, end in pairwise(bounds)]
+
+
+def _split_off(batch: Any, share: float) -> tuple[Any, Any]:
+    """A batch without its last samples, and these; at least one sample in either."""
+    samples = _samples_of(batch)
+    if samples < 2:
+        raise ValueError("a batch of one sample cannot be split into a training and a validation batch")
+    cut = min(max(round(samples * (1.0 - share)), 1), samples - 1)
+    return _sliced(batch, samples, 0, cut), _sliced(batch, samples, cut, samples)
+
+
+def _sliced(batch: Any, samples: int, start: int, end: int) -> Any:
+    leaves, structure = tree_flatten(batch)
+    cut = [
+        leaf[start:end] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples else leaf
+        for leaf in leaves
+    ]
+    return tree_unflatten(cut, structure)

@@ -1,0 +1,390 @@
+"""TrainStep: the same steps as by hand, and what it adds to them."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sam_optim import SAM, AgnosticSAM, InvalidSettingError, SAMPa, StepOrderError, TrainStep, split_batch
+
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+
+METHODS = {
+    "SAM": lambda m: SAM(m.parameters(), torch.optim.SGD, rho=0.1, **SGD),
+    "ASAM": lambda m: SAM(m.parameters(), torch.optim.AdamW, rho=0.5, adaptive=True, lr=0.01),
+    "AgnosticSAM": lambda m: AgnosticSAM(m.parameters(), torch.optim.SGD, rho_train=0.1, smoothing=0.5, **SGD),
+    "AlignSAM": lambda m: AgnosticSAM(m.parameters(), torch.optim.SGD, rho_train=0.1, variant="align", **SGD),
+    "SAMPa": lambda m: SAMPa(m.parameters(), torch.optim.SGD, rho=0.1, **SGD),
+    "unfused": lambda m: SAM(m.parameters(), torch.optim.RMSprop, rho=0.1, lr=0.01),
+    "rho=0": lambda m: SAM(m.parameters(), torch.optim.SGD, rho=0.0, **SGD),
+}
+
+
+def drive_by_hand(model, optimizer, train, validation):
+    """Every method in one loop."""
+    previous, losses = None, []
+    for batch, other in zip(train, validation, strict=True):
+        chosen = {"train": batch, "validation": other, "previous": previous}
+        first = None
+        for p in optimizer.each_pass():
+            loss = loss_of(model, chosen[p.data])
+            loss.backward()
+            if p.data == "train" and not p.perturbed and first is None:
+                first = loss.detach()
+        losses.append(first)
+        previous = batch
+    return losses
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equals_the_loop_by_hand(name):
+    results = []
+    for by_hand in (True, False):
+        model = make_net()
+        optimizer = METHODS[name](model)
+        train, validation = batches(5), batches(5, size=4)
+        if by_hand:
+            losses = drive_by_hand(model, optimizer, train, validation)
+        else:
+            step = TrainStep(model, optimizer, loss_of)
+            losses = [step(*pair) for pair in zip(train, validation, strict=True)]
+            assert not any(loss.requires_grad for loss in losses)
+            assert all(p.grad is None for p in model.parameters())
+        results.append([*weights_of(model), *losses])
+    assert_same(*results)
+
+
+def test_a_method_from_elsewhere():
+    """Any generator of passes, without a change."""
+    path = Path(__file__).parents[2] / "examples/own_method.py"
+    if not path.exists():
+        pytest.skip("the examples are not here")
+    specification = importlib.util.spec_from_file_location("own_method", path)
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    method = example.UnifiedSAM
+    results = []
+    for by_hand in (True, False):
+        model = make_net()
+        optimizer = method(model.parameters(), torch.optim.SGD, **SGD)
+        if by_hand:
+            drive_by_hand(model, optimizer, batches(3), batches(3))
+        else:
+            step = TrainStep(model, optimizer, loss_of)
+            for batch in batches(3):
+                step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_dropout_and_batch_norm(micro_batches):
+    """As the closure driver: the same masks in both passes, statistics once."""
+    results = []
+    for closure in (True, False):
+        model = make_net(dropout=0.5, batch_norm=True)
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, **SGD)
+        seen = []
+        model.layers[3].register_forward_hook(lambda module, args, out, seen=seen: seen.append(out == 0))
+        torch.manual_seed(5)
+        if closure and micro_batches == 1:
+            for batch in batches(4):
+                frozen = model.layers[1]
+
+                def run(batch=batch, model=model, optimizer=optimizer, frozen=frozen):
+                    optimizer.zero_grad()
+                    statistics = {k: v.clone() for k, v in frozen._buffers.items()}
+                    perturbed = optimizer.waiting.perturbed
+                    loss_of(model, batch).backward()
+                    if perturbed:
+                        for key, value in statistics.items():
+                            frozen._buffers[key].copy_(value)
+
+                optimizer.step(run, closure_runs="every_pass")
+        else:
+            step = TrainStep(model, optimizer, loss_of, micro_batches=micro_batches)
+            for batch in batches(4):
+                step(batch)
+        half = micro_batches
+        for start in range(0, len(seen), 2 * half):
+            for a, b in zip(seen[start : start + half], seen[start + half : start + 2 * half], strict=True):
+                assert torch.equal(a, b)
+        assert model.layers[1].num_batches_tracked == 4 * (1 if closure and micro_batches == 1 else micro_batches)
+        results.append([*weights_of(model), *(b.clone() for b in model.buffers())])
+    assert_same(*results)
+
+
+def test_sampa_repeats_the_draws_of_the_previous_batch():
+    model = make_net(dropout=0.5)
+    optimizer = METHODS["SAMPa"](model)
+    seen = []
+    model.layers[2].register_forward_hook(lambda module, args, out: seen.append(out == 0))
+    step = TrainStep(model, optimizer, loss_of)
+    for batch in batches(3):
+        step(batch)
+    first, previous_1, second, previous_2, third = seen
+    assert torch.equal(first, previous_1) and torch.equal(second, previous_2)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+@pytest.mark.parametrize("name", ["SAM", "AgnosticSAM", "SAMPa"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_micro_batches_make_the_step_of_the_whole_batch(name, clip):
+    """Parts of unequal size count by their samples."""
+    results = []
+    for count in (1, 5):
+        model = make_net()
+        step = TrainStep(model, METHODS[name](model), loss_of, micro_batches=count, max_grad_norm=clip)
+        losses = [step(a, b) for a, b in zip(batches(4), batches(4, size=7), strict=True)]
+        results.append([*weights_of(model), *losses])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_m_sam():
+    """Each micro-batch has a perturbation of its own; the gradients of their ends are averaged."""
+    model, oracle = make_net(), make_net()
+    step = TrainStep(
+        model,
+        SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.05),
+        loss_of,
+        micro_batches=3,
+        perturbation="micro_batch",
+    )
+    for batch in batches(3, size=10):
+        losses = step(batch)
+        total = [torch.zeros_like(p) for p in oracle.parameters()]
+        mean = 0.0
+        for part in split_batch(batch, 3):
+            share = len(part[1]) / 10
+            params = list(oracle.parameters())
+            before = [p.detach().clone() for p in params]
+            loss = loss_of(oracle, part)
+            mean += share * loss.item()
+            gradients = torch.autograd.grad(loss, params)
+            norm = torch.sqrt(sum((g**2).sum() for g in gradients))
+            with torch.no_grad():
+                for p, g in zip(params, gradients, strict=True):
+                    p.add_(0.1 * g / norm)
+            for t, g in zip(total, torch.autograd.grad(loss_of(oracle, part), params), strict=True):
+                t.add_(share * g)
+            with torch.no_grad():
+                for p, b in zip(params, before, strict=True):
+                    p.copy_(b)
+        with torch.no_grad():
+            for p, t in zip(oracle.parameters(), total, strict=True):
+                p.sub_(0.05 * t)
+        assert losses.item() == pytest.approx(mean)
+    for a, b in zip(weights_of(model), weights_of(oracle), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_clipping_is_of_the_final_gradient():
+    results = []
+    for by_hand in (True, False):
+        model = make_net()
+        optimizer = METHODS["SAM"](model)
+        if by_hand:
+            for batch in batches(3):
+                loss_of(model, batch).backward()
+                optimizer.first_step(zero_grad=True)
+                loss_of(model, batch).backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                assert norm > 0.05
+                optimizer.second_step(zero_grad=True)
+        else:
+            step = TrainStep(model, optimizer, loss_of, max_grad_norm=0.05)
+            for batch in batches(3):
+                step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, {"micro_batches": 2, "perturbation": "micro_batch"}])
+def test_grad_scaler(clip, options):
+    """A power of two as scale changes nothing; an overflow skips the update and halves the scale."""
+    results = []
+    for scaled in (False, True):
+        model = make_net()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100) if scaled else None
+        step = TrainStep(model, METHODS["SAM"](model), loss_of, scaler=scaler, max_grad_norm=clip, **options)
+        for batch in batches(3):
+            step(batch)
+        results.append(weights_of(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    before = weights_of(model)
+    calls = []
+
+    def overflowing(model, batch):
+        calls.append(None)
+        return loss_of(model, batch) * (float("inf") if len(calls) == 2 * options.get("micro_batches", 1) else 1.0)
+
+    step.loss_fn = overflowing
+    step(batches(1)[0])
+    assert_same(weights_of(model), before)
+    assert scaler.get_scale() == 512.0
+    step.loss_fn = loss_of
+    step(batches(1)[0])
+    assert not torch.equal(weights_of(model)[0], before[0])
+
+
+@pytest.mark.parametrize("name", ["SAM", "AgnosticSAM", "SAMPa"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}])
+def test_an_exception_leaves_weights_and_statistics(name, number, options):
+    model = make_net(batch_norm=True)
+    calls = []
+
+    def failing(model, batch):
+        calls.append(None)
+        loss = loss_of(model, batch)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return loss
+
+    step = TrainStep(model, METHODS[name](model), loss_of, **options)
+    train, validation = batches(3), batches(3)
+    step(train[0], validation[0])
+    before = [*weights_of(model), *(b.clone() for b in model.buffers())]
+    step.loss_fn = failing
+    try:
+        step(train[1], validation[1])
+    except KeyboardInterrupt:
+        assert_same([*weights_of(model), *model.buffers()], before)
+        assert all(p.grad is None for p in model.parameters())
+    else:
+        assert len(calls) < number
+    step.loss_fn = loss_of
+    step(train[2], validation[2])
+
+
+def test_what_loss_fn_returns_is_handed_back():
+    model = make_net()
+
+    def loss_and_logits(model, batch):
+        logits = model(batch[0])
+        return nn.functional.cross_entropy(logits, batch[1]), logits, "note"
+
+    batch = batches(1)[0]
+    wanted = loss_and_logits(model, batch)
+    loss, logits, note = TrainStep(model, METHODS["SAM"](model), loss_and_logits)(batch)
+    assert torch.equal(loss, wanted[0]) and torch.equal(logits, wanted[1]) and note == "note"
+    assert not logits.requires_grad
+    model = make_net()
+    loss, others = TrainStep(model, METHODS["SAM"](model), loss_and_logits, micro_batches=3)(batch)
+    torch.testing.assert_close(loss, wanted[0].detach())
+    torch.testing.assert_close(torch.cat([logits for logits, _ in others]), wanted[1].detach())
+
+
+@pytest.mark.parametrize("drawn", ["share", "loader"])
+def test_where_validation_batches_come_from(drawn):
+    results = []
+    for by_hand in (True, False):
+        model = make_net()
+        optimizer = METHODS["AgnosticSAM"](model)
+        train = batches(5, size=12)
+        if drawn == "share":
+            pairs = [((x[:9], y[:9]), (x[9:], y[9:])) for x, y in train]
+            step = TrainStep(model, optimizer, loss_of, validation=0.25)
+        else:
+            loader = batches(2, size=4)
+            pairs = [(batch, loader[i % 2]) for i, batch in enumerate(train)]
+            step = TrainStep(model, optimizer, loss_of, validation=loader)
+        if by_hand:
+            drive_by_hand(model, optimizer, *zip(*pairs, strict=True))
+        else:
+            for batch in train:
+                step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
+def test_an_outer_autocast_does_not_keep_old_weights():
+    """torch caches the weights' 16-bit copies until the outermost autocast ends; a perturbed pass must not see them."""
+    results = []
+    for outer in (False, True):
+        model = make_net(torch.float32)
+        step = TrainStep(model, METHODS["SAM"](model), loss_of, autocast=torch.bfloat16)
+        for batch in batches(4, torch.float32):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+                step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
+def test_the_first_step_after_a_checkpoint():
+    """SAMPa needs the batch of the step before; its y-gradient is part of the state."""
+    train = batches(4)
+    model = make_net()
+    optimizer = METHODS["SAMPa"](model)
+    step = TrainStep(model, optimizer, loss_of)
+    for batch in train[:2]:
+        step(batch)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for batch in train[2:]:
+        step(batch)
+    wanted = weights_of(model)
+
+    model = make_net()
+    optimizer = METHODS["SAMPa"](model)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    step = TrainStep(model, optimizer, loss_of)
+    with pytest.raises(StepOrderError, match="previous_batch"):
+        step(train[2])
+    step(train[2], previous_batch=train[1])
+    step(train[3])
+    assert_same(weights_of(model), wanted)
+
+
+def test_batches_of_any_nesting_are_split():
+    batch = {"x": torch.arange(10), "more": [torch.arange(20).reshape(10, 2), "name", torch.tensor(3.0)], "n": 7}
+    parts = split_batch(batch, 4)
+    assert [len(part["x"]) for part in parts] == [2, 3, 2, 3]
+    assert torch.equal(torch.cat([part["more"][0] for part in parts]), batch["more"][0])
+    assert all(part["more"][1] == "name" and part["more"][2] == 3.0 and part["n"] == 7 for part in parts)
+    with pytest.raises(ValueError, match="3 samples cannot be split into 4"):
+        split_batch(torch.ones(3), 4)
+    with pytest.raises(ValueError, match="split of your own"):
+        split_batch("text", 2)
+
+
+def test_errors():
+    model = make_net()
+    sam = METHODS["SAM"](model)
+    for settings, message in [
+        ({"micro_batches": 0}, "micro_batches"),
+        ({"perturbation": "sample"}, "perturbation"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"validation": 1.5}, "validation"),
+    ]:
+        with pytest.raises(InvalidSettingError, match=message):
+            TrainStep(model, sam, loss_of, **settings)
+    with pytest.raises(TypeError, match="SGD"):
+        TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of)
+    with pytest.raises(InvalidSettingError, match="SAMPa has no perturbation of its own"):
+        TrainStep(model, METHODS["SAMPa"](model), loss_of, micro_batches=2, perturbation="micro_batch")
+    with pytest.raises(InvalidSettingError, match="GradScaler"):
+        TrainStep(model, METHODS["SAMPa"](model), loss_of, scaler=torch.amp.GradScaler("cpu"))
+    batch = batches(1)[0]
+    with pytest.raises(StepOrderError, match="needs a validation batch"):
+        TrainStep(model, METHODS["AgnosticSAM"](model), loss_of)(batch)
+    with pytest.raises(ValueError, match="no batches"):
+        TrainStep(model, METHODS["AgnosticSAM"](model), loss_of, validation=[])(batch)
+    with pytest.raises(TypeError, match="must return the loss first"):
+        TrainStep(model, sam, lambda model, batch: 1.0)(batch)
+    loss_of(model, batch).backward()
+    before = weights_of(model)
+    sam.first_step()
+    with pytest.raises(StepOrderError, match="begun elsewhere"):
+        TrainStep(model, sam, loss_of)(batch)
+    assert_same(weights_of(model), before)
