@@ -173,6 +173,29 @@ def test_mixed_types_and_alignments_in_one_launch(target):
         torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=1e-3)
 
 
+@by_dtypes
+@pytest.mark.parametrize("moved", ["params", "xs", "states"])
+def test_views_between_the_vectors(target, dtypes, moved):
+    """Tensors of one type whose addresses are not multiples of 16 bytes."""
+
+    def shifted(tensor):
+        buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+        buffer[1:] = tensor
+        return buffer[1:]
+
+    def run(problem, backend):
+        column = {"params": problem.params, "xs": problem.xs[0], "states": problem.states[0]}[moved]
+        column[:] = [shifted(tensor) for tensor in column]
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        sk.ascent_(plan, problem.xs, scale=0.5, snapshot=snapshot, backend=backend)
+        sk.descent_(plan, problem.xs, problem.sgd(momentum=0.9), snapshot=snapshot, backend=backend)
+        sk.perturb_(plan, problem.xs, [0.5], snapshot=snapshot, backend=backend)
+        sk.restore_(plan, snapshot, backend=backend)
+
+    agree(target, Problem.random([600, 9, 513], *dtypes, adaptive=True), run)
+
+
 def test_channels_last_complex_and_strided(target):
     def run(backend, device):
         generator = torch.Generator().manual_seed(0)
