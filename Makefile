@@ -27,10 +27,14 @@ sanitize:
 
 bench-gpu:
 	$(BIN)/python -m benches.gpu --output benches/results/gpu.json
+	$(BIN)/python -m benches.report
 
+# Results, and docs/performance.md from them.
 bench: $(VENV)/.built
 	mkdir -p benches/results
-	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/cpu.json
+	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/cpu.json \
+	  --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m benches.report
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ import torch
 
 import sam_kernels
 
+from .interleaved import Processes
+
 RESULTS: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(dict)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    running = Processes()
+    yield running
+    running.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

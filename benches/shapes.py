@@ -24,6 +24,11 @@ def tiny() -> list[Shape]:
     return [(10,)] * 161
 
 
+def equal(tensors: int, elements: int) -> list[Shape]:
+    """``elements`` parameters in tensors of equal size."""
+    return [(elements // tensors,)] * tensors
+
+
 MODELS = {"resnet50": resnet50(), "161 x 10": tiny()}
 
 

@@ -13,20 +13,13 @@ import pytest
 import torch
 
 from .conftest import RESULTS
-from .contenders import CONTENDERS, FLOOR_BYTES, THREADS, copy_call, make_optimizer, make_parameters, step_call
-from .interleaved import Processes, Replay
+from .contenders import CONTENDERS, FLOOR_BYTES, copy_call, make_optimizer, make_parameters, step_call
+from .interleaved import Processes
+from .recording import CLOCK, record
 from .shapes import MODELS, Shape
 
 ROUNDS = {"resnet50": 25, "161 x 10": 25}
 BLOCK = {"resnet50": 2, "161 x 10": 20}
-CLOCK = Replay()
-
-
-@pytest.fixture(scope="session")
-def processes():
-    running = Processes()
-    yield running
-    running.close()
 
 
 def verify(shapes: list[Shape], method: str, base: str) -> None:
@@ -63,14 +56,11 @@ def test_step(benchmark, processes, model, method, base, contender):
     result = RESULTS[model, method, base]
     if not result:
         result.update(measure(processes, model, method, base))
-    times = result["times"][contender]
-    benchmark.group = f"{model}, {method}, {base}"
-    benchmark.extra_info.update(
+    record(
+        benchmark,
+        result["times"],
+        contender,
+        f"{model}, {method}, {base}",
         floor_bytes=result["bytes"],
         copy_gb_per_second=result["copy bandwidth"],
-        ratio_to_sam_kernels=statistics.median(times) / statistics.median(result["times"]["sam-kernels"]),
-        threads=THREADS,
-        torch=torch.__version__,
     )
-    CLOCK.load(times)
-    benchmark.pedantic(lambda: None, rounds=len(times), iterations=1)

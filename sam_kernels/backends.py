@@ -53,9 +53,9 @@ def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
     """
     wanted = wanted or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if wanted is None:
-        for name, module in _BACKENDS.items():
-            if _serves(name, device) and module.unavailable_reason() is None:
-                return module
+        if device.type not in _chosen:
+            _chosen[device.type] = _first_for(device)
+        return _chosen[device.type]
     if wanted not in _BACKENDS:
         raise ValueError(f"Invalid backend: {wanted!r}; there are {', '.join(_BACKENDS)}")
     reason = _BACKENDS[wanted].unavailable_reason()
@@ -64,6 +64,15 @@ def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
     if not _serves(wanted, device):
         raise BackendUnavailableError(f"backend {wanted!r} does not serve tensors on {device}")
     return _BACKENDS[wanted]
+
+
+# The first available backend by type of device: what is there once stays.
+_chosen: dict[str, Backend] = {}
+
+
+def _first_for(device: torch.device) -> Backend:
+    found = (b for name, b in _BACKENDS.items() if _serves(name, device) and b.unavailable_reason() is None)
+    return next(found)  # the reference backend serves every device
 
 
 def _serves(name: str, device: torch.device) -> bool:

@@ -61,6 +61,7 @@ public:
     // As bind(STEP, ...), but step counts may lie on the host as well. Returns the odd rows, and whether one is there.
     py::tuple bind_steps(const py::list& tensors) {
         check_length(tensors.size());
+        is_bound_[kStep] = true;
         static const RowLayout scalar;
         const TensorReader& reader = TensorReader::get();
         py::list odd;

@@ -26,6 +26,7 @@ TableBinding::TableBinding(dlpack::Device device, const std::vector<std::vector<
 py::list TableBinding::bind(int column, const py::list& tensors) {
     check_column(column);
     check_length(tensors.size());
+    is_bound_[column] = true;
     static const RowLayout scalar;
     const TensorReader& reader = TensorReader::get();
     py::list odd;
@@ -48,11 +49,14 @@ py::list TableBinding::bind(int column, const py::list& tensors) {
 
 void TableBinding::set(int column, size_t row, uintptr_t pointer, int dtype) {
     check_column(column);
+    is_bound_[column] = true;
     rows_.at(row).cells[column] = Cell{reinterpret_cast<void*>(pointer), DType(dtype)};
 }
 
 void TableBinding::clear(int column) {
     check_column(column);
+    if (!is_bound_[column]) return;
+    is_bound_[column] = false;
     for (Row& row : rows_) row.cells[column] = Cell{};
 }
 

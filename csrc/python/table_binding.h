@@ -65,6 +65,7 @@ protected:
                      const uint8_t* first) const;
 
     dlpack::Device device_;
+    bool is_bound_[kColumns] = {};  // whether some cell of the column may be filled
     std::vector<Row> rows_;
     std::vector<RowLayout> layouts_;
     std::vector<uint8_t> wanted_;

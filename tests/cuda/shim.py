@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pybind11
 import pytest
 
 from sam_kernels.cuda import CudaBackend, Tuning
@@ -51,6 +50,7 @@ def native() -> Any:
         pytest.skip("the sources of the kernels are not here")
     if shutil.which(COMPILER.split()[0]) is None:
         pytest.skip("there is no C++ compiler")
+    pybind11 = pytest.importorskip("pybind11")
     flags = [
         *FLAGS,
         f'-DSAMK_CUDA_SHIM="{ROOT / "tests/cuda_shim/shim.h"}"',

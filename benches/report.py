@@ -1,0 +1,241 @@
+"""Writes docs/performance.md, its pictures and the README's table from the stored results.
+
+    python -m benches.report
+
+No number in those places is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benches/results"
+PAGE = ROOT / "docs/performance.md"
+IMAGES = ROOT / "docs/images"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+PEERS = ("per-tensor SAM", "pytorch-optimizer", "foreach SAM")
+NAMES = {"resnet50": "ResNet-50 (161 tensors, 25.6 M)", "161 x 10": "161 tensors of 10"}
+TITLES = {
+    "per-tensor SAM": "SAM as commonly written",
+    "pytorch-optimizer": "pytorch-optimizer",
+    "foreach SAM": "foreach SAM, written with care",
+}
+
+
+class Results:
+    """The CPU results: benchmarks by what they measure."""
+
+    def __init__(self, path: Path) -> None:
+        self.content = json.loads(path.read_text())
+        self.steps: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        self.scaling: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+        self.training: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        for entry in self.content["benchmarks"]:
+            extra = entry["extra_info"]
+            contender = extra.get("contender") or entry["params"]["contender"]
+            if "scaling" in extra:
+                self.scaling[extra["scaling"]][contender].append((extra["x"], entry["stats"]["median"]))
+            elif "training" in extra:
+                self.training[entry["group"]][contender] = entry
+            else:
+                self.steps[entry["group"]][contender] = entry
+
+    @property
+    def machine(self) -> str:
+        info = self.content["machine_info"]
+        cpu = info["cpu"]
+        return (
+            f"{cpu['count']} cores of an {cpu['brand_raw']} (virtual machine), Python {info['python']}, "
+            f"torch {info['torch']}, {self.content['datetime'][:10]}, commit {self.content['commit_info']['id'][:7]}, "
+            f"`{self.content['command']}`"
+        )
+
+
+def seconds(value: float) -> str:
+    return f"{1e3 * value:.1f} ms" if value >= 1e-3 else f"{1e6 * value:.0f} µs"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def step_table(results: Results) -> str:
+    """Time of first_step() + second_step(); peers with their ratio to ours."""
+    rows = []
+    for group, entries in results.steps.items():
+        ours = entries["sam-kernels"]["stats"]["median"]
+        cells = [
+            f"{seconds(entries[p]['stats']['median'])} ({entries[p]['stats']['median'] / ours:.1f} x)" for p in PEERS
+        ]
+        extra = entries["sam-kernels"]["extra_info"]
+        share = 100 * extra["floor_bytes"] / ours / 1e9 / extra["copy_gb_per_second"]
+        rows.append(
+            [
+                NAMES.get(group.split(",")[0], "") + group[group.index(",") :],
+                f"**{seconds(ours)}**",
+                f"{share:.0f} %" if extra["floor_bytes"] > 1e8 else "",
+                *cells,
+            ]
+        )
+    head = ["shapes, method, base", "sam-kernels", "of copy", *(TITLES[p] for p in PEERS)]
+    return table(head, rows)
+
+
+def training_table(results: Results) -> str:
+    rows = []
+    for group, entries in results.training.items():
+        extra = next(iter(entries.values()))["extra_info"]
+        medians = {name: entry["stats"]["median"] for name, entry in entries.items()}
+        for name in ("base optimizer", "per-tensor SAM", *(n for n in medians if n.startswith("sam-kernels"))):
+            share = entries[name]["extra_info"]["optimizer_share"]
+            spread = entries[name]["stats"]["iqr"] / medians[name]
+            rows.append(
+                [
+                    f"{group}, {extra['parameters'] / 1e6:.1f} M parameters in {extra['tensors']} tensors",
+                    name,
+                    f"{1e3 * medians[name]:.0f} ms ± {100 * spread / 2:.0f} %",
+                    f"{extra['samples'] / medians[name]:,.0f} {extra['unit']}/s",
+                    "" if share is None else f"{100 * share:.1f} %",
+                ]
+            )
+    return table(["network", "optimizer", "time a step", "throughput", "optimizer's share"], rows)
+
+
+def scaling_pictures(results: Results) -> list[Path]:
+    """Log-log pictures of the step's time, one against parameters and one against tensors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = {
+        "parameters": "parameters, in 64 tensors (float32, SGD with momentum)",
+        "tensors": "tensors of 100 elements (float32, SGD with momentum)",
+    }
+    written = []
+    for what, series in results.scaling.items():
+        figure, axes = plt.subplots(figsize=(6.4, 4.0))
+        for name in ("sam-kernels", *PEERS):
+            points = sorted(series.get(name, []))
+            if points:
+                style = {"linewidth": 2.4} if name == "sam-kernels" else {"linewidth": 1.2, "linestyle": "--"}
+                x, y = zip(*points, strict=True)
+                axes.loglog(x, [1e3 * value for value in y], marker="o", label=TITLES.get(name, name), **style)
+        axes.set_xlabel(labels[what])
+        axes.set_ylabel("first_step + second_step, ms")
+        axes.grid(True, which="major", alpha=0.3)
+        axes.legend(frameon=False)
+        figure.tight_layout()
+        path = IMAGES / f"scaling_{what}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, metadata={"Software": ""})
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def scaling_table(results: Results, what: str) -> str:
+    series = results.scaling[what]
+    xs = sorted({x for points in series.values() for x, _ in points})
+    rows = []
+    for name in ("sam-kernels", *PEERS):
+        values = dict(series.get(name, []))
+        rows.append([TITLES.get(name, name), *(seconds(values[x]) if x in values else "" for x in xs)])
+    return table([what, *(f"{x:,}" for x in xs)], rows)
+
+
+def gpu_section(path: Path) -> str:
+    if not path.exists():
+        return """Nothing has been measured on a GPU yet. `make bench-gpu` measures ResNet-50, ViT-B/16, GPT-2, a model
+of 1.24 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD and AdamW, against four peers, and stores
+`benches/results/gpu.json`; this section is then written from it."""
+    content = json.loads(path.read_text())
+    machine = content["machine"]
+    rows = []
+    ours: dict[tuple[str, ...], float] = {}
+    for row in content["rows"]:
+        key = (row["model"], row["base"], row["dtype"])
+        if "ms" not in row:
+            rows.append([*key, row["contender"], row["error"], "", "", "", ""])
+            continue
+        if row["contender"] == "sam-kernels":
+            ours[key] = row["ms"]
+        ratio = f"{row['ms'] / ours[key]:.1f} x" if key in ours else ""
+        share = f"{row['percent_of_copy']:.0f} %"
+        rows.append(
+            [*key, row["contender"], f"{row['ms']:.3f} ms", share, str(row["launches"]), f"{row['host_us']:.0f}", ratio]
+        )
+    head = ["model", "base", "type", "optimizer", "time a step", "of copy", "launches", "host µs", "to ours"]
+    sweeps = [[row["model"], f"`{row['sweep']}`", f"{row['ms']:.3f} ms"] for row in content["sweeps"]]
+    parts = [
+        f"{machine['device']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['date']}, commit "
+        f"{machine['commit']}, `{machine['command']}`. Copy on the device: {content['copy_gb_per_second']:.0f} GB/s.",
+        table(head, rows),
+    ]
+    if sweeps:
+        parts.append(table(["model", "launches with", "time a step"], sweeps))
+    return "\n\n".join(parts)
+
+
+def page(results: Results) -> str:
+    parts = [
+        "# Performance",
+        """Written by `python -m benches.report` from `benches/results`; nothing here is typed by hand. Times are medians
+of one run; contenders take turns, each in a process of its own, after all of them have been checked to make the same
+step. The copy is `Tensor.copy_` in the same run.""",
+        f"CPU: {results.machine}.",
+        "## The optimizer side of a step",
+        "`first_step() + second_step()`, float32, and how many times slower than sam-kernels the peers are.",
+        step_table(results),
+    ]
+    if results.scaling:
+        parts += [
+            "## Scaling",
+            "![Time against parameters](images/scaling_parameters.png)",
+            "![Time against tensors](images/scaling_tensors.png)",
+            scaling_table(results, "parameters"),
+            scaling_table(results, "tensors"),
+        ]
+    if results.training:
+        parts += [
+            "## Whole training steps",
+            """Small networks on random data; the time includes forward and backward. The optimizer's share is what a
+step takes beyond its passes alone, compared round by round in the same run; near zero it is lost in the spread (half the
+interquartile range) of the passes. On a processor the passes decide: who uses SAM pays for two of them, and the rest is
+what an optimizer can save. Agnostic-SAM makes four passes, two of them on a quarter of the batch.""",
+            training_table(results),
+        ]
+    parts += ["## GPU", gpu_section(RESULTS / "gpu.json")]
+    return "\n\n".join(parts) + "\n"
+
+
+def update_readme(results: Results, path: Path) -> None:
+    text = path.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise SystemExit(f"{path.name} lacks {BEGIN} ... {END}")
+    body = f"{BEGIN}\n\nOn {results.machine}:\n\n{step_table(results)}\n\n{END}"
+    path.write_text(before + body + after)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    results = Results(RESULTS / "cpu.json")
+    scaling_pictures(results)
+    PAGE.write_text(page(results))
+    update_readme(results, README)
+    print(f"wrote {PAGE.relative_to(ROOT)} and the table of {README.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
