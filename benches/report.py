@@ -156,8 +156,8 @@ def scaling_table(results: Results, what: str) -> str:
 def gpu_section(path: Path) -> str:
     if not path.exists():
         return """Nothing has been measured on a GPU yet. `make bench-gpu` measures ResNet-50, ViT-B/16, GPT-2, a model
-of 1.24 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD and AdamW, against four peers, and stores
-`benches/results/gpu.json`; this section is then written from it."""
+of 1.24 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD and AdamW, against four peers, and
+stores `benches/results/gpu.json`; this section is then written from it."""
     content = json.loads(path.read_text())
     machine = content["machine"]
     rows = []
@@ -189,9 +189,9 @@ of 1.24 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD 
 def page(results: Results) -> str:
     parts = [
         "# Performance",
-        """Written by `python -m benches.report` from `benches/results`; nothing here is typed by hand. Times are medians
-of one run; contenders take turns, each in a process of its own, after all of them have been checked to make the same
-step. The copy is `Tensor.copy_` in the same run.""",
+        """Written by `python -m benches.report` from `benches/results`; nothing here is typed by hand. Times are
+medians of one run; contenders take turns, each in a process of its own, after all of them have been checked to make
+the same step. The copy is `Tensor.copy_` in the same run.""",
         f"CPU: {results.machine}.",
         "## The optimizer side of a step",
         "`first_step() + second_step()`, float32, and how many times slower than sam-kernels the peers are.",
@@ -208,10 +208,10 @@ step. The copy is `Tensor.copy_` in the same run.""",
     if results.training:
         parts += [
             "## Whole training steps",
-            """Small networks on random data; the time includes forward and backward. The optimizer's share is what a
-step takes beyond its passes alone, compared round by round in the same run; near zero it is lost in the spread (half the
-interquartile range) of the passes. On a processor the passes decide: who uses SAM pays for two of them, and the rest is
-what an optimizer can save. Agnostic-SAM makes four passes, two of them on a quarter of the batch.""",
+            """Small networks on random data; the time includes forward and backward, with half the interquartile range
+as spread. The optimizer's share is that of its calls, timed by themselves. On a processor the passes decide: who uses
+SAM pays for two of them, and the optimizer's calls are what can be saved. Agnostic-SAM makes four passes, two of them
+on a quarter of the batch.""",
             training_table(results),
         ]
     parts += ["## GPU", gpu_section(RESULTS / "gpu.json")]

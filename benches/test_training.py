@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,6 @@ from .recording import CLOCK, record
 
 NETWORKS = {"ResNet": ("SGD momentum", 32), "ViT": ("AdamW", 32), "GPT": ("AdamW", 8)}
 CONTENDERS = [
-    "one pass alone",
-    "two passes alone",
     "base optimizer",
     "per-tensor SAM",
     "sam-kernels",
@@ -27,61 +26,64 @@ CONTENDERS = [
     "sam-kernels, SAMPa",
     "sam-kernels, Agnostic-SAM",
 ]
-# What a contender's passes alone would take, by the number of its passes over a whole batch.
-PASSES_OF = {
-    "base optimizer": "one pass alone",
-    "per-tensor SAM": "two passes alone",
-    "sam-kernels": "two passes alone",
-    "sam-kernels, TrainStep": "two passes alone",
-    "sam-kernels, SAMPa": "two passes alone",
-}
+# Those whose optimizer calls can be timed by themselves.
+BY_HAND = ("base optimizer", "per-tensor SAM", "sam-kernels")
 ROUNDS = 14
 _TIMES: dict[str, dict[str, list[float]]] = {}
+_SHARES: dict[str, dict[str, float]] = {}
 
 
-def optimizer_share(times: dict[str, list[float]], contender: str) -> float | None:
-    """What the optimizer takes of a step: the median over rounds, each compared with the passes of the same round."""
-    if contender not in PASSES_OF:
-        return None
-    pairs = zip(times[PASSES_OF[contender]], times[contender], strict=True)
-    return statistics.median(1.0 - passes / step for passes, step in pairs)
+def pass_and_moves(contender: str, network: str) -> tuple[Callable[[], None], list[Callable[[], object]]]:
+    """Forward and backward, and the optimizer's calls, one after each pass."""
+    torch.set_num_threads(THREADS)
+    base_name, batch_size = NETWORKS[network]
+    model, batch, _ = make(network, batch_size)
+    base, settings = BASES[base_name]
+
+    def run_pass() -> None:
+        model.zero_grad()
+        loss_of(model, batch).backward()
+
+    if contender == "base optimizer":
+        return run_pass, [base(model.parameters(), fused=True, **settings).step]
+    cls = SAM if contender == "sam-kernels" else PerTensorSAM
+    optimizer: Any = cls(model.parameters(), base, RHO, **settings)
+    return run_pass, [optimizer.first_step, optimizer.second_step]
+
+
+def optimizer_shares(network: str) -> dict[str, float]:
+    """What the optimizer's calls take of a step: medians over steps that the contenders make in turn."""
+    parts = {name: pass_and_moves(name, network) for name in BY_HAND}
+    shares: dict[str, list[float]] = {name: [] for name in BY_HAND}
+    for number in range(ROUNDS + 2):
+        for name, (run_pass, moves) in parts.items():
+            in_optimizer, start = 0.0, time.perf_counter()
+            for move in moves:
+                run_pass()
+                before = time.perf_counter()
+                move()
+                in_optimizer += time.perf_counter() - before
+            if number >= 2:
+                shares[name].append(in_optimizer / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in shares.items()}
 
 
 def training_call(contender: str, network: str) -> Callable[[], object]:
     """One training step, ready to be made again and again."""
+    if contender in BY_HAND:
+        run_pass, moves = pass_and_moves(contender, network)
+
+        def step_by_hand() -> None:
+            for move in moves:
+                run_pass()
+                move()
+
+        return step_by_hand
     torch.set_num_threads(THREADS)
     base_name, batch_size = NETWORKS[network]
     model, batch, _ = make(network, batch_size)
     base, settings = BASES[base_name]
     params = model.parameters()
-
-    def passes(count: int) -> None:
-        for _ in range(count):
-            model.zero_grad()
-            loss_of(model, batch).backward()
-
-    if contender == "one pass alone":
-        return lambda: passes(1)
-    if contender == "two passes alone":
-        return lambda: passes(2)
-    if contender == "base optimizer":
-        plain = base(params, fused=True, **settings)
-
-        def plain_step() -> None:
-            passes(1)
-            plain.step()
-
-        return plain_step
-    if contender in ("per-tensor SAM", "sam-kernels"):
-        optimizer: Any = (SAM if contender == "sam-kernels" else PerTensorSAM)(params, base, RHO, **settings)
-
-        def step_by_hand() -> None:
-            passes(1)
-            optimizer.first_step()
-            passes(1)
-            optimizer.second_step()
-
-        return step_by_hand
     if contender == "sam-kernels, SAMPa":
         step = TrainStep(model, SAMPa(params, base, RHO, **settings), loss_of)
     elif contender == "sam-kernels, Agnostic-SAM":
@@ -99,6 +101,7 @@ def test_training(benchmark, processes, network, contender):
         calls: dict[str, Any] = {f"{name} ": (training_call, (name, network)) for name in CONTENDERS}
         timed = processes.interleaved(calls, ROUNDS, 1)
         _TIMES[network] = {name.strip(): times for name, times in timed.items()}
+        _SHARES[network] = optimizer_shares(network)
     base, batch_size = NETWORKS[network]
     model, _, samples = make(network, batch_size)
     record(
@@ -112,5 +115,5 @@ def test_training(benchmark, processes, network, contender):
         tensors=len(list(model.parameters())),
         samples=samples,
         unit="tokens" if network == "GPT" else "images",
-        optimizer_share=optimizer_share(_TIMES[network], contender),
+        optimizer_share=_SHARES[network].get(contender),
     )
