@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -230,8 +230,9 @@ class _Step:
         with ExitStack() as stack:
             if p.perturbed or p.data != TRAIN:
                 stack.enter_context(frozen_batch_norm(owner.model, owner._statistics))
-            for share, part in parts:
-                output = self._forward_backward(part, share)
+            for number, (share, part) in enumerate(parts):
+                with self._without_reduction(number + 1 < len(parts)):
+                    output = self._forward_backward(part, share)
                 if keeps_result:
                     self._outputs.append((share * share_of_step, _detached(output)))
         if after is not None:
@@ -256,6 +257,11 @@ class _Step:
                 loss = owner.scaler.scale(loss)
             loss.backward()
         return output
+
+    def _without_reduction(self, wanted: bool) -> AbstractContextManager[None]:
+        """DistributedDataParallel averages gradients over ranks with the last micro-batch alone."""
+        no_sync = getattr(self.owner.model, "no_sync", None)
+        return no_sync() if wanted and no_sync is not None else nullcontext()
 
     def _of(self, parts: dict[str, list[tuple[float, Any]]], name: str) -> list[tuple[float, Any]]:
         found = parts.get(name)

@@ -148,6 +148,36 @@ def test_micro_batches_make_the_step_of_the_whole_batch(name, clip):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_ranks_reduce_once_a_pass(tmp_path):
+    """Under DistributedDataParallel with micro-batches; the step is that of the plain model."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        results, reductions = [], []
+        for wrapped in (False, True):
+            model = make_net()
+            optimizer = METHODS["SAM"](model)
+            if wrapped:
+                model = nn.parallel.DistributedDataParallel(model)
+
+                def hook(state, bucket):
+                    reductions.append(None)
+                    future = torch.futures.Future()
+                    future.set_result(bucket.buffer())
+                    return future
+
+                model.register_comm_hook(None, hook)
+            step = TrainStep(model, optimizer, loss_of, micro_batches=3)
+            for batch in batches(3):
+                step(batch)
+            results.append(weights_of(model))
+        assert len(reductions) == 3 * 2
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_m_sam():
     """Each micro-batch has a perturbation of its own; the gradients of their ends are averaged."""
     model, oracle = make_net(), make_net()
