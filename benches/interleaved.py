@@ -15,6 +15,8 @@ from typing import Any
 
 # After a parallel region OpenMP's threads spin for a moment before they sleep; the next contender must not feel it.
 SETTLE_SECONDS = 0.01
+SETTLE_SECONDS_BETWEEN_COMPARISONS = 2.0
+WARM_UP_ROUNDS = 2
 
 
 def _serve(connection: Connection) -> None:
@@ -66,10 +68,14 @@ class Processes:
         for name, made_by in contenders.items():
             self._ask(name, made_by)
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(rounds):
+        # Memory that the comparison before has freed keeps the system busy for a moment.
+        time.sleep(SETTLE_SECONDS_BETWEEN_COMPARISONS)
+        for number in range(WARM_UP_ROUNDS + rounds):
             for name in contenders:
                 time.sleep(SETTLE_SECONDS)
-                times[name] += self._ask(name, block)
+                measured = self._ask(name, block)
+                if number >= WARM_UP_ROUNDS:
+                    times[name] += measured
         return times
 
     def close(self) -> None:
