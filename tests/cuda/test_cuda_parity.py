@@ -10,7 +10,7 @@ import torch
 import sam_kernels as sk
 
 from ..kernels.cases import DTYPE_PAIRS, Problem, assert_backends_agree, poisoned_snapshot, same_bits
-from ..kernels.test_parity import ADAM_OPTIONS, SCALES, SGD_OPTIONS, descent
+from ..kernels.test_parity import ADAM_OPTIONS, LOOK_AHEAD_OPTIONS, SCALES, SGD_OPTIONS, descent, look_ahead
 from .shim import native
 
 # Around every boundary of vectors (2, 4, 8), warps (32), blocks (64 threads) and chunks (512).
@@ -122,24 +122,9 @@ def test_descent_with_rule(target, launches_in, dtypes, rule, one_launch, base):
 
 
 @by_dtypes
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "adam"], ids=str)
+@pytest.mark.parametrize("options", LOOK_AHEAD_OPTIONS, ids=str)
 def test_look_ahead(target, dtypes, options):
-    def run(problem, backend):
-        before = problem.copy()
-        plan = problem.plan()
-        snapshot = poisoned_snapshot(plan)
-        problem.xs[0][-1] = None
-        sk.ascent_(plan, problem.xs, scale=0.3, snapshot=snapshot, backend=backend)
-        problem.xs[0][3] = None
-        problem.xs[0][-1] = torch.ones_like(problem.params[-1])
-        base = problem.adam(amsgrad=True) if options == "adam" else problem.sgd(**options)
-        sk.look_ahead_(plan, problem.xs, base, snapshot=snapshot, backend=backend)
-        assert same_bits(problem.params[3], before.params[3])
-        assert same_bits(problem.params[-1], before.params[-1])
-        for a, b in zip(problem.tensors()[len(plan) :], before.tensors()[len(plan) :], strict=True):
-            assert same_bits(a, b)
-
-    agree(target, Problem.random(SIZES, *dtypes), run)
+    agree(target, Problem.random(SIZES, *dtypes), lambda p, b: look_ahead(p, options, b))
 
 
 def test_mixed_types_and_alignments_in_one_launch(target):

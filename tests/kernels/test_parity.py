@@ -151,25 +151,33 @@ def test_any_shapes_and_missing_gradients(dtypes, sizes, seed, adaptive, absent)
     assert_backends_agree(problem, run)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "adam"], ids=str)
-def test_look_ahead(dtypes, options):
-    """Weights go where the descent would lead; state and copies stay."""
+LOOK_AHEAD_OPTIONS = [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "adam"]
 
+
+def look_ahead(problem, options, backend):
+    """Weights go where the descent would lead; state and copies stay. Returns plan, snapshot and base."""
+    before = problem.copy()
+    plan = problem.plan()
+    snapshot = poisoned_snapshot(plan)
+    problem.xs[0][-1] = None
+    sk.ascent_(plan, problem.xs, scale=0.3, snapshot=snapshot, backend=backend)
+    # Perturbed, then without a gradient: restored. Never perturbed: left alone, though it has a gradient.
+    problem.xs[0][3] = None
+    problem.xs[0][-1] = torch.ones_like(problem.params[-1])
+    base = problem.adam(amsgrad=True) if options == "adam" else problem.sgd(**options)
+    sk.look_ahead_(plan, problem.xs, base, snapshot=snapshot, backend=backend)
+    assert same_bits(problem.params[3], before.params[3])
+    assert same_bits(problem.params[-1], before.params[-1])
+    for a, b in zip(problem.tensors()[len(plan) :], before.tensors()[len(plan) :], strict=True):
+        assert same_bits(a, b)
+    return plan, snapshot, base
+
+
+@pytest.mark.parametrize("options", LOOK_AHEAD_OPTIONS, ids=str)
+def test_look_ahead(dtypes, options):
     def run(problem, backend):
         before = problem.copy()
-        plan = problem.plan()
-        snapshot = poisoned_snapshot(plan)
-        problem.xs[0][-1] = None
-        sk.ascent_(plan, problem.xs, scale=0.3, snapshot=snapshot, backend=backend)
-        # Perturbed, then without a gradient: restored. Never perturbed: left alone, though it has a gradient.
-        problem.xs[0][3] = None
-        problem.xs[0][-1] = torch.ones_like(problem.params[-1])
-        base = problem.adam(amsgrad=True) if options == "adam" else problem.sgd(**options)
-        sk.look_ahead_(plan, problem.xs, base, snapshot=snapshot, backend=backend)
-        assert same_bits(problem.params[3], before.params[3])
-        assert same_bits(problem.params[-1], before.params[-1])
-        for a, b in zip(problem.tensors()[len(plan) :], before.tensors()[len(plan) :], strict=True):
-            assert same_bits(a, b)
+        plan, snapshot, base = look_ahead(problem, options, backend)
         ahead = [p.clone() for p in problem.params]
         sk.restore_(plan, snapshot, backend=backend)
         for a, b in zip(problem.params, before.params, strict=True):
