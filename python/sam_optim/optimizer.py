@@ -185,9 +185,7 @@ class SharpnessAwareOptimizer(Optimizer):
                 self._container["descent handler"] = handler
             return
         if not self._container["in step()"]:
-            # Through step(), so that step hooks fire and schedulers see it, however the passes are driven.
-            self._container["descent"] = (lists, rule, scale)
-            self.step()
+            self.descend_through(self.step, *lists, rule=rule, scale=scale)
             return
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
@@ -205,6 +203,19 @@ class SharpnessAwareOptimizer(Optimizer):
         outcome = update.descend(descent, by_base_itself=self._is_plain_step())
         last: StepReport = self._container["report"]
         self._container["report"] = last._replace(descent=outcome.report, outcome=outcome)
+
+    def descend_through(
+        self, call: Callable[[], object], *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0
+    ) -> None:
+        """As :meth:`descend`, made by the ``step()`` that ``call`` calls, which is ``step`` itself or GradScaler's.
+
+        Through ``step()``, so that step hooks fire and schedulers see it, however the passes are driven.
+        """
+        self._container["descent"] = (lists, rule, scale)
+        try:
+            call()
+        finally:
+            self._container.pop("descent", None)
 
     @contextmanager
     def descents_to(self, handler: DescentHandler) -> Iterator[None]:

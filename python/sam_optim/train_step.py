@@ -295,12 +295,9 @@ class _Step:
             return
         # GradScaler looks for infinities in p.grad.
         self._put_into_grad(lists[0])
-        optimizer._container["descent"] = (lists, rule, scale)
-        try:
-            owner.scaler.step(optimizer)
-        finally:
-            optimizer._container.pop("descent", None)
-        owner.scaler.update()
+        scaler = owner.scaler
+        optimizer.descend_through(lambda: scaler.step(optimizer), *lists, rule=rule, scale=scale)
+        scaler.update()
 
     def _clipped(self, lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> Gradients:
         owner, optimizer = self.owner, self.optimizer
