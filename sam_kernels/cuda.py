@@ -1,7 +1,7 @@
 """The CUDA backend: native kernels (``csrc/cuda``) over a table of pointers that travels with the launch.
 
-Nothing here waits for the GPU, with two exceptions, both in :meth:`CudaBackend.descent_`: Adam's step counts on the
-host, where torch keeps them unless a group is ``capturable`` or ``fused``, need to know whether the update was made.
+Nothing here waits for the GPU, with one exception: where Adam's step counts are on the host, as torch keeps them unless
+a group is ``capturable`` or ``fused``, a descent that may be skipped has to know whether the update was made.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ class CudaBackend:
     def restore_(self, plan: Plan, snapshot: Snapshot) -> None:
         staging = Staging()
         table = self._binder.bind_params(plan, staging)
+        self._tune(table, plan)
         table.restore(self._binder.bind_snapshot(table, plan, snapshot))
         self._binder.finish(table, plan, staging)
 
@@ -227,6 +228,9 @@ class CudaBackend:
 
     def _bind(self, table: Any, plan: Plan, xs: Sequence[TensorList], staging: Staging) -> None:
         self._binder.bind_lists(table, plan, xs, staging)
+        self._tune(table, plan)
+
+    def _tune(self, table: Any, plan: Plan) -> None:
         key = self.name + " tuning"
         if plan.tables.get(key) is not self.tuning:
             t = plan.tables[key] = self.tuning

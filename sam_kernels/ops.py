@@ -60,10 +60,10 @@ def gram(xs: Sequence[TensorList], params: Params | None = None, *, backend: str
     return _gram(plan, xs, plan.is_weighted, None, backend)
 
 
-def coefficients_of(
+def apply_rule(
     rule: RuleLike, xs: Sequence[TensorList], params: Params, *, weighted: bool = False, backend: str | None = None
-) -> Tensor:
-    """What a rule makes of the lists: float64, shape (k,), on the tensors' device; zeros if G is not finite.
+) -> LaunchReport:
+    """Gram matrix and what a rule makes of it, without using it; coefficients are zeros if G is not finite.
 
     Args:
         weighted: whether the Gram matrix is taken in the tensors' geometry.
@@ -71,7 +71,7 @@ def coefficients_of(
     plan = _plan(params)
     _check_lists(xs, len(plan))
     report, _ = _apply(rule, _gram(plan, xs, weighted, None, backend))
-    return report.coefficients
+    return report
 
 
 def perturb_(
@@ -98,8 +98,8 @@ def perturb_(
     flat = flattened(scale, plan.group_count, len(xs))
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, snapshot):
-        on_device = coefficients.cpu() if plan.parts else coefficients
-        _launch(part.plan, backend, "perturb_", part.xs, on_device, flat, part.snapshot)
+        own = coefficients.cpu() if plan.parts else coefficients
+        _launch(part.plan, backend, "perturb_", part.xs, own, flat, part.snapshot)
 
 
 def restore_(params: Params, snapshot: Snapshot, *, backend: str | None = None) -> None:
@@ -124,8 +124,8 @@ def combine_(
     flat = flattened(scale, plan.group_count, len(xs))
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, None):
-        on_device = coefficients.cpu() if plan.parts else coefficients
-        _launch(part.plan, backend, "combine_", part.xs, on_device, flat)
+        own = coefficients.cpu() if plan.parts else coefficients
+        _launch(part.plan, backend, "combine_", part.xs, own, flat)
 
 
 def ascent_(

@@ -95,7 +95,6 @@ struct Header {
         kReverse = 16,     // walk from the last chunk to the first
         kFinalise = 32,    // gram: the last block sums all partials and applies the rule
         kCountSteps = 64,  // descent: the last block counts the step tensors on the device
-        kAdam = 128,
     };
 
     uint32_t rows;

@@ -29,11 +29,12 @@ constexpr dlpack::DeviceType kDeviceType = dlpack::kCuda;
 // Float64 numbers at the start of the scratch memory that hold the tickets.
 constexpr int kTicketDoubles = 2;
 
+// As in sam_kernels/cuda.py, which says what it means and has the defaults.
 struct Tuning {
-    int chunk_size = 16384;             // elements; a multiple of 8
-    int threads = kMaxThreads;          // of a block; a multiple of 32
-    int blocks_per_multiprocessor = 0;  // 0: as many as fit
-    bool one_launch = true;             // Gram matrix and what follows in one cooperative launch, where the table fits
+    int chunk_size;
+    int threads;
+    int blocks_per_multiprocessor;
+    bool one_launch;
 };
 
 class Table : public TableBinding {
@@ -178,7 +179,8 @@ public:
         add_columns(operation, kState, kStep - kState);
         if (has_device_step()) operation.columns.push_back(kStep);
         const bool counts = is_adam && !skip_update;
-        if (counts) count_on_host(lists);
+        // Also where nothing is counted: a kernel must never be sent to a step count on the host.
+        if (is_adam) count_on_host(lists);
         operation.host_steps = &host_steps_;
 
         Header header = header_of({Rule(rule), epsilon, alpha}, report);
@@ -351,7 +353,7 @@ private:
     // A row with a class and a group of its own takes 20 words at most.
     int64_t max_launches() const { return 1 + int64_t(rows_.size()) / (kCapacity / 20); }
 
-    Tuning tuning_;
+    Tuning tuning_{};
     double* scratch_ = nullptr;
     std::vector<double> host_steps_;
     std::vector<uint8_t> step_is_on_host_;
@@ -413,7 +415,6 @@ PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
     module.attr("FINITE") = int(kFinite);
     module.attr("GRAM") = int(kGram);
     module.attr("COEFFICIENTS") = int(kCoefficients);
-    module.attr("MAX_THREADS") = kMaxThreads;
     module.attr("TABLE_WORDS") = kCapacity;
 }
 

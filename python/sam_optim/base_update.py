@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 import sam_kernels
 from sam_kernels import SGD, Adam, AdamSettings, LaunchReport, Plan, SGDSettings, Snapshot
 from sam_kernels.host import gradients as gradients_of
-from sam_kernels.host import lookup, missing, pick, same_objects
+from sam_kernels.host import inverse_of, is_set, lookup, missing, pick, same_objects
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
@@ -41,7 +41,7 @@ class Descent(NamedTuple):
     @property
     def overflowed(self) -> bool:
         """Whether GradScaler has found the gradients infinite."""
-        return self.found_inf is not None and bool(self.found_inf)
+        return is_set(self.found_inf)
 
 
 class Outcome(NamedTuple):
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
     @property
     def updated(self) -> bool:
         """Whether the update was made."""
-        return self.report.finite and (self.found_inf is None or not bool(self.found_inf))
+        return self.report.finite and not is_set(self.found_inf)
 
     @property
     def is_known(self) -> bool:
@@ -132,14 +132,11 @@ class BaseUpdate:
         report = LaunchReport(True, [math.nan] * len(lists) ** 2, [1.0] * len(lists))
         skip = descent.overflowed
         if not skip and not plain:
-            gram = sam_kernels.gram(lists, plan, backend=descent.backend)
-            finite = bool(gram.isfinite().all())
-            report = LaunchReport(finite, gram, torch.as_tensor(rule(gram)) if finite else [0.0] * len(lists))
-            skip = not finite
+            report = sam_kernels.ops.apply_rule(rule, lists, plan, backend=descent.backend)
+            skip = not report.finite
         in_place = plain and descent.scale == 1.0 and descent.grad_scale is None and len(lists) == 1
         if not skip and not (in_place and same_objects(lists[0], gradients_of(plan.params))):
-            inverse = 1.0 if descent.grad_scale is None else 1.0 / float(descent.grad_scale)
-            _combine_into_grad(descent, report.coefficients * inverse)
+            _combine_into_grad(descent, report.coefficients * inverse_of(descent.grad_scale))
         copies = bytes(snapshot.taken)
         sam_kernels.restore_(plan, snapshot, backend=descent.backend)
         outcome = Outcome(report, descent.found_inf)
@@ -275,16 +272,34 @@ def _has_dampening(base_optimizer: Optimizer) -> bool:
 
 def combined_gradient(
     plan: Plan, lists: Sequence[Gradients], rule: RuleLike, scale: Scale, backend: str | None
-) -> Gradients:
-    """sum_i scale_i c_i x_i in new tensors, None where no list has an entry; zeros if a Gram matrix is not finite."""
+) -> Gradients | None:
+    """sum_i scale_i c_i x_i in new tensors, None where no list has an entry.
+
+    None altogether if the rule needs a Gram matrix and that is not finite; this is waited for.
+    """
     coefficients = torch.ones(len(lists), dtype=torch.float64)
     if rule != _FIXED:
-        coefficients = sam_kernels.ops.coefficients_of(rule, lists, plan, backend=backend)
+        report = sam_kernels.ops.apply_rule(rule, lists, plan, backend=backend)
+        if not report.finite:
+            return None
+        coefficients = report.coefficients
     out: Gradients = [None] * len(plan)
-    combined = _combine(plan, lists, coefficients, scale, backend)
-    for index, tensor in combined:
+    for index, tensor in _combine(plan, lists, coefficients, scale, backend):
         out[index] = tensor
     return out
+
+
+def added(total: Gradients | None, gradients: Gradients, share: float, backend: str | None) -> Gradients:
+    """total + share * gradients, in place where there is a total."""
+    total = [None] * len(gradients) if total is None else total
+    present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    for i in present:
+        if total[i] is None:
+            total[i] = torch.zeros_like(gradients[i])  # type: ignore[arg-type]
+    out = pick(total, present)
+    if out:
+        sam_kernels.combine_(out, [out, pick(gradients, present)], [1.0, share], backend=backend)
+    return total
 
 
 def _combine_into_grad(descent: Descent, coefficients: Tensor) -> None:

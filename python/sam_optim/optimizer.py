@@ -22,7 +22,7 @@ from sam_kernels.host import missing
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
-from .base_update import BaseUpdate, Descent, Outcome, combined_gradient
+from .base_update import BaseUpdate, Descent, Outcome, added, combined_gradient
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes
@@ -231,12 +231,16 @@ class SharpnessAwareOptimizer(Optimizer):
         finally:
             self._container["descent handler"] = before
 
-    def combined(self, lists: Sequence[Gradients], rule: RuleLike = _FIXED, scale: Scale = 1.0) -> Gradients:
-        """The gradient that a descent with these lists would take, in new tensors; None where no list has an entry.
+    def combined(self, lists: Sequence[Gradients], rule: RuleLike = _FIXED, scale: Scale = 1.0) -> Gradients | None:
+        """The gradient that a descent with these lists would take, in new tensors, None where no list has an entry.
 
-        A Gram matrix that is not finite gives zeros.
+        None altogether if the rule needs a Gram matrix and that is not finite: the descent would update nothing.
         """
         return combined_gradient(self._container["plans"].plan, lists, rule, scale, self.backend)
+
+    def added(self, total: Gradients | None, gradients: Gradients, share: float) -> Gradients:
+        """total + share * gradients, in place where there is a total."""
+        return added(total, gradients, share, self.backend)
 
     def return_to_copies(self) -> None:
         """Puts the weights themselves back, bit for bit, where copies of them are held."""

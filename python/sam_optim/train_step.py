@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-import sam_kernels
-from sam_kernels.rules import RuleLike
+from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
 from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
@@ -181,6 +180,7 @@ class _Step:
         self._outputs: list[tuple[float, Any]] = []  # of the training batch's first pass: weights and results
         self._has_output = False
         self._sum: Gradients | None = None
+        self._is_finite = True
 
     # ------------------------------------------------------------------ ways to make the step
 
@@ -204,8 +204,9 @@ class _Step:
             with self.optimizer.descents_to(self._add_to_sum(share)):
                 for p in self.optimizer.each_pass():
                     self._run(p, self._of(own, p.data), share)
-        assert self._sum is not None
-        self._finish([self._sum], _FIXED, 1.0)
+        if self._is_finite:
+            assert self._sum is not None
+            self._finish([self._sum], _FIXED, 1.0)
 
     def result(self) -> Any:
         """Of the unperturbed pass on the training batch."""
@@ -289,7 +290,11 @@ class _Step:
         """The real descent, with clipping and GradScaler."""
         owner, optimizer = self.owner, self.optimizer
         if owner.max_grad_norm is not None:
-            lists, rule, scale = [self._clipped(lists, rule, scale)], _FIXED, 1.0
+            clipped = self._clipped(lists, rule, scale)
+            if clipped is None:
+                optimizer.return_to_copies()
+                return
+            lists, rule, scale = [clipped], _FIXED, 1.0
         if owner.scaler is None or not owner.scaler.is_enabled():
             optimizer.descend(*lists, rule=rule, scale=scale)
             return
@@ -299,10 +304,12 @@ class _Step:
         optimizer.descend_through(lambda: scaler.step(optimizer), *lists, rule=rule, scale=scale)
         scaler.update()
 
-    def _clipped(self, lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> Gradients:
+    def _clipped(self, lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> Gradients | None:
         owner, optimizer = self.owner, self.optimizer
         plain = len(lists) == 1 and isinstance(scale, float) and scale == 1.0 and rule == _FIXED
         gradients = lists[0] if plain else optimizer.combined(lists, rule, scale)
+        if gradients is None:
+            return None
         self._put_into_grad(gradients)
         if owner.scaler is not None and owner.scaler.is_enabled():
             owner.scaler.unscale_(optimizer)
@@ -321,27 +328,17 @@ class _Step:
 
         def handler(lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> None:
             optimizer = self.optimizer
-            self._sum = _added(self._sum, optimizer.combined(lists, rule, scale), share, optimizer.backend)
+            gradients = optimizer.combined(lists, rule, scale)
             optimizer.return_to_copies()
+            if gradients is None:
+                self._is_finite = False
+            else:
+                self._sum = optimizer.added(self._sum, gradients, share)
 
         return handler
 
 
-_FIXED = sam_kernels.Fixed()
-
-
-def _added(total: Gradients | None, gradients: Gradients, share: float, backend: str | None) -> Gradients:
-    """total + share * gradients, in place where there is a total."""
-    total = [None] * len(gradients) if total is None else total
-    present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    for i in present:
-        if total[i] is None:
-            total[i] = torch.zeros_like(gradients[i])  # type: ignore[arg-type]
-    out = [total[i] for i in present]
-    if out:
-        new = [gradients[i] for i in present]
-        sam_kernels.combine_(out, [out, new], [1.0, share], backend=backend)  # type: ignore[arg-type]
-    return total
+_FIXED = Fixed()
 
 
 def _loss_of(output: Any) -> Tensor:

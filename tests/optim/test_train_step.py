@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import SAM, AgnosticSAM, InvalidSettingError, SAMPa, StepOrderError, TrainStep, split_batch
+from sam_kernels import Deflected
+from sam_optim import SAM, AgnosticSAM, InvalidSettingError, Pass, SAMPa, StepOrderError, TrainStep, split_batch
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 
@@ -295,6 +296,38 @@ def test_an_exception_leaves_weights_and_statistics(name, number, options):
         assert len(calls) < number
     step.loss_fn = loss_of
     step(train[2], validation[2])
+
+
+class _Deflecting(SAM):
+    """A method whose descent needs a Gram matrix."""
+
+    def passes(self):
+        g = yield Pass(kept=True)
+        self.ascend(g, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True)
+        self.descend(g_plus, g, rule=Deflected(alpha=0.3))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 1.0}, {"micro_batches": 2, "perturbation": "micro_batch"}], ids=str
+)
+def test_a_gram_matrix_that_is_not_finite_updates_nothing(options):
+    """Not the momentum either, whoever stands between the method and its update."""
+    model = make_net()
+    optimizer = _Deflecting(model.parameters(), torch.optim.SGD, rho=0.1, **SGD)
+    step = TrainStep(model, optimizer, loss_of, **options)
+    step(batches(1)[0])
+    before = [*weights_of(model), *(s["momentum_buffer"].clone() for s in optimizer.state.values())]
+    calls = []
+
+    def overflowing(model, batch):
+        calls.append(None)
+        return loss_of(model, batch) * (float("inf") if len(calls) == 2 else 1.0)
+
+    step.loss_fn = overflowing
+    step(batches(1)[0])
+    assert_same([*weights_of(model), *(s["momentum_buffer"] for s in optimizer.state.values())], before)
+    assert not optimizer.is_step_begun
 
 
 def test_what_loss_fn_returns_is_handed_back():
