@@ -18,7 +18,7 @@ test: $(VENV)/.built
 
 # The tests that need a GPU, with a torch that has CUDA: make test-gpu BIN=/path/to/bin uses another environment.
 test-gpu:
-	$(BIN)/python -m pytest tests/cuda -m gpu
+	$(BIN)/python -m pytest tests -m gpu
 
 # Looks for invalid accesses, races and wrong barriers in a program that runs every CUDA kernel.
 sanitize:

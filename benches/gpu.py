@@ -27,8 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import sam_kernels
-from sam_kernels.cuda import Tuning
-from sam_kernels.cuda import backend as cuda
+from sam_kernels import cuda, triton
 
 from .contenders import BASES, CONTENDERS, RHO
 from .shapes import GPU_MODELS, Shape
@@ -36,6 +35,14 @@ from .shapes import GPU_MODELS, Shape
 # Elements that a step reads and writes for each parameter, ascent and descent.
 ELEMENTS = {"SGD momentum": 5 + 5, "AdamW": 5 + 7}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Ours: what a row is called, the backend, and how it launches.
+FORMS: list[tuple[str, Any, Any]] = [
+    ("sam-kernels", cuda.backend, cuda.Tuning()),
+    ("sam-kernels, two launches", cuda.backend, cuda.Tuning(one_launch=False)),
+    ("sam-kernels, Triton", triton.backend, triton.Tuning()),
+    ("sam-kernels, Triton, one launch", triton.backend, triton.Tuning(one_launch=True)),
+]
 
 
 class Timer:
@@ -118,9 +125,18 @@ def step_of(contender: str, parameters: list[Tensor], base: str, **changes: Any)
     return step
 
 
-def contenders(compiled: bool) -> Iterator[str]:
-    """Ours, and the peers that are installed. Compiling takes a minute for each list of tensors."""
-    yield from ("sam-kernels", "per-tensor SAM", "foreach SAM")
+def forms() -> list[tuple[str, Any, Any]]:
+    """Our backends that can run here; on a CPU, to try this program out, the one that is chosen there."""
+    return [form for form in FORMS if form[1].unavailable_reason() is None] or [("sam-kernels", None, None)]
+
+
+def choice_of(backend: Any) -> dict[str, Any]:
+    return {} if backend is None else {"backend": backend.name}
+
+
+def peers(compiled: bool) -> Iterator[str]:
+    """Those that are installed. Compiling takes a minute for each list of tensors."""
+    yield from ("per-tensor SAM", "foreach SAM")
     try:
         import pytorch_optimizer  # noqa: F401
 
@@ -133,13 +149,16 @@ def contenders(compiled: bool) -> Iterator[str]:
 
 def verify(shapes: list[Shape], base: str, device: torch.device) -> None:
     """All contenders make the same step."""
+    calls: list[tuple[str, str, dict[str, Any]]] = [(name, name, {}) for name in peers(compiled=False)]
+    calls += [(name, "sam-kernels", choice_of(backend)) for name, backend, _ in forms()]
+    calls += [("reference", "sam-kernels", {"backend": "reference"})]
     results = {}
-    for name in contenders(compiled=False):
+    for name, contender, changes in calls:
         parameters = make_parameters(shapes, torch.float32, device)
-        step_of(name, parameters, base, lr=0.1)()
+        step_of(contender, parameters, base, lr=0.1, **changes)()
         results[name] = [p.detach() for p in parameters]
     for name, tensors in results.items():
-        for a, b in zip(tensors, results["sam-kernels"], strict=True):
+        for a, b in zip(tensors, results["reference"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -158,47 +177,52 @@ def rows_of_model(model: str, timer: Timer, copy: float) -> Iterator[dict[str, A
         for dtype_name, dtype in DTYPES.items():
             floor = ELEMENTS[base] * dtype.itemsize * count
             compiled = (model, base, dtype_name) == ("resnet50", "SGD momentum", "float32")
-            for contender in contenders(compiled):
-                forms = (True, False) if contender == "sam-kernels" else (True,)
-                for one_launch in forms:
-                    cuda.tuning = Tuning(one_launch=one_launch)
-                    row = {
-                        "model": model,
-                        "parameters": count,
-                        "base": base,
-                        "dtype": dtype_name,
-                        "contender": contender + ("" if one_launch else ", two launches"),
-                    }
-                    try:
-                        parameters = make_parameters(shapes, dtype, timer.device)
-                        row |= timer(step_of(contender, parameters, base))
-                        row["gb_per_second"] = floor / row["ms"] / 1e6
-                        row["percent_of_copy"] = 100 * floor / (row["ms"] / 1e3) / copy
-                    except (RuntimeError, torch.OutOfMemoryError) as error:
-                        row["error"] = str(error).splitlines()[0]
-                    cuda.tuning = Tuning()
-                    parameters = None
-                    if timer.device.type == "cuda":
-                        torch.cuda.empty_cache()
-                    yield row
+            rows = [(name, "sam-kernels", backend, tuning) for name, backend, tuning in forms()]
+            rows += [(name, name, None, None) for name in peers(compiled)]
+            for name, contender, backend, tuning in rows:
+                row = {"model": model, "parameters": count, "base": base, "dtype": dtype_name, "contender": name}
+                try:
+                    if backend is not None:
+                        backend.tuning = tuning
+                    parameters = make_parameters(shapes, dtype, timer.device)
+                    row |= timer(step_of(contender, parameters, base, **choice_of(backend)))
+                    row["gb_per_second"] = floor / row["ms"] / 1e6
+                    row["percent_of_copy"] = 100 * floor / (row["ms"] / 1e3) / copy
+                except (RuntimeError, torch.OutOfMemoryError) as error:
+                    row["error"] = str(error).splitlines()[0]
+                finally:
+                    reset_tuning()
+                parameters = None
+                if timer.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                yield row
+
+
+def reset_tuning() -> None:
+    cuda.backend.tuning, triton.backend.tuning = cuda.Tuning(), triton.Tuning()
 
 
 def sweeps(model: str, timer: Timer, copy: float) -> Iterator[dict[str, Any]]:
     """Chunk size, threads and blocks of our own kernels."""
     shapes = GPU_MODELS[model]
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    tunings = [
-        *(Tuning(chunk_size=size) for size in (4096, 8192, 16384, 32768, 65536 - 8)),
-        *(Tuning(threads=threads) for threads in (128, 256, 384)),
-        *(Tuning(blocks_per_multiprocessor=blocks) for blocks in (1, 2, 3)),
+    tunings: list[tuple[Any, Any]] = [
+        *((cuda.backend, cuda.Tuning(chunk_size=size)) for size in (4096, 8192, 16384, 32768, 65536 - 8)),
+        *((cuda.backend, cuda.Tuning(threads=threads)) for threads in (128, 256, 384)),
+        *((cuda.backend, cuda.Tuning(blocks_per_multiprocessor=blocks)) for blocks in (1, 2, 3)),
+        *((triton.backend, triton.Tuning(block=block)) for block in (1024, 2048, 4096, 8192)),
+        *((triton.backend, triton.Tuning(threads=threads)) for threads in (128, 512)),
     ]
     parameters = make_parameters(shapes, torch.float32, timer.device)
-    for tuning in tunings:
-        cuda.tuning = tuning
-        row = {"model": model, "sweep": repr(tuning)} | timer(step_of("sam-kernels", parameters, "SGD momentum"))
+    for backend, tuning in tunings:
+        if backend.unavailable_reason() is not None:
+            continue
+        backend.tuning = tuning
+        step = step_of("sam-kernels", parameters, "SGD momentum", backend=backend.name)
+        row = {"model": model, "sweep": f"{backend.name} {tuning!r}"} | timer(step)
         row["percent_of_copy"] = 100 * 40 * count / (row["ms"] / 1e3) / copy
         yield row
-    cuda.tuning = Tuning()
+    reset_tuning()
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:

@@ -9,16 +9,18 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, reference
-from .cuda import CudaBackend
 from .cuda import backend as cuda
+from .device_backend import DeviceBackend
 from .errors import BackendUnavailableError
+from .triton import backend as triton
 
 # A backend is a module, or an object, with the operations of `reference`.
-Backend = ModuleType | CudaBackend
+Backend = ModuleType | DeviceBackend
 
 # In order of preference.
-_BACKENDS: dict[str, Backend] = {"cuda": cuda, "cpu": cpu, "reference": reference}
-_DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "cpu": ("cpu",)}
+_BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
+# Those that serve a type of device without being asked for by name.
+_AUTOMATIC = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 ENVIRONMENT_VARIABLE = "SAM_KERNELS_BACKEND"
 
@@ -61,7 +63,7 @@ def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
     reason = _BACKENDS[wanted].unavailable_reason()
     if reason is not None:
         raise BackendUnavailableError(f"backend {wanted!r} is unavailable: {reason}")
-    if not _serves(wanted, device):
+    if not _BACKENDS[wanted].serves(device):
         raise BackendUnavailableError(f"backend {wanted!r} does not serve tensors on {device}")
     return _BACKENDS[wanted]
 
@@ -71,9 +73,5 @@ _chosen: dict[str, Backend] = {}
 
 
 def _first_for(device: torch.device) -> Backend:
-    found = (b for name, b in _BACKENDS.items() if _serves(name, device) and b.unavailable_reason() is None)
-    return next(found)  # the reference backend serves every device
-
-
-def _serves(name: str, device: torch.device) -> bool:
-    return name not in _DEVICES or device.type in _DEVICES[name]
+    names = _AUTOMATIC.get(device.type, ("reference",))  # which serves every device
+    return next(_BACKENDS[name] for name in names if _BACKENDS[name].unavailable_reason() is None)

@@ -55,16 +55,20 @@ class Binder:
         """The plan's table, with whatever addresses it has."""
         table = plan.tables.get(self.name)
         if table is None:
-            arguments = {
-                "shapes": [layout.shape for layout in plan.layouts],
-                "strides": [layout.strides for layout in plan.layouts],
-                "numels": [layout.numel for layout in plan.layouts],
-                "dtypes": [_code(layout.dtype) for layout in plan.layouts],
-                "groups": plan.groups,
-                "etas": [-1.0 if eta is None else eta for eta in plan.geometry],
-            }
-            table = plan.tables[self.name] = self._make_table(plan, arguments)
+            table = plan.tables[self.name] = self._make_table(plan, self.arguments_of(plan))
         return table
+
+    @staticmethod
+    def arguments_of(plan: Plan) -> dict[str, Any]:
+        """What native tables are made from."""
+        return {
+            "shapes": [layout.shape for layout in plan.layouts],
+            "strides": [layout.strides for layout in plan.layouts],
+            "numels": [layout.numel for layout in plan.layouts],
+            "dtypes": [dtype_code(layout.dtype) for layout in plan.layouts],
+            "groups": plan.groups,
+            "etas": [-1.0 if eta is None else eta for eta in plan.geometry],
+        }
 
     def bind_params(self, plan: Plan, staging: Staging) -> Any:
         """The table with the weights' addresses as they are now."""
@@ -130,7 +134,7 @@ class Binder:
                 raise ValueError(f"{role} is complex ({tensor.dtype}), expected {layout.dtype}")
             if layout.dtype.is_complex != tensor.is_complex() or not layout.matches(tensor):
                 tensor = staging.stand_in(tensor, layout, written)
-            table.set(column, index, tensor.data_ptr(), _code(tensor.dtype))
+            table.set(column, index, tensor.data_ptr(), dtype_code(tensor.dtype))
 
     def bind_snapshot(self, table: Any, plan: Plan, snapshot: Snapshot | None) -> bytearray | None:
         """Binds the snapshot's memory and returns its flags."""
@@ -141,7 +145,7 @@ class Binder:
         key = self.name + " snapshot"
         if plan.tables.get(key) is not snapshot.tensors:
             for index, tensor in enumerate(snapshot.tensors):
-                table.set(self.native.SNAPSHOT, index, tensor.data_ptr(), _code(tensor.dtype))
+                table.set(self.native.SNAPSHOT, index, tensor.data_ptr(), dtype_code(tensor.dtype))
             plan.tables[key] = snapshot.tensors
         return snapshot.taken
 
@@ -153,5 +157,6 @@ class Binder:
         increment_version(plan.params if rows is None else [plan.params[i] for i in rows])
 
 
-def _code(dtype: torch.dtype) -> int:
+def dtype_code(dtype: torch.dtype) -> int:
+    """The code of a dtype in the native tables; that of a complex one is its real one's."""
     return _DTYPE_CODES[REAL_DTYPE.get(dtype, dtype)]

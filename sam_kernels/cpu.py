@@ -37,6 +37,14 @@ def describe() -> str:
     return f"C++, {_cpu.instruction_set()}, {threads}"
 
 
+def serves(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def knows(rule: object) -> bool:
+    return isinstance(rule, Rule)
+
+
 def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
     staging = Staging()
     table = _binder.bind_params(plan, staging) if weighted else _binder.table(plan)

@@ -153,7 +153,7 @@ def ascent_(
     plan = _plan(params)
     _check_lists(xs, len(plan))
     flat = flattened(scale, plan.group_count, len(xs))
-    if isinstance(rule, Rule) and not plan.parts:
+    if _is_fused(plan, rule, backend):
         report: LaunchReport = _launch(plan, backend, "ascent_", xs, rule, flat, snapshot)
         return report
     report, _ = _apply(rule, _gram(plan, xs, plan.is_weighted, snapshot, backend))
@@ -193,7 +193,7 @@ def descent_(
     plan = _plan(params)
     _check_lists(xs, len(plan))
     flat = flattened(scale, plan.group_count, len(xs))
-    if isinstance(rule, Rule) and not plan.parts:
+    if _is_fused(plan, rule, backend):
         report: LaunchReport = _launch(
             plan, backend, "descent_", xs, base, snapshot, rule, flat, weighted, grad_scale, found_inf
         )
@@ -274,6 +274,11 @@ def _parts(
             if snapshot is not None and share is not None:
                 for position, i in enumerate(index):
                     snapshot.taken[i] = share.taken[position]
+
+
+def _is_fused(plan: Plan, rule: RuleLike, backend: str | None) -> bool:
+    """Whether one launch can take the Gram matrix, apply the rule and use its coefficients."""
+    return not plan.parts and backend_for(plan.device, backend).knows(rule)
 
 
 def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) -> Any:

@@ -30,6 +30,15 @@ def describe() -> str:
     return "plain PyTorch, any device"
 
 
+def serves(device: torch.device) -> bool:
+    """Every device."""
+    return True
+
+
+def knows(rule: object) -> bool:
+    return isinstance(rule, Rule)
+
+
 @torch.no_grad()
 def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
     """G[i, j] = sum over tensors of <T x_i, T x_j>; a missing entry counts as zero. Float64, shape (k, k).

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Triton asks when it is imported. Without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from .targets import gpu_target, interpreter, launches, shim, shim_backend, target  # noqa: F401
 
 settings.register_profile("tests", deadline=None, print_blob=True)
 settings.load_profile("tests")

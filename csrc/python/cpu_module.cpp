@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "pointer_table.h"
 #include "table_binding.h"
 
 namespace samk {
@@ -225,6 +226,8 @@ PYBIND11_MODULE(_cpu, module) {
         .def("combine", &Table::combine)
         .def("ascent", &Table::ascent)
         .def("descent", &Table::descent);
+
+    PointerTable::define(module);
 
     module.def("gradients", &gradients, "The .grad of each parameter.");
     module.def("same_objects", &same_objects, "Whether two lists hold the same objects.");

@@ -3,6 +3,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cuda/launch.h"
@@ -20,9 +21,7 @@ namespace {
 
 #ifdef SAMK_CUDA_SHIM
 constexpr dlpack::DeviceType kDeviceType = dlpack::kCpu;
-bool treat_steps_as_on_host = false;  // the shim's device is the host, so a test has to say which is meant
 #else
-constexpr bool treat_steps_as_on_host = false;
 constexpr dlpack::DeviceType kDeviceType = dlpack::kCuda;
 #endif
 
@@ -37,14 +36,15 @@ struct Tuning {
     bool one_launch;
 };
 
+// Number, epsilon and alpha of a rule.
+using RuleTuple = std::tuple<int, double, double>;
+
 class Table : public TableBinding {
 public:
     Table(int device, const std::vector<std::vector<int64_t>>& shapes, const std::vector<std::vector<int64_t>>& strides,
           const std::vector<int64_t>& numels, const std::vector<int>& dtypes, const std::vector<int32_t>& groups,
           const std::vector<double>& etas)
-        : TableBinding({kDeviceType, device}, shapes, strides, numels, dtypes, groups, etas),
-          host_steps_(numels.size()),
-          step_is_on_host_(numels.size()) {}
+        : TableBinding({kDeviceType, device}, shapes, strides, numels, dtypes, groups, etas) {}
 
     void tune(int chunk_size, int threads, int blocks_per_multiprocessor, bool one_launch) {
         if (chunk_size < 8 || chunk_size > 65536 || chunk_size % 8 != 0)
@@ -59,46 +59,18 @@ public:
     int64_t scratch_size() const { return kTicketDoubles + max_launches() * int64_t(kVirtualBlocks) * kMaxPairs; }
     void set_scratch(uintptr_t pointer) { scratch_ = reinterpret_cast<double*>(pointer); }
 
-    // As bind(STEP, ...), but step counts may lie on the host as well. Returns the odd rows, and whether one is there.
-    py::tuple bind_steps(const py::list& tensors) {
-        check_length(tensors.size());
-        is_bound_[kStep] = true;
-        static const RowLayout scalar;
-        const TensorReader& reader = TensorReader::get();
-        py::list odd;
-        bool some_on_host = false;
-        for (size_t r = 0; r < rows_.size(); ++r) {
-            PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
-            TensorView view;
-            step_is_on_host_[r] = 0;
-            if (tensor != Py_None) {
-                const bool on_device = !treat_steps_as_on_host && reader.read(tensor, device_, scalar, view);
-                const bool on_host = !on_device && reader.read(tensor, {dlpack::kCpu, 0}, scalar, view);
-                if ((!on_device && !on_host) || size_of(view.dtype) < 4) {
-                    view = TensorView{};
-                    odd.append(r);
-                } else if (on_host) {
-                    some_on_host = true;
-                    step_is_on_host_[r] = 1;
-                }
-            }
-            rows_[r].cells[kStep] = Cell{view.pointer, view.dtype};
-        }
-        return py::make_tuple(odd, some_on_host);
-    }
-
     // ------------------------------------------------------------ launches
     //
     // `report` is the address of REPORT_SIZE float64 numbers on the device; scales, learning rates and grad_scale are
     // numbers or tensors of one float32 or float64 element on the device. Nothing waits for the device.
 
-    void gram(int lists, int rule, double epsilon, double alpha, bool weighted, py::object taken, uintptr_t report) {
+    void gram(int lists, const RuleTuple& rule, bool weighted, py::object taken, uintptr_t report) {
         check_lists(lists);
         choose_all_with_gradient(lists);
         Operation operation = operation_of(lists, weighted, weighted && !taken.is_none());
         operation.taken = flags(taken);
         operation.reads_weights = weighted;
-        Header header = header_of({Rule(rule), epsilon, alpha}, report);
+        Header header = header_of(rule, report);
         header.flags = weighted ? Header::kWeightedGram : 0u;
         begin();
         launch_gram(operation, header);
@@ -137,15 +109,14 @@ public:
         launch_each(operation, header, kCombineKernel);
     }
 
-    void ascent(int lists, int rule, double epsilon, double alpha, const py::list& scale, py::object taken,
-                uintptr_t report) {
+    void ascent(int lists, const RuleTuple& rule, const py::list& scale, py::object taken, uintptr_t report) {
         check_lists(lists);
         uint8_t* holds = flags(taken);
         choose_with_gradient_or_copy(lists, holds);
         Operation operation = operation_of(lists, true, holds != nullptr);
         operation.taken = holds;
         operation.scale = read_scales(scale, lists);
-        Header header = header_of({Rule(rule), epsilon, alpha}, report);
+        Header header = header_of(rule, report);
         header.flags = Header::kWeightedGram | Header::kReverse | (holds ? Header::kTakeSnapshot : 0u);
         begin();
         if (!launch_together(operation, header, kAscentKernel)) {
@@ -158,8 +129,7 @@ public:
 
     // With needs_gram the rule gives the coefficients; otherwise they are read from `coefficients`, ones if that is null.
     // The update is skipped if there is a nonzero at `found_inf`, which may be null.
-    void descent(int lists, int rule, double epsilon, double alpha, bool needs_gram, bool weighted,
-                 const py::list& scale, py::object taken, int base, const py::list& settings, const py::list& lr,
+    void descent(int lists, const RuleTuple& rule, bool needs_gram, bool weighted, const py::list& scale, py::object taken, int base, const py::list& settings, const py::list& lr,
                  py::object first, py::handle grad_scale, uintptr_t found_inf, bool skip_update, bool preview,
                  uintptr_t coefficients, uintptr_t report) {
         check_lists(lists);
@@ -183,7 +153,7 @@ public:
         if (is_adam) count_on_host(lists);
         operation.host_steps = &host_steps_;
 
-        Header header = header_of({Rule(rule), epsilon, alpha}, report);
+        Header header = header_of(rule, report);
         const Scalar unscale = read_scalar(grad_scale);
         header.grad_scale_kind = uint8_t(unscale.kind);
         std::memcpy(&header.grad_scale, &unscale.value, sizeof header.grad_scale);
@@ -203,7 +173,7 @@ public:
             header.finite = header.report + kFinite;
             launch_each(operation, header, alone);
         }
-        if (counts && !preview) store_host_steps(lists);
+        if (counts && !preview) store_host_steps();
         if (holds && !preview) mark(holds, 0);
     }
 
@@ -231,9 +201,9 @@ private:
                 operation.columns.push_back(column);
     }
 
-    Header header_of(const RuleArguments& rule, uintptr_t report) const {
+    Header header_of(const RuleTuple& rule, uintptr_t report) const {
         Header header = {};
-        header.rule = rule;
+        header.rule = {Rule(std::get<0>(rule)), std::get<1>(rule), std::get<2>(rule)};
         header.report = reinterpret_cast<double*>(report);
         header.tickets = reinterpret_cast<uint32_t*>(scratch_);
         header.partials = scratch_ + kTicketDoubles;
@@ -262,44 +232,9 @@ private:
         return result;
     }
 
-    // ------------------------------------------------------------ Adam's step counts on the host
-
-    bool has_device_step() const {
-        for (size_t r = 0; r < rows_.size(); ++r)
-            if (rows_[r].cells[kStep].present() && !step_is_on_host_[r]) return true;
-        return false;
-    }
-
-    // Step counts after this step; zero for those on the device.
-    void count_on_host(int lists) {
-        for (size_t r = 0; r < rows_.size(); ++r) {
-            const Cell& cell = rows_[r].cells[kStep];
-            host_steps_[r] = 0.0;
-            if (!wanted_[r] || !rows_[r].has_gradient(lists) || !cell.present() || !step_is_on_host_[r]) continue;
-            host_steps_[r] = 1.0 + (cell.dtype == DType::Float64 ? *static_cast<const double*>(cell.pointer)
-                                                                  : double(*static_cast<const float*>(cell.pointer)));
-        }
-    }
-
-    void store_host_steps(int lists) {
-        for (size_t r = 0; r < rows_.size(); ++r) {
-            const Cell& cell = rows_[r].cells[kStep];
-            if (!wanted_[r] || !rows_[r].has_gradient(lists) || host_steps_[r] == 0.0) continue;
-            if (cell.dtype == DType::Float64)
-                *static_cast<double*>(cell.pointer) = host_steps_[r];
-            else
-                *static_cast<float*>(cell.pointer) = float(host_steps_[r]);
-        }
-    }
-
     // ------------------------------------------------------------ launching
 
     void begin() { launches_ = 0; }
-
-    void mark(uint8_t* taken, uint8_t value) const {
-        for (size_t r = 0; r < rows_.size(); ++r)
-            if (wanted_[r]) taken[r] = value;
-    }
 
     void launch_packed(Kernel* kernel, bool cooperative) {
         const uint32_t useful = std::max<uint32_t>(1, packed_.header.chunks);
@@ -355,8 +290,6 @@ private:
 
     Tuning tuning_{};
     double* scratch_ = nullptr;
-    std::vector<double> host_steps_;
-    std::vector<uint8_t> step_is_on_host_;
     Packed packed_;
     int launches_ = 0;
 };
@@ -394,7 +327,6 @@ PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
         .def("tune", &Table::tune)
         .def("scratch_size", &Table::scratch_size)
         .def("set_scratch", &Table::set_scratch)
-        .def("bind_steps", &Table::bind_steps)
         .def("gram", &Table::gram)
         .def("perturb", &Table::perturb)
         .def("restore", &Table::restore)
@@ -405,10 +337,6 @@ PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
 
     module.def("why_unusable", &why_unusable, "Empty if the kernels can run on a device, else why they cannot.");
     module.def("launch_count", &launch_count, "Launches of an operation over tensors with that many columns.");
-
-#ifdef SAMK_CUDA_SHIM
-    module.def("set_steps_on_host", [](bool on_host) { treat_steps_as_on_host = on_host; });
-#endif
 
     define_columns(module);
     module.attr("REPORT_SIZE") = int(kReportSize);

@@ -8,7 +8,12 @@ TableBinding::TableBinding(dlpack::Device device, const std::vector<std::vector<
                            const std::vector<std::vector<int64_t>>& strides, const std::vector<int64_t>& numels,
                            const std::vector<int>& dtypes, const std::vector<int32_t>& groups,
                            const std::vector<double>& etas)
-    : device_(device), rows_(numels.size()), layouts_(numels.size()), wanted_(numels.size()) {
+    : device_(device),
+      rows_(numels.size()),
+      layouts_(numels.size()),
+      wanted_(numels.size()),
+      host_steps_(numels.size()),
+      step_is_on_host_(numels.size()) {
     if (shapes.size() != rows_.size() || strides.size() != rows_.size() || dtypes.size() != rows_.size() ||
         groups.size() != rows_.size() || etas.size() != rows_.size())
         throw py::value_error("Table: the arguments differ in length");
@@ -58,6 +63,65 @@ void TableBinding::clear(int column) {
     if (!is_bound_[column]) return;
     is_bound_[column] = false;
     for (Row& row : rows_) row.cells[column] = Cell{};
+}
+
+py::tuple TableBinding::bind_steps(const py::list& tensors, bool host_only) {
+    check_length(tensors.size());
+    is_bound_[kStep] = true;
+    static const RowLayout scalar;
+    const TensorReader& reader = TensorReader::get();
+    py::list odd;
+    bool some_on_host = false;
+    for (size_t r = 0; r < rows_.size(); ++r) {
+        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
+        TensorView view;
+        step_is_on_host_[r] = 0;
+        if (tensor != Py_None) {
+            const bool on_device = !host_only && reader.read(tensor, device_, scalar, view);
+            const bool on_host = !on_device && reader.read(tensor, {dlpack::kCpu, 0}, scalar, view);
+            if ((!on_device && !on_host) || size_of(view.dtype) < 4) {
+                view = TensorView{};
+                odd.append(r);
+            } else if (on_host) {
+                some_on_host = true;
+                step_is_on_host_[r] = 1;
+            }
+        }
+        rows_[r].cells[kStep] = Cell{view.pointer, view.dtype};
+    }
+    return py::make_tuple(odd, some_on_host);
+}
+
+void TableBinding::mark(uint8_t* taken, uint8_t value) const {
+    for (size_t r = 0; r < rows_.size(); ++r)
+        if (wanted_[r]) taken[r] = value;
+}
+
+bool TableBinding::has_device_step() const {
+    for (size_t r = 0; r < rows_.size(); ++r)
+        if (rows_[r].cells[kStep].present() && !step_is_on_host_[r]) return true;
+    return false;
+}
+
+void TableBinding::count_on_host(int lists) {
+    for (size_t r = 0; r < rows_.size(); ++r) {
+        const Cell& cell = rows_[r].cells[kStep];
+        host_steps_[r] = 0.0;
+        if (!wanted_[r] || !rows_[r].has_gradient(lists) || !cell.present() || !step_is_on_host_[r]) continue;
+        host_steps_[r] = 1.0 + (cell.dtype == DType::Float64 ? *static_cast<const double*>(cell.pointer)
+                                                              : double(*static_cast<const float*>(cell.pointer)));
+    }
+}
+
+void TableBinding::store_host_steps() const {
+    for (size_t r = 0; r < rows_.size(); ++r) {
+        const Cell& cell = rows_[r].cells[kStep];
+        if (host_steps_[r] == 0.0) continue;
+        if (cell.dtype == DType::Float64)
+            *static_cast<double*>(cell.pointer) = host_steps_[r];
+        else
+            *static_cast<float*>(cell.pointer) = float(host_steps_[r]);
+    }
 }
 
 py::object TableBinding::written_rows() const {

@@ -31,6 +31,10 @@ public:
 
     void clear(int column);
 
+    // As bind(kStep, ...), for step counts that may lie on the host as well; with host_only they all do. Returns the odd
+    // rows, and whether one lies on the host.
+    py::tuple bind_steps(const py::list& tensors, bool host_only);
+
     // The rows that the last launch walked over; None for all of them.
     py::object written_rows() const;
 
@@ -51,6 +55,15 @@ protected:
     // One byte a row, shared with Python, so that a flag is up to date even if an interrupt follows the launch.
     uint8_t* flags(const py::object& bytes) const;
 
+    // Sets the flags of the rows that the last launch walked over.
+    void mark(uint8_t* taken, uint8_t value) const;
+
+    // Whether a step count lies on the device.
+    bool has_device_step() const;
+    // Puts step counts after this step into host_steps_; zero for those on the device and those that do not count.
+    void count_on_host(int lists);
+    void store_host_steps() const;
+
     // Both return an empty list for a base of the other kind. `lr` is left out: it may lie on a device.
     static std::vector<SgdSettings> read_sgd(BaseKind base, const py::list& settings);
     static std::vector<AdamSettings> read_adam(BaseKind base, const py::list& settings);
@@ -69,12 +82,15 @@ protected:
     std::vector<Row> rows_;
     std::vector<RowLayout> layouts_;
     std::vector<uint8_t> wanted_;
+    std::vector<double> host_steps_;
+    std::vector<uint8_t> step_is_on_host_;
 };
 
-// Defines bind, set, clear, written_rows, and the constants that name the columns.
+// Defines bind, bind_steps, set, clear, written_rows, and the constants that name the columns.
 template <class Table, class Class>
 void define_table(Class& definition) {
     definition.def("bind", &Table::bind)
+        .def("bind_steps", &Table::bind_steps)
         .def("set", &Table::set)
         .def("clear", &Table::clear)
         .def("written_rows", &Table::written_rows);

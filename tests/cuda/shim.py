@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sam_kernels.cuda import CudaBackend, Tuning
 
@@ -97,6 +98,9 @@ class ShimBackend(CudaBackend):
         self.tuning = TUNING
         self._library = ctypes.CDLL(module.__file__)
         self._library.shim_barriers.restype = ctypes.c_char_p
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     def unavailable_reason(self) -> str | None:
         return None

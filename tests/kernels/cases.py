@@ -19,9 +19,6 @@ DTYPE_PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
     (torch.float64, torch.float32),
 ]
 
-# Odd sizes around every boundary: lanes (16), tiles (512), chunks (16,384), several chunks.
-SIZES = [0, 1, 3, 15, 16, 17, 129, 511, 512, 513, 1151, 16383, 16384, 16385, 65537]
-
 NAN = float("nan")
 
 

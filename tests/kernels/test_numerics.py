@@ -11,7 +11,8 @@ import torch
 
 import sam_kernels as sk
 
-from .cases import DTYPES, SIZES, Problem, poisoned_snapshot, random_tensors, same_bits
+from ..targets import CPU_SIZES as SIZES
+from .cases import DTYPES, Problem, poisoned_snapshot, random_tensors, same_bits
 
 BACKENDS = ["cpu", "reference"]
 
@@ -34,7 +35,8 @@ _PRINT_DIGEST = """
 import hashlib, torch
 import sam_kernels as sk
 from sam_kernels import _cpu
-from tests.kernels.cases import DTYPE_PAIRS, SIZES, Problem
+from tests.kernels.cases import DTYPE_PAIRS, Problem
+from tests.targets import CPU_SIZES as SIZES
 digest = hashlib.sha256()
 for dtypes in DTYPE_PAIRS:
     for base in ("sgd", "adam"):

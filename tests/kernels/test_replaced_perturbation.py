@@ -7,7 +7,8 @@ import torch
 
 import sam_kernels as sk
 
-from .cases import DTYPES, SIZES, Problem, assert_backends_agree, poisoned_snapshot, same_bits
+from ..targets import CPU_SIZES as SIZES
+from .cases import DTYPES, Problem, assert_backends_agree, poisoned_snapshot, same_bits
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

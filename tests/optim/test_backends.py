@@ -9,7 +9,7 @@ import torch
 
 from sam_optim import AgnosticSAM, SAMPa, TrainStep
 
-from ..optim.cases import BASES, METHODS, Method, batches, loss_of, make_net, weights_of
+from .cases import BASES, METHODS, Method, batches, loss_of, make_net, weights_of
 
 ALL_METHODS = [
     *METHODS,
@@ -36,9 +36,9 @@ def train(method, base, backend, device, steps=4, **options):
 
 @pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 @pytest.mark.parametrize("base", BASES, ids=str)
-def test_steps(target, method, base):
+def test_steps(gpu_target, method, base):
     _, _, wanted = train(method, base, "reference", "cpu")
-    _, optimizer, got = train(method, base, target.name, target.device)
+    _, optimizer, got = train(method, base, gpu_target.name, gpu_target.device)
     assert optimizer.last_step.updated
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -46,7 +46,7 @@ def test_steps(target, method, base):
 
 @pytest.mark.parametrize("base", [b for b in BASES if b.fused], ids=str)
 @pytest.mark.parametrize("when", [0, 2])
-def test_an_overflow_under_grad_scaler(target, base, when):
+def test_an_overflow_under_grad_scaler(gpu_target, base, when):
     """In the very first step too, where the state is new; with dampening a buffer's first use must stay first."""
     method = METHODS[0]
 
@@ -68,23 +68,23 @@ def test_an_overflow_under_grad_scaler(target, base, when):
         assert updated == [number != when for number in range(4)]
         return [t.cpu() for t in weights_of(model)]
 
-    for a, b in zip(run(target.name, target.device), run("reference", torch.device("cpu")), strict=True):
+    for a, b in zip(run(gpu_target.name, gpu_target.device), run("reference", torch.device("cpu")), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("base", [b for b in BASES if b.fused], ids=str)
-def test_checkpoints_move_between_devices(target, base):
+def test_checkpoints_move_between_devices(gpu_target, base):
     """Half of the steps on the reference, the others here."""
     method = METHODS[0]
     _, _, wanted = train(method, base, "reference", "cpu", steps=4)
     model, optimizer, _ = train(method, base, "reference", "cpu", steps=2)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    model = make_net().to(target.device)
-    optimizer = method.make(model, base, backend=target.name)
+    model = make_net().to(gpu_target.device)
+    optimizer = method.make(model, base, backend=gpu_target.name)
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     step = TrainStep(model, optimizer, loss_of)
     for batch in batches(4)[2:]:
-        step(on(target.device, batch))
+        step(on(gpu_target.device, batch))
     for a, b in zip(weights_of(model), wanted, strict=False):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,111 @@
+"""The Triton backend: kernels that need no compiler but Triton's own, for NVIDIA and AMD GPUs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..device_backend import DeviceBackend
+from ..plan import Plan
+from ..rules import Deflected, Fixed, Normalized, NormMatched
+from . import layout
+from .pointers import PointerTable
+from .rule import TritonRule
+
+try:
+    from .. import _cpu  # type: ignore[attr-defined]
+except ImportError:
+    _cpu = None
+
+# DLPack's names of devices.
+_CPU, _CUDA, _ROCM = 1, 2, 10
+
+_KNOWN_RULES = (Fixed, Normalized, Deflected, NormMatched)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How kernels are launched. No result but the last bits of the norm depends on it.
+
+    Attributes:
+        block: elements of a chunk, which one program works on; a power of two. The norm's bits depend on it.
+        threads: of a program, a power of two. The norm's bits depend on it.
+        programs_per_multiprocessor: of a cooperative launch, whose programs must all be resident.
+        one_launch: take norm and perturbation in one cooperative launch where all tensors are of the same types, else
+            in two launches. NVIDIA GPUs only.
+    """
+
+    block: int = 2048
+    threads: int = 256
+    programs_per_multiprocessor: int = 2
+    one_launch: bool = False
+
+
+class TritonBackend(DeviceBackend):
+    """The operations by Triton kernels.
+
+    With ``TRITON_INTERPRET=1`` they run in Triton's interpreter, on tensors of the CPU; ask for it by name then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("triton", layout, Tuning())
+
+    def unavailable_reason(self) -> str | None:
+        if not self.is_interpreted and not torch.cuda.is_available():
+            return "torch.cuda.is_available() is False: torch is a build without a GPU's, or there is no GPU or driver"
+        return self._import_problem
+
+    @cached_property
+    def _import_problem(self) -> str | None:
+        try:
+            from . import kernels  # noqa: F401
+        except Exception as error:
+            return f"triton cannot be imported ({error}); pip install triton"
+        return None
+
+    def describe(self) -> str:
+        import triton
+
+        if self.is_interpreted:
+            return f"Triton {triton.__version__} in its interpreter, on the CPU"
+        devices = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+        return f"Triton {triton.__version__}, " + ", ".join(devices)
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == ("cpu" if self.is_interpreted else "cuda")
+
+    def knows(self, rule: object) -> bool:
+        return isinstance(rule, (*_KNOWN_RULES, TritonRule))
+
+    @cached_property
+    def is_interpreted(self) -> bool:
+        """Whether kernels run in Triton's interpreter."""
+        return "TRITON_INTERPRET" in os.environ and _is_interpreting()
+
+    def _make_table(self, plan: Plan, arguments: dict[str, Any]) -> Any:
+        from .table import Table  # which imports triton
+
+        if _cpu is None:
+            return Table(PointerTable(plan), plan)
+        on_gpu = _CUDA if torch.version.hip is None else _ROCM
+        device_type = _CPU if plan.device.type == "cpu" else on_gpu
+        pointers = _cpu.PointerTable(device_type=device_type, device=plan.device.index or 0, **arguments)
+        return Table(pointers, plan)
+
+    def _rule(self, rule: Any) -> Any:
+        return rule
+
+
+def _is_interpreting() -> bool:
+    try:
+        import triton
+    except Exception:
+        return False
+    return bool(triton.knobs.runtime.interpret)
+
+
+backend = TritonBackend()

@@ -1,0 +1,68 @@
+"""Where a launch finds its arguments: the words of the table that the host fills and the kernels read.
+
+Note [The table on the device]
+Everything that a launch needs to know stands in one buffer of 64-bit words on the device: a header, a record for each
+parameter group, and a record for each tensor with its addresses. The host fills it anew for every launch and copies it
+to the device only if a word has changed, so in a training loop whose gradients keep their places nothing is copied, and
+an address that moves never compiles a kernel anew. Numbers of float64 are stored as their bits.
+
+A second buffer, made once for a list of tensors, has a word for each chunk: the tensor's row above, the number of the
+chunk within the tensor below. One program of a kernel works on one chunk.
+"""
+
+from __future__ import annotations
+
+MAX_LISTS = 3
+
+# Columns of tensors. A row's addresses stand in this order.
+WEIGHT, SNAPSHOT, LIST = 0, 1, 2
+STATE = LIST + MAX_LISTS  # momentum_buffer | exp_avg, exp_avg_sq, max_exp_avg_sq
+STEP = STATE + 3
+COLUMNS = STEP + 1
+
+# The header.
+RULE_PARAMETERS = 0  # of the rule, float64
+MAX_RULE_PARAMETERS = 4
+GRAD_SCALE = 4  # a scalar
+GRAD_SCALE_KIND = 5
+FOUND_INF = 6  # address of a float32, or 0
+LIST_COEFFICIENTS = 7  # address of float64 numbers, or 0 for ones
+FINITE_FLAG = 8  # address of a float64, or 0
+SKIP = 9  # 1 to restore without an update
+HEADER_WORDS = 10
+
+# A group's record. A scalar is a float64, or the address of a number on the device, as its kind says.
+VALUE, FLOAT32, FLOAT64 = 0, 1, 2
+GROUP_KINDS = 0  # of the scales, 2 bits each, then of lr
+SCALES = 1
+LR = SCALES + MAX_LISTS
+MOMENTUM = BETA1 = LR + 1
+DAMPENING = BETA2 = LR + 2
+WEIGHT_DECAY = LR + 3
+EPS = LR + 4
+GROUP_FLAGS = LR + 5
+GROUP_WORDS = LR + 6
+MAXIMIZE, DECOUPLED = 1, 2
+
+# A tensor's record.
+NUMEL = 0
+FLAGS = 1
+GROUP = 2
+ETA = 3  # geometry: T = |w| + eta, or T = 1 if negative
+BIAS_CORRECTION1 = 4  # Adam whose step counts are on the host: 1 - beta1^step,
+BIAS_CORRECTION2_SQRT = 5  # sqrt(1 - beta2^step)
+POINTERS = 6
+ROW_WORDS = POINTERS + COLUMNS
+HELD, FIRST, HAS_GRADIENT, STEP_ON_DEVICE, STEP_IS_DOUBLE = 1, 2, 4, 8, 16
+
+# Memory that launches share, in float64 words: tickets and counters, then partial sums of Gram matrices.
+GRAM_TICKET, STEP_TICKET, ARRIVED, DEPARTED = 0, 1, 2, 3  # int32
+PARTIALS = 2
+VIRTUAL_BLOCKS = 1024
+MAX_PAIRS = MAX_LISTS * (MAX_LISTS + 1) // 2
+
+# What a launch with a Gram matrix reports, float64.
+FINITE = 0
+GRAM = 1
+COEFFICIENTS = GRAM + MAX_LISTS * MAX_LISTS
+REPORT_SIZE = COEFFICIENTS + MAX_LISTS

@@ -1,0 +1,173 @@
+"""The table of pointers where ``sam_kernels._cpu`` is not built: as ``csrc/python/pointer_table.h``, but slower."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bases import AdamSettings, SGDSettings, TensorList
+from ..binding import dtype_code
+from ..plan import SUPPORTED_DTYPES, Plan
+from . import layout as at
+
+_FLOAT64 = dtype_code(torch.float64)
+_STEP_DTYPES = (torch.float32, torch.float64)
+
+
+class PointerTable:
+    """Addresses and types of a plan's tensors and of those that belong to them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._layouts, self._groups, self._device = plan.layouts, plan.groups, plan.device
+        count = len(plan)
+        self._addresses = [[0] * count for _ in range(at.COLUMNS)]
+        self._dtypes = [[0] * count for _ in range(at.COLUMNS)]
+        self._wanted = [False] * count
+        self._host_steps: list[Tensor | None] = [None] * count
+        self._counted: list[tuple[Tensor, float]] = []
+
+    def bind(self, column: int, tensors: TensorList) -> list[int]:
+        if len(tensors) != len(self._layouts):
+            raise ValueError(f"expected one entry for each of {len(self._layouts)} tensors, got {len(tensors)}")
+        odd = []
+        for row, (tensor, layout) in enumerate(zip(tensors, self._layouts, strict=True)):
+            self._addresses[column][row] = self._dtypes[column][row] = 0
+            if tensor is None:
+                continue
+            # What check_supported() and the layouts have to say about others is left to the caller.
+            usable = (
+                type(tensor) in (Tensor, torch.nn.Parameter)
+                and tensor.layout is torch.strided
+                and tensor.dtype in SUPPORTED_DTYPES
+                and tensor.device == layout.device
+                and tensor.is_complex() == layout.dtype.is_complex
+                and (column != at.WEIGHT or tensor.dtype == layout.dtype)
+                and layout.matches(tensor)
+            )
+            if usable:
+                self.set(column, row, tensor.data_ptr(), dtype_code(tensor.dtype))
+            else:
+                odd.append(row)
+        return odd
+
+    def bind_steps(self, tensors: TensorList, host_only: bool) -> tuple[list[int], bool]:
+        odd = []
+        for row, tensor in enumerate(tensors):
+            self._addresses[at.STEP][row] = self._dtypes[at.STEP][row] = 0
+            self._host_steps[row] = None
+            if tensor is None:
+                continue
+            on_host = host_only or tensor.device.type == "cpu" != self._device.type
+            if tensor.dim() > 0 or tensor.dtype not in _STEP_DTYPES or not (on_host or tensor.device == self._device):
+                odd.append(row)
+                continue
+            self.set(at.STEP, row, tensor.data_ptr(), dtype_code(tensor.dtype))
+            if on_host:
+                self._host_steps[row] = tensor
+        return odd, any(step is not None for step in self._host_steps)
+
+    def set(self, column: int, row: int, address: int, dtype: int) -> None:
+        self._addresses[column][row], self._dtypes[column][row] = address, dtype
+
+    def clear(self, column: int) -> None:
+        count = len(self._layouts)
+        self._addresses[column], self._dtypes[column] = [0] * count, [0] * count
+
+    def written_rows(self) -> list[int] | None:
+        return None if all(self._wanted) else [row for row, wanted in enumerate(self._wanted) if wanted]
+
+    def select_gradients(self, lists: int, taken: bytearray | None) -> None:
+        held = taken or bytes(len(self._layouts))
+        self._wanted = [self._has_gradient(row, lists) or held[row] == 1 for row in range(len(self._layouts))]
+
+    def select_copies(self, taken: bytearray) -> None:
+        self._wanted = [flag == 1 for flag in taken]
+
+    def select_all(self) -> None:
+        self._wanted = [True] * len(self._layouts)
+
+    def dtypes(self) -> bytes:
+        return bytes(code for row in zip(*self._dtypes, strict=True) for code in row)
+
+    def fill(
+        self,
+        address: int,
+        row_words: int,
+        flags_word: int,
+        pointers_word: int,
+        lists: int,
+        taken: bytearray | None,
+        first: bytearray | None,
+    ) -> None:
+        records = _words_at(address, len(self._layouts), row_words)
+        flags = []
+        for row in range(len(self._layouts)):
+            word = at.HELD if taken is not None and taken[row] else 0
+            word |= at.FIRST if first is not None and first[row] else 0
+            word |= at.HAS_GRADIENT if self._has_gradient(row, lists) else 0
+            word |= at.STEP_ON_DEVICE if self._is_step_on_device(row) else 0
+            word |= at.STEP_IS_DOUBLE if self._dtypes[at.STEP][row] == _FLOAT64 else 0
+            flags.append(word)
+        records[:, flags_word] = torch.tensor(flags, dtype=torch.int64)
+        records[:, pointers_word : pointers_word + at.COLUMNS] = torch.tensor(self._addresses, dtype=torch.int64).T
+
+    def fill_bias_corrections(
+        self, address: int, row_words: int, word: int, lists: int, betas: Sequence[tuple[float, float]]
+    ) -> None:
+        numbers = _words_at(address, len(self._layouts), row_words).view(torch.float64)
+        self._counted = []
+        for row, tensor in enumerate(self._host_steps):
+            if tensor is None or not self._wanted[row] or not self._has_gradient(row, lists):
+                continue
+            step = 1.0 + float(tensor)
+            beta1, beta2 = betas[self._groups[row]]
+            numbers[row, word] = 1.0 - beta1**step
+            numbers[row, word + 1] = math.sqrt(1.0 - beta2**step)
+            self._counted.append((tensor, step))
+
+    def count_steps(self) -> None:
+        for tensor, step in self._counted:
+            tensor.fill_(step)
+
+    def has_step_on_device(self) -> bool:
+        return any(self._is_step_on_device(row) for row in range(len(self._layouts)))
+
+    def mark_rows(self, taken: bytearray, value: int) -> None:
+        for row, wanted in enumerate(self._wanted):
+            if wanted:
+                taken[row] = value
+
+    def check_complete(self, lists: int, base: int, settings: Sequence[Any], first: bytearray | None) -> None:
+        for row, group in enumerate(self._groups):
+            if not self._has_gradient(row, lists):
+                continue
+            if group >= len(settings):
+                raise ValueError("a tensor's group has no settings")
+            own: SGDSettings | AdamSettings = settings[group]
+            if isinstance(own, SGDSettings):
+                needed = [at.STATE] if own.momentum != 0.0 else []
+                complete = first is not None
+            else:
+                needed = [at.STATE, at.STATE + 1, at.STEP] + ([at.STATE + 2] if own.amsgrad else [])
+                complete = True
+            if not complete or any(self._dtypes[column][row] == 0 for column in needed):
+                raise ValueError("a tensor with a gradient has no optimizer state")
+
+    def _has_gradient(self, row: int, lists: int) -> bool:
+        return any(self._dtypes[at.LIST + number][row] for number in range(lists))
+
+    def _is_step_on_device(self, row: int) -> bool:
+        return self._dtypes[at.STEP][row] != 0 and self._host_steps[row] is None
+
+
+def _words_at(address: int, rows: int, row_words: int) -> Tensor:
+    """A view of memory as int64 words."""
+    if rows == 0:
+        return torch.empty(0, row_words, dtype=torch.int64)
+    memory = (ctypes.c_int64 * (rows * row_words)).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.int64).view(rows, row_words)

@@ -1,0 +1,535 @@
+"""What the host does for a launch: it fills the table (see :mod:`.layout`), brings it to the device, and launches."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ..bases import AdamSettings, SGDSettings
+from ..plan import Plan
+from ..rules import Deflected, Fixed, Normalized, NormMatched, Rule
+from . import kernels
+from . import layout as at
+from .rule import TritonRule
+
+_FUNCTIONS = {
+    Fixed: kernels.fixed,
+    Normalized: kernels.normalized,
+    Deflected: kernels.deflected,
+    NormMatched: kernels.norm_matched,
+}
+# Triton's types by the codes of csrc/common/scalar_types.h.
+_TYPES = (None, tl.float32, tl.float64, tl.bfloat16, tl.float16)
+# Tensors of state that a kind of update has.
+_STATES = {kernels.PLAIN: 0, kernels.MOMENTUM: 1, kernels.NESTEROV: 1, kernels.ADAM: 2, kernels.AMSGRAD: 3}
+_STATES = {kind.value: count for kind, count in _STATES.items()}
+
+# Of a multiprocessor, for cooperative launches: NVIDIA's all have as many.
+_REGISTERS = 65536
+
+# Ready-made host buffers, so that nothing has to be allocated while a CUDA graph is captured.
+_SPARES = 8
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors of the same types, which one launch can walk over.
+
+    Attributes:
+        weights, lists, state: Triton's types of the columns; ``state`` is as long as the base optimizer's kind needs.
+        kind: of the base optimizer's update, 0 where there is none.
+        places: a word for each chunk, on the device.
+        chunks: their number.
+    """
+
+    weights: Any
+    lists: tuple[Any, ...]
+    state: tuple[Any, ...]
+    kind: int
+    places: Tensor
+    chunks: int
+
+
+class _Upload:
+    """A table on the device and what it holds."""
+
+    def __init__(self, words: Tensor) -> None:
+        self.words = words
+        self.content = b""
+
+
+class Table:
+    """A plan's tensors, and the launches over them.
+
+    Args:
+        pointers: addresses and types of the tensors.
+        plan: whose tensors they are.
+    """
+
+    def __init__(self, pointers: Any, plan: Plan) -> None:
+        self.launches = 0
+        self._pointers = pointers
+        self._device = plan.device
+        self._on_gpu = plan.device.type == "cuda"
+        self._numels = [layout.numel for layout in plan.layouts]
+        self._groups, self._group_count = plan.groups, plan.group_count
+        self._buckets: dict[Any, tuple[bytes, list[Bucket]]] = {}
+        self._places: dict[tuple[int, ...], Tensor] = {}
+        self._uploads: dict[str, _Upload] = {}
+        self._spares: list[Tensor] = []
+        self._captured: list[Any] = []
+
+        self._rows_at = at.HEADER_WORDS + self._group_count * at.GROUP_WORDS
+        self._buffer = bytearray(8 * (self._rows_at + max(len(plan), 1) * at.ROW_WORDS))
+        self._words = torch.frombuffer(self._buffer, dtype=torch.int64)
+        rows = self._words[self._rows_at :].view(-1, at.ROW_WORDS)
+        for row, (numel, group, eta) in enumerate(zip(self._numels, plan.groups, plan.geometry, strict=True)):
+            rows[row, at.NUMEL] = numel
+            rows[row, at.GROUP] = group
+            rows.view(torch.float64)[row, at.ETA] = -1.0 if eta is None else eta
+        self._scratch = self._make_scratch(at.VIRTUAL_BLOCKS)
+
+    # ------------------------------------------------------------------ filling, for the binder
+
+    def bind(self, column: int, tensors: Any) -> Any:
+        return self._pointers.bind(column, tensors)
+
+    def bind_steps(self, tensors: Any, host_only: bool) -> Any:
+        return self._pointers.bind_steps(tensors, host_only)
+
+    def set(self, column: int, row: int, address: int, dtype: int) -> None:
+        self._pointers.set(column, row, address, dtype)
+
+    def clear(self, column: int) -> None:
+        self._pointers.clear(column)
+
+    def written_rows(self) -> Any:
+        return self._pointers.written_rows()
+
+    def tune(self, block: int, threads: int, programs_per_multiprocessor: int, one_launch: bool) -> None:
+        if block < 128 or block > 65536 or block & (block - 1):
+            raise ValueError(f"Invalid block: {block}; it must be a power of two, 128 to 65536")
+        if threads < 64 or threads > 1024 or threads & (threads - 1):
+            raise ValueError(f"Invalid threads: {threads}; it must be a power of two, 64 to 1024")
+        if programs_per_multiprocessor < 1:
+            raise ValueError(f"Invalid programs_per_multiprocessor: {programs_per_multiprocessor}; it must be positive")
+        warp = torch.cuda.get_device_properties(self._device).warp_size if self._on_gpu else 32
+        self._block, self._threads, self._warps = block, threads, threads // warp
+        self._programs, self._one_launch = programs_per_multiprocessor, one_launch
+        self._buckets.clear()
+        self._places.clear()
+
+    # ------------------------------------------------------------------ launches
+    #
+    # ``report`` is the address of REPORT_SIZE float64 numbers on the device, which hold NaN where a launch writes none.
+
+    def gram(self, lists: int, rule: Rule | TritonRule, weighted: bool, taken: bytearray | None, report: int) -> None:
+        self.launches = 0
+        self._pointers.select_gradients(lists, None)
+        self._pack(rule=rule)
+        table = self._upload("gram", lists, taken if weighted else None)
+        self._launch_gram(table, self._buckets_of(lists, weights=weighted), lists, rule, weighted, report)
+
+    def perturb(self, lists: int, scale: Sequence[float | Tensor], coefficients: int, taken: bytearray | None) -> None:
+        self.launches = 0
+        self._pointers.select_gradients(lists, taken)
+        self._pack(scale, lists=lists, coefficients=coefficients)
+        table = self._upload("perturb", lists, taken)
+        self._launch_perturb(table, self._buckets_of(lists), taken, reverse=False)
+        self._mark(taken, 1)
+
+    def restore(self, taken: bytearray) -> None:
+        self.launches = 0
+        self._pointers.select_copies(taken)
+        self._pack()
+        table = self._upload("restore", 0, taken)
+        for b in self._buckets_of(0):
+            self._launch(kernels.restore_kernel, b.chunks, table, b.places, self._rows_at, b.chunks, W=b.weights)
+
+    def combine(self, lists: int, scale: Sequence[float | Tensor], coefficients: int) -> None:
+        self.launches = 0
+        self._pointers.select_all()
+        self._pack(scale, lists=lists, coefficients=coefficients)
+        table = self._upload("combine", lists, None)
+        for b in self._buckets_of(lists):
+            self._launch(
+                kernels.combine_kernel, b.chunks, table, b.places, self._rows_at, b.chunks, W=b.weights, X=b.lists
+            )
+
+    def ascent(
+        self,
+        lists: int,
+        rule: Rule | TritonRule,
+        scale: Sequence[float | Tensor],
+        taken: bytearray | None,
+        report: int,
+    ) -> None:
+        self.launches = 0
+        self._pointers.select_gradients(lists, taken)
+        buckets = self._buckets_of(lists)
+        together = self._fits_one_launch(buckets)
+        self._pack(scale, lists=lists, rule=rule, coefficients=0 if together else report + 8 * at.COEFFICIENTS)
+        table = self._upload("ascent", lists, taken)
+        if together:
+            b = buckets[0]
+            self._launch_together(
+                kernels.ascent_kernel,
+                (table, b.places, self._scratch, report, self._rows_at, b.chunks),
+                RULE=self._function(rule),
+                TAKE=taken is not None,
+                W=b.weights,
+                X=b.lists,
+                LANES=self._lanes(b),
+            )
+        else:
+            self._launch_gram(table, buckets, lists, rule, True, report)
+            self._launch_perturb(table, buckets, taken, reverse=True)
+        self._mark(taken, 1)
+
+    def descent(
+        self,
+        lists: int,
+        rule: Rule | TritonRule,
+        needs_gram: bool,
+        weighted: bool,
+        scale: Sequence[float | Tensor],
+        taken: bytearray | None,
+        base: int,
+        settings: Sequence[SGDSettings] | Sequence[AdamSettings],
+        lr: Sequence[float | Tensor],
+        first: bytearray | None,
+        grad_scale: float | Tensor,
+        found_inf: int,
+        skip_update: bool,
+        preview: bool,
+        coefficients: int,
+        report: int,
+    ) -> None:
+        self.launches = 0
+        self._pointers.select_gradients(lists, taken)
+        if not skip_update:
+            self._pointers.check_complete(lists, base, list(settings), first)
+        buckets = self._buckets_of(lists, kinds=tuple(self._kind(own) for own in settings))
+        together = needs_gram and self._fits_one_launch(buckets)
+        own_gram = needs_gram and not together
+        self._pack(
+            scale,
+            lists=lists,
+            rule=rule,
+            settings=settings,
+            lr=lr,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            coefficients=report + 8 * at.COEFFICIENTS if own_gram else coefficients,
+            finite=report + 8 * at.FINITE if own_gram else 0,
+            skip=skip_update,
+        )
+        if base == 1:
+            betas = [(own.beta1, own.beta2) for own in settings if isinstance(own, AdamSettings)]
+            address = self._words.data_ptr() + 8 * self._rows_at
+            self._pointers.fill_bias_corrections(address, at.ROW_WORDS, at.BIAS_CORRECTION1, lists, betas)
+        counts = base == 1 and not skip_update and not preview
+        counts_here = counts and self._pointers.has_step_on_device()
+        table = self._upload("descent", lists, taken, first)
+        constants = {"COPIES": taken is not None, "PREVIEW": preview}
+        if together:
+            b = buckets[0]
+            self._launch_together(
+                kernels.rule_descent_kernel,
+                (table, b.places, self._scratch, report, self._rows_at, len(self._numels), b.chunks),
+                RULE=self._function(rule),
+                WEIGHTED=weighted,
+                COUNT=counts_here,
+                KIND=b.kind,
+                W=b.weights,
+                X=b.lists,
+                M=b.state,
+                LANES=self._lanes(b),
+                **constants,
+            )
+        else:
+            if own_gram:
+                self._launch_gram(table, buckets, lists, rule, weighted, report)
+            for b in buckets:
+                self._launch(
+                    kernels.descent_kernel,
+                    max(1, b.chunks),  # somebody has to count steps
+                    table,
+                    b.places,
+                    self._scratch,
+                    self._rows_at,
+                    len(self._numels),
+                    b.chunks,
+                    REVERSE=own_gram,
+                    # Steps are counted when all launches have read them.
+                    COUNT=counts_here and b is buckets[-1],
+                    KIND=b.kind,
+                    W=b.weights,
+                    X=b.lists,
+                    M=b.state,
+                    **constants,
+                )
+        if counts:
+            self._pointers.count_steps()
+        if not preview:
+            self._mark(taken, 0)
+
+    def _launch_gram(
+        self, table: Tensor, buckets: list[Bucket], lists: int, rule: Rule | TritonRule, weighted: bool, report: int
+    ) -> None:
+        wanted = sum(min(b.chunks, at.VIRTUAL_BLOCKS) for b in buckets)
+        if wanted > self._slots:
+            self._captured.append(self._scratch)  # a captured graph may still use it
+            self._scratch = self._make_scratch(wanted)
+        slots = 0
+        for b in buckets:
+            first_slot, slots = slots, slots + min(b.chunks, at.VIRTUAL_BLOCKS)
+            self._launch(
+                kernels.gram_kernel,
+                max(1, min(b.chunks, at.VIRTUAL_BLOCKS)),  # somebody has to report
+                table,
+                b.places,
+                self._scratch,
+                report,
+                self._rows_at,
+                b.chunks,
+                slots,
+                first_slot,
+                RULE=self._function(rule),
+                FINISH=b is buckets[-1],
+                W=b.weights,
+                X=b.lists,
+                WEIGHTED=weighted,
+                LANES=self._lanes(b),
+            )
+
+    def _make_scratch(self, slots: int) -> Tensor:
+        """Tickets and room for the partial sums of so many virtual blocks."""
+        self._slots = slots
+        words = at.PARTIALS + at.MAX_PAIRS * slots
+        return torch.zeros(2 * words, dtype=torch.int32, device=self._device)
+
+    def _launch_perturb(self, table: Tensor, buckets: list[Bucket], taken: bytearray | None, reverse: bool) -> None:
+        for b in buckets:
+            self._launch(
+                kernels.perturb_kernel,
+                b.chunks,
+                table,
+                b.places,
+                self._rows_at,
+                b.chunks,
+                REVERSE=reverse,
+                TAKE=taken is not None,
+                W=b.weights,
+                X=b.lists,
+            )
+
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        if programs == 0:
+            return
+        with self._device_guard():
+            kernel[(programs,)](
+                *arguments, BLOCK=self._block, num_warps=self._warps, enable_fp_fusion=False, **constants
+            )
+        self.launches += 1
+
+    def _launch_together(self, kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
+        """A cooperative launch, unless the interpreter makes it, where programs run one after the other."""
+        if isinstance(kernel, InterpretedFunction):
+            self._launch(kernel, 1, *arguments, **constants)
+            return
+        multiprocessors = 1
+        if self._on_gpu:
+            multiprocessors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        programs = max(1, min(multiprocessors * self._programs, arguments[-1]))
+        registers = _REGISTERS // (self._programs * self._threads)
+        options = {"launch_cooperative_grid": True, "maxnreg": min(registers, 255)}
+        self._launch(kernel, programs, *arguments, **options, **constants)
+
+    def _fits_one_launch(self, buckets: list[Bucket]) -> bool:
+        return self._one_launch and len(buckets) == 1 and torch.version.hip is None
+
+    def _device_guard(self) -> AbstractContextManager[Any]:
+        if self._on_gpu and torch.cuda.current_device() != self._device.index:
+            return torch.cuda.device(self._device)
+        return nullcontext()
+
+    def _mark(self, taken: bytearray | None, value: int) -> None:
+        if taken is not None:
+            self._pointers.mark_rows(taken, value)
+
+    # ------------------------------------------------------------------ what a launch is compiled for
+
+    def _lanes(self, bucket: Bucket) -> int:
+        """Elements that a sum of products takes at a time: 16 bytes of each list for each thread."""
+        size = min(t.primitive_bitwidth for t in bucket.lists) // 8
+        return int(min(self._block, self._threads * (16 // size)))
+
+    def _function(self, rule: Rule | TritonRule) -> Any:
+        if isinstance(rule, TritonRule):
+            return rule.function
+        return _FUNCTIONS[type(rule)]
+
+    def _kind(self, settings: SGDSettings | AdamSettings) -> int:
+        if isinstance(settings, AdamSettings):
+            kind = kernels.AMSGRAD if settings.amsgrad else kernels.ADAM
+        elif settings.momentum == 0.0:
+            kind = kernels.PLAIN
+        else:
+            kind = kernels.NESTEROV if settings.nesterov else kernels.MOMENTUM
+        return int(kind.value)
+
+    def _buckets_of(self, lists: int, weights: bool = True, kinds: tuple[int, ...] | None = None) -> list[Bucket]:
+        """The plan's tensors by what a launch is compiled for; at least one bucket."""
+        codes: bytes = self._pointers.dtypes()
+        key = (lists, weights, kinds)
+        found = self._buckets.get(key)
+        if found is None or found[0] != codes:
+            found = self._buckets[key] = (codes, self._make_buckets(codes, lists, weights, kinds))
+        return found[1]
+
+    def _make_buckets(self, codes: bytes, lists: int, weights: bool, kinds: tuple[int, ...] | None) -> list[Bucket]:
+        # A cell that is empty takes the type that it has in other rows whose weights are of the same type.
+        usual: dict[tuple[int, int], int] = {}
+        signatures = []
+        for row in range(len(self._numels)):
+            cells = codes[row * at.COLUMNS : (row + 1) * at.COLUMNS]
+            own = cells[at.WEIGHT] if weights else 1
+            kind = 0 if kinds is None else kinds[self._groups[row]]
+            columns = [*range(at.LIST, at.LIST + lists), *range(at.STATE, at.STATE + _STATES[kind])]
+            if kinds is None:
+                columns = columns[:lists]
+            for column in columns:
+                if cells[column]:
+                    usual.setdefault((own, column), cells[column])
+            signatures.append((own, kind, cells, columns))
+        members: dict[tuple[int, ...], list[int]] = {}
+        for row, (own, kind, cells, columns) in enumerate(signatures):
+            signature = (own, kind, *(cells[c] or usual.get((own, c), own) for c in columns))
+            members.setdefault(signature, []).append(row)
+        members = members or {(1, kinds[0] if kinds else 0, *[1] * (lists + 3)): []}
+        buckets = []
+        for (own, kind, *rest), rows in members.items():
+            places = self._places_of(tuple(rows))
+            of_state = rest[lists : lists + _STATES[kind]] if kinds is not None else []
+            buckets.append(
+                Bucket(
+                    _TYPES[own],
+                    tuple(_TYPES[c] for c in rest[:lists]),
+                    tuple(_TYPES[c] for c in of_state),
+                    kind,
+                    places,
+                    len(places),
+                )
+            )
+        some = [b for b in buckets if b.chunks > 0]
+        return some or buckets[:1]
+
+    def _places_of(self, rows: tuple[int, ...]) -> Tensor:
+        places = self._places.get(rows)
+        if places is None:
+            counts = torch.tensor([-(-self._numels[row] // self._block) for row in rows], dtype=torch.int64)
+            firsts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+            numbers = torch.repeat_interleave(torch.tensor(rows, dtype=torch.int64), counts)
+            places = (numbers << 32) | (torch.arange(len(firsts)) - firsts)
+            places = self._places[rows] = places.to(self._device)
+        return places
+
+    # ------------------------------------------------------------------ the table
+
+    def _pack(
+        self,
+        scale: Sequence[float | Tensor] = (),
+        *,
+        lists: int = 0,
+        rule: Rule | TritonRule | None = None,
+        settings: Sequence[SGDSettings] | Sequence[AdamSettings] = (),
+        lr: Sequence[float | Tensor] = (),
+        grad_scale: float | Tensor = 1.0,
+        found_inf: int = 0,
+        coefficients: int = 0,
+        finite: int = 0,
+        skip: bool = False,
+    ) -> None:
+        """Writes the header and the groups' records."""
+        if isinstance(rule, TritonRule):
+            parameters = [*rule.parameters, *[0.0] * (at.MAX_RULE_PARAMETERS - len(rule.parameters))]
+        else:
+            parameters = [0.0, 0.0, 0.0, 0.0] if rule is None else [rule.epsilon, rule.alpha, 0.0, 0.0]
+        form, word, kind = _scalar(grad_scale)
+        header = (*parameters, word, kind, found_inf, coefficients, finite, int(skip))
+        struct.pack_into(f"=4d{form}5q", self._buffer, 0, *header)
+        for number in range(self._group_count):
+            forms, words, kinds = "", [], 0
+            scalars = [*scale[number * lists : (number + 1) * lists], *[0.0] * (at.MAX_LISTS - lists)]
+            scalars.append(lr[number] if lr else 0.0)
+            for i, value in enumerate(scalars):
+                form, word, kind = _scalar(value)
+                forms += form
+                words.append(word)
+                kinds |= kind << (2 * i)
+            struct.pack_into(
+                f"=q{forms}4dq",
+                self._buffer,
+                8 * (at.HEADER_WORDS + number * at.GROUP_WORDS),
+                kinds,
+                *words,
+                *_settings(settings[number] if settings else None),
+            )
+
+    def _upload(self, operation: str, lists: int, taken: bytearray | None, first: bytearray | None = None) -> Tensor:
+        """Completes the table with the tensors' records and returns it as it lies on the device."""
+        address = self._words.data_ptr() + 8 * self._rows_at
+        self._pointers.fill(address, at.ROW_WORDS, at.FLAGS, at.POINTERS, lists, taken, first)
+        if not self._on_gpu:
+            return self._words.clone()
+        if torch.cuda.is_current_stream_capturing():
+            return self._captured_upload()
+        upload = self._uploads.get(operation)
+        if upload is None:
+            upload = self._uploads[operation] = _Upload(torch.empty_like(self._words, device=self._device))
+        content = bytes(self._buffer)
+        if upload.content != content:
+            while len(self._spares) < _SPARES:
+                self._spares.append(self._pinned())
+            # A buffer of its own for each copy: torch gives its memory to others only when the copy is made.
+            upload.words.copy_(self._pinned().copy_(self._words), non_blocking=True)
+            upload.content = content
+        return upload.words
+
+    def _captured_upload(self) -> Tensor:
+        """A table that belongs to the graph being captured: each replay copies it anew, so it has to stay as it is."""
+        source = self._spares.pop() if self._spares else self._pinned()
+        words = torch.empty_like(self._words, device=self._device)
+        words.copy_(source.copy_(self._words), non_blocking=True)
+        self._captured.append((source, words, list(self._places.values())))
+        return words
+
+    def _pinned(self) -> Tensor:
+        return torch.empty(len(self._words), dtype=torch.int64, pin_memory=True)
+
+
+def _scalar(value: float | Tensor) -> tuple[str, float | int, int]:
+    """How :mod:`struct` packs it, its word, and its kind."""
+    if not isinstance(value, Tensor):
+        return "d", float(value), at.VALUE
+    return "q", value.data_ptr(), at.FLOAT64 if value.dtype == torch.float64 else at.FLOAT32
+
+
+def _settings(settings: SGDSettings | AdamSettings | None) -> tuple[float, float, float, float, int]:
+    """The part of a group's record that is the base optimizer's."""
+    if isinstance(settings, SGDSettings):
+        flags = at.MAXIMIZE if settings.maximize else 0
+        return settings.momentum, settings.dampening, settings.weight_decay, 0.0, flags
+    if isinstance(settings, AdamSettings):
+        flags = (at.MAXIMIZE if settings.maximize else 0) | (at.DECOUPLED if settings.decoupled else 0)
+        return settings.beta1, settings.beta2, settings.weight_decay, settings.eps, flags
+    return 0.0, 0.0, 0.0, 0.0, 0

@@ -1,0 +1,131 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and prints what came out as JSON.
+
+    python -m tests.triton.compiled
+
+In a process of its own: one whose kernels run in the interpreter cannot compile them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sam_kernels.triton import Tuning, kernels
+
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TYPES = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}
+POINTERS = {"table": "*i64", "places": "*i64", "scratch": "*i32"}
+NUMBERS = {"report": "i64"}  # others are i32
+
+
+def variants(full: bool) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Name, kernel and compile-time arguments of each kernel in the forms to look at."""
+    found = []
+    pairs = [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")]
+    if full:
+        pairs += [("fp16", "fp16"), ("fp64", "fp64")]
+    for own, gradient in pairs:
+        w, x = TYPES[own], TYPES[gradient]
+        lanes = {"LANES": min(Tuning().block, Tuning().threads * 16 // (x.primitive_bitwidth // 8))}
+        for lists in (1, 2, 3) if full else (1, 3):
+            xs = (x,) * lists
+            name = f"{own}/{gradient} x{lists}"
+            rule = {"RULE": kernels.normalized}
+            gram = {"FINISH": True, "W": w, "X": xs, "WEIGHTED": False, **rule, **lanes}
+            found.append((f"gram {name}", kernels.gram_kernel, gram))
+            found.append((f"weighted gram {name}", kernels.gram_kernel, {**gram, "WEIGHTED": True}))
+            found.append((f"perturb {name}", kernels.perturb_kernel, {"REVERSE": True, "TAKE": True, "W": w, "X": xs}))
+            found.append((f"combine {name}", kernels.combine_kernel, {"W": w, "X": xs}))
+            found.append((f"ascent {name}", kernels.ascent_kernel, {"TAKE": True, "W": w, "X": xs, **rule, **lanes}))
+        found.append((f"restore {own}", kernels.restore_kernel, {"W": w}))
+        for kind, states in (("PLAIN", 0), ("MOMENTUM", 1), ("NESTEROV", 1), ("ADAM", 2), ("AMSGRAD", 3)):
+            lists = (1, 2) if full or kind in ("MOMENTUM", "ADAM") else (1,)
+            for count in lists:
+                name = f"{kind} {own}/{gradient} x{count}"
+                constants = {
+                    "COPIES": True,
+                    "PREVIEW": False,
+                    "COUNT": kind in ("ADAM", "AMSGRAD"),
+                    "KIND": getattr(kernels, kind).value,
+                    "W": w,
+                    "X": (x,) * count,
+                    "M": (w,) * states,
+                }
+                found.append((f"descent {name}", kernels.descent_kernel, {"REVERSE": False, **constants}))
+                if count == 2:
+                    together = {"WEIGHTED": False, "RULE": kernels.deflected, **lanes, **constants}
+                    found.append((f"rule descent {name}", kernels.rule_descent_kernel, together))
+    return found
+
+
+def compile_one(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
+    constants = {**constants, "BLOCK": Tuning().block}
+    signature = {
+        name: "constexpr" if name in constants else POINTERS.get(name) or NUMBERS.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in POINTERS}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": Tuning().threads // target.warp_size, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def resources_of(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory of a thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
+    assert found, report
+    return {"registers": int(found[1]), "stack": int(found[2]), "spills": int(found[3])}
+
+
+def facts(name: str, kernel: Any, constants: dict[str, Any], target: str) -> dict[str, Any]:
+    compiled = compile_one(kernel, constants, TARGETS[target])
+    row: dict[str, Any] = {"name": name, "target": target}
+    if target.startswith("sm"):
+        text = compiled.asm["ptx"]
+        row |= resources_of(compiled.asm["cubin"])
+        row["local"] = ".local" in text
+        row["fused"] = len(re.findall(r"\bfma\.rn\.f(?:32|64)", text))
+        row["loads"] = sorted(set(re.findall(r"ld\.global\S*", text)))
+        row["stores"] = sorted(set(re.findall(r"st\.global\S*", text)))
+        row["wide_loads"] = len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", text))
+        row["wide_stores"] = len(re.findall(r"st\.global\S*\.v(?:4\.b32|2\.b64)", text))
+    else:
+        text = compiled.asm["amdgcn"]
+        row["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+        row["wide_stores"] = len(re.findall(r"(?:global|buffer)_store_dwordx4", text))
+        row["spills"] = sum(map(int, re.findall(r"(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)))
+        found = re.search(r"\.vgpr_count:\s*(\d+)", text)
+        row["registers"] = int(found[1]) if found else -1
+        row["stack"] = sum(map(int, re.findall(r"private_segment_fixed_size:\s*(\d+)", text)))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="more types and numbers of lists")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    arguments = parser.parse_args()
+    rows = [facts(*variant, target) for variant in variants(arguments.full) for target in arguments.targets]
+    print(json.dumps({"triton": triton.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
