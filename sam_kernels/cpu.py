@@ -12,7 +12,7 @@ from .binding import Binder, Staging
 from .host import inverse_of, is_set
 from .plan import Plan, Snapshot
 from .report import LaunchReport
-from .rules import Rule
+from .rules import Rule, is_known
 from .scales import FlatScale, numbers, times
 
 try:
@@ -42,7 +42,7 @@ def serves(device: torch.device) -> bool:
 
 
 def knows(rule: object) -> bool:
-    return isinstance(rule, Rule)
+    return is_known(rule)
 
 
 def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:

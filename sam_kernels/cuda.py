@@ -10,7 +10,7 @@ import torch
 from .device_backend import DeviceBackend
 from .errors import BackendUnavailableError
 from .plan import Plan
-from .rules import Rule
+from .rules import Rule, is_known
 
 try:
     from . import _cuda  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ class CudaBackend(DeviceBackend):
         return device.type == "cuda"
 
     def knows(self, rule: object) -> bool:
-        return isinstance(rule, Rule)
+        return is_known(rule)
 
     def launch_count(self, tensors: int, columns: int) -> int:
         """Launches of an operation over tensors of one group and type.

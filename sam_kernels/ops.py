@@ -27,7 +27,7 @@ from .errors import DeviceChangedError
 from .host import inverse_of, is_set, pick
 from .plan import Plan, Snapshot
 from .report import LaunchReport
-from .rules import Fixed, Normalized, Rule, RuleLike
+from .rules import Fixed, Normalized, RuleLike, is_known
 from .scales import Scale, flattened
 
 MAX_LISTS = 3
@@ -200,7 +200,7 @@ def descent_(
         return report
 
     coefficients = None
-    if isinstance(rule, Rule) and not rule.needs_gram:
+    if is_known(rule) and not rule.needs_gram:  # type: ignore[attr-defined]
         report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan), [1.0] * len(xs))
     else:
         report, overflow = _apply(rule, _gram(plan, xs, weighted, snapshot, backend))

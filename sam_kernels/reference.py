@@ -15,7 +15,7 @@ from .bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
 from .host import inverse_of, is_set
 from .plan import Plan, Snapshot
 from .report import LaunchReport
-from .rules import Fixed, Rule
+from .rules import Fixed, Rule, is_known
 from .scales import FlatScale, times
 
 name = "reference"
@@ -36,7 +36,7 @@ def serves(device: torch.device) -> bool:
 
 
 def knows(rule: object) -> bool:
-    return isinstance(rule, Rule)
+    return is_known(rule)
 
 
 @torch.no_grad()

@@ -76,3 +76,11 @@ class NormMatched(Rule):
     def __call__(self, gram: Tensor) -> Tensor:
         ratio = gram[1, 1].sqrt() / (gram[0, 0].sqrt() + self.epsilon)
         return torch.stack([ratio, torch.zeros_like(ratio)])
+
+
+_KNOWN = frozenset((Fixed, Normalized, Deflected, NormMatched))
+
+
+def is_known(rule: object) -> bool:
+    """Whether the kernels of every backend can apply a rule; subclasses may do anything and are callables like others."""
+    return type(rule) in _KNOWN

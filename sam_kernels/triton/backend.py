@@ -11,7 +11,7 @@ import torch
 
 from ..device_backend import DeviceBackend
 from ..plan import Plan
-from ..rules import Deflected, Fixed, Normalized, NormMatched
+from ..rules import is_known
 from . import layout
 from .pointers import PointerTable
 from .rule import TritonRule
@@ -23,8 +23,6 @@ except ImportError:
 
 # DLPack's names of devices.
 _CPU, _CUDA, _ROCM = 1, 2, 10
-
-_KNOWN_RULES = (Fixed, Normalized, Deflected, NormMatched)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class TritonBackend(DeviceBackend):
         return device.type == ("cpu" if self.is_interpreted else "cuda")
 
     def knows(self, rule: object) -> bool:
-        return isinstance(rule, (*_KNOWN_RULES, TritonRule))
+        return is_known(rule) or isinstance(rule, TritonRule)
 
     @cached_property
     def is_interpreted(self) -> bool:

@@ -86,6 +86,7 @@ class Table:
         self._uploads: dict[str, _Upload] = {}
         self._spares: list[Tensor] = []
         self._captured: list[Any] = []
+        self._compiled: dict[Any, tuple[Any, list[Any]]] = {}
 
         self._rows_at = at.HEADER_WORDS + self._group_count * at.GROUP_WORDS
         self._buffer = bytearray(8 * (self._rows_at + max(len(plan), 1) * at.ROW_WORDS))
@@ -126,6 +127,7 @@ class Table:
         self._programs, self._one_launch = programs_per_multiprocessor, one_launch
         self._buckets.clear()
         self._places.clear()
+        self._compiled.clear()
 
     # ------------------------------------------------------------------ launches
     #
@@ -332,14 +334,27 @@ class Table:
                 X=b.lists,
             )
 
-    def _launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    def _launch(
+        self, kernel: Any, programs: int, *arguments: Any, options: dict[str, Any] | None = None, **constants: Any
+    ) -> None:
+        """Launches a kernel; ``constants`` are its compile-time parameters but BLOCK, in any order."""
         if programs == 0:
             return
-        with self._device_guard():
-            kernel[(programs,)](
-                *arguments, BLOCK=self._block, num_warps=self._warps, enable_fp_fusion=False, **constants
-            )
         self.launches += 1
+        # Triton looks at all arguments of a launch to find what it compiled for their likes. Here they are always alike:
+        # addresses that are multiples of 16 and numbers that it is told not to look at. So that is done once.
+        key = (kernel, *constants.values())
+        with self._device_guard():
+            if key in self._compiled:
+                compiled, rest = self._compiled[key]
+                compiled[(programs, 1, 1)](*arguments, *rest)
+                return
+            constants["BLOCK"] = self._block
+            compiled = kernel[(programs,)](
+                *arguments, num_warps=self._warps, enable_fp_fusion=False, **constants, **(options or {})
+            )
+        if compiled is not None:  # as it is in the interpreter
+            self._compiled[key] = compiled, [constants[name] for name in kernel.arg_names[len(arguments) :]]
 
     def _launch_together(self, kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
         """A cooperative launch, unless the interpreter makes it, where programs run one after the other."""
@@ -352,7 +367,7 @@ class Table:
         programs = max(1, min(multiprocessors * self._programs, arguments[-1]))
         registers = _REGISTERS // (self._programs * self._threads)
         options = {"launch_cooperative_grid": True, "maxnreg": min(registers, 255)}
-        self._launch(kernel, programs, *arguments, **options, **constants)
+        self._launch(kernel, programs, *arguments, options=options, **constants)
 
     def _fits_one_launch(self, buckets: list[Bucket]) -> bool:
         return self._one_launch and len(buckets) == 1 and torch.version.hip is None

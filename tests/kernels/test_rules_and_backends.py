@@ -43,6 +43,20 @@ def test_own_rule_equals_the_known_one():
         assert torch.equal(a, b)
 
 
+class Doubled(sk.Normalized):
+    """A subclass of a rule that the kernels know: it is a rule of the user's own, not that one."""
+
+    def __call__(self, gram):
+        return 2.0 * super().__call__(gram)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_subclasses_of_known_rules(backend):
+    weight = torch.zeros(2)
+    sk.ascent_([weight], [[torch.tensor([3.0, 4.0])]], rule=Doubled(), backend=backend)
+    torch.testing.assert_close(weight, torch.tensor([1.2, 1.6]))
+
+
 def test_own_rule_is_not_asked_about_infinities():
     weight = torch.ones(3)
     report = sk.ascent_([weight], [[torch.full((3,), float("inf"))]], rule=lambda gram: pytest.fail("asked"))

@@ -85,3 +85,30 @@ def test_own_method():
             (0.5 * torch.tensor([1.0, 4.0]) * weight**2).sum().backward()
             step(zero_grad=True)
         assert weight.tolist() == pytest.approx([2.61, 0.12], abs=1e-12)
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="examples are not part of an installation")
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_triton_rule(request, backend, base):
+    """By the formulas of the paper, step by step; within the kernels and between them."""
+    pytest.importorskip("triton")
+    if backend == "triton":
+        request.getfixturevalue("interpreter")
+    sagm = runpy.run_path(str(EXAMPLES / "triton_rule.py"))["SAGM"]
+    curvature = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    ours = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = sagm([ours], base, rho=0.5, alpha=0.01, lr=0.1, backend=backend)
+    wanted = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    plain = base([wanted], lr=0.1)
+    for number in range(3):
+        for step in (optimizer.first_step, optimizer.second_step):
+            (0.5 * curvature * ours**2).sum().backward()
+            step(zero_grad=True)
+        g = curvature * wanted.detach()
+        g_plus = curvature * (wanted.detach() + (0.5 / g.norm() - 0.01) * g)
+        wanted.grad = (g + g_plus) / 2
+        plain.step()
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=0.0)
+        if base is torch.optim.SGD and number == 0:
+            assert ours.tolist() == pytest.approx([2.6865, 0.528], abs=1e-12)
