@@ -1,8 +1,8 @@
 """A method of one's own whose rule is compiled into the kernels: SAGM (Wang et al. 2023, arXiv 2303.10353).
 
-SAGM perturbs by e = (rho / |g| - alpha) g and updates with (g + g+) / 2. Its rule is one line, written twice: in Triton,
-for the kernels, and in torch, as the definition that every other backend uses. With the Triton backend, a step is as many
-launches as a step of SAM. Run it: ``python examples/triton_rule.py``.
+SAGM perturbs by e = (rho / |g| - alpha) g and updates with (g + g+) / 2. Its rule is one line, written twice: in
+Triton, for the kernels, and in torch, as the definition that every other backend uses. With the Triton backend, a step
+is as many launches as a step of SAM. Run it: ``python examples/triton_rule.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def sagm(gram: Tensor, parameters: tuple[float, ...]) -> Tensor:
 class SAGM(SharpnessAwareOptimizer):
     """base(w, (g + g+) / 2) with g+ taken at w + (rho / |g| - alpha) g."""
 
-    def __init__(self, params: Any, base_optimizer: Any, rho: float = 0.05, alpha: float = 0.001, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Any, base_optimizer: Any, rho: float = 0.05, alpha: float = 0.001, **kwargs: Any
+    ) -> None:
         super().__init__(params, base_optimizer, {"rho": rho, "alpha": alpha}, **kwargs)
 
     def passes(self) -> Passes:

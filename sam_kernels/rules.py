@@ -82,5 +82,5 @@ _KNOWN = frozenset((Fixed, Normalized, Deflected, NormMatched))
 
 
 def is_known(rule: object) -> bool:
-    """Whether the kernels of every backend can apply a rule; subclasses may do anything and are callables like others."""
+    """Whether the kernels of every backend can apply a rule. Subclasses may do anything: they are other callables."""
     return type(rule) in _KNOWN

@@ -341,8 +341,8 @@ class Table:
         if programs == 0:
             return
         self.launches += 1
-        # Triton looks at all arguments of a launch to find what it compiled for their likes. Here they are always alike:
-        # addresses that are multiples of 16 and numbers that it is told not to look at. So that is done once.
+        # Triton looks at all arguments of a launch to find what it compiled for their likes. Here they are always
+        # alike: addresses that are multiples of 16 and numbers that it is told not to look at. So that is done once.
         key = (kernel, *constants.values())
         with self._device_guard():
             if key in self._compiled:
