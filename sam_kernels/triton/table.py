@@ -241,7 +241,7 @@ class Table:
         counts = base == 1 and not skip_update and not preview
         counts_here = counts and self._pointers.has_step_on_device()
         table = self._upload("descent", lists, taken, first)
-        constants = {"COPIES": taken is not None, "PREVIEW": preview}
+        constants: dict[str, Any] = {"COPIES": taken is not None, "PREVIEW": preview}
         if together:
             b = buckets[0]
             self._launch_together(

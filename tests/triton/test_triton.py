@@ -49,7 +49,7 @@ def test_kernels_for_nvidia():
         is_tight = "AMSGRAD bf16" in row["name"]
         assert not row["local"] and row["spills"] == 0 and row["stack"] <= (64 if is_tight else 0), row
         assert row["fused"] == 0, row
-        assert row["registers"] <= 192, row
+        assert row["registers"] <= 224, row  # three lists in one launch; two programs to a multiprocessor otherwise
         lists = int(row["name"][-1]) if "x" in row["name"] else 0
         assert row["wide_loads"] >= lists + ("gram" not in row["name"] and "combine" not in row["name"]), row
         assert "gram" in row["name"] or row["wide_stores"] >= 1, row
