@@ -183,6 +183,24 @@ class Snapshot:
                 layout = self.layouts[index]
                 self.tensors[index] = buffer.as_strided(layout.shape, layout.strides, start)
 
+    @staticmethod
+    def of(plan: Plan, tensors: Sequence[Tensor]) -> Snapshot:
+        """A snapshot whose copies are the given tensors themselves, which nothing writes into.
+
+        An operation on ``plan`` then starts from them, and leaves its results in the plan's own tensors.
+
+        Args:
+            tensors: of the shapes and types of the plan's.
+        """
+        view = Snapshot.__new__(Snapshot)
+        view.layouts = list(plan.layouts)
+        view.taken = bytearray(b"\x01" * len(plan))
+        view.tensors = []
+        for tensor, layout in zip(tensors, plan.layouts, strict=True):
+            tensor = tensor.detach()
+            view.tensors.append(tensor if layout.matches(tensor) else layout.empty().copy_(tensor))
+        return view
+
     def fit(self, plan: Plan) -> None:
         """Allocates anew if the plan's tensors changed their dtype, device, shape or strides.
 

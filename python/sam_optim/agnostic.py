@@ -49,6 +49,8 @@ class AgnosticSAM(SAM):
             loss_fn(model(x), y).backward()
     """
 
+    yields_passes_together = True
+
     def __init__(
         self,
         params: Any,

@@ -97,6 +97,13 @@ class BaseUpdate:
         base.state.clear()
         base.state.update(before)
 
+    def look_ahead_from(
+        self, plan: Plan, weights: Snapshot, gradients: Gradients, backend: str | None, point: Plan
+    ) -> None:
+        """point <- base(weights, gradients), for a fused base; its state and the weights stay as they are."""
+        update, _ = self._fused_state.prepare(plan.params, gradients)
+        sam_kernels.look_ahead_(point, [gradients], update, snapshot=weights, backend=backend)
+
     def _fused(self, descent: Descent) -> Outcome:
         base = self.base_optimizer
         for hook in list(base._optimizer_step_pre_hooks.values()):

@@ -25,7 +25,7 @@ from sam_kernels.scales import Scale
 from .base_update import BaseUpdate, Descent, Outcome, added, combined_gradient
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
-from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes
+from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes, PassGroup
 from .planning import PlanCache
 from .randomness import RandomState
 
@@ -70,7 +70,7 @@ class _Run:
         """Takes the gradients of the next pass. False if they were the step's last."""
         self.number += 1
         self._collected.append(gradients)
-        if len(self._collected) < len(self._expected):
+        if len(self._collected) < len(self.expected):
             return True
         try:
             self._expect(self.passes.send(self._collected if self._together else gradients))
@@ -80,11 +80,11 @@ class _Run:
 
     @property
     def waiting(self) -> Pass:
-        return self._expected[len(self._collected)]
+        return self.expected[len(self._collected)]
 
     def _expect(self, asked: Pass | Sequence[Pass]) -> None:
         self._together = not isinstance(asked, Pass)
-        self._expected = [asked] if isinstance(asked, Pass) else list(asked)
+        self.expected = [asked] if isinstance(asked, Pass) else list(asked)
         self._collected: list[Gradients] = []
 
 
@@ -117,6 +117,9 @@ class SharpnessAwareOptimizer(Optimizer):
 
     # Whether passes on the batch of the step before are asked for.
     uses_previous_batch = False
+
+    # Whether passes() yields passes together, which a driver may run side by side.
+    yields_passes_together = False
 
     base_optimizer: Optimizer
 
@@ -257,6 +260,37 @@ class SharpnessAwareOptimizer(Optimizer):
         update: BaseUpdate = self._container["update"]
         update.look_ahead(plans.plan, plans.snapshot, gradients, self.backend)
 
+    def obstacle_to_side_by_side(self) -> str | None:
+        """Why no passes of this method can run side by side; None if some can."""
+        if self.yields_passes_together:
+            return None
+        return f"{type(self).__name__} has no passes that can run side by side: each needs the gradient before it"
+
+    @property
+    def runs_side_by_side(self) -> bool:
+        """Whether passes yielded together may name weights of their own."""
+        return bool(self._container["side by side"])
+
+    def ascended(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> list[Tensor]:
+        """Where :meth:`ascend` would lead, in memory of its own, kept from step to step; the weights stay."""
+        plans: PlanCache = self._container["plans"]
+        plan, weights = plans.point("ascended")
+        xs = [plans.perturbed_only(x) for x in lists]
+        ascent = sam_kernels.ascent_(plan, xs, rule=rule, scale=scale, snapshot=weights, backend=self.backend)
+        self._container["report"] = StepReport(ascent)
+        return plan.params
+
+    def looked_ahead(self, gradients: Gradients) -> list[Tensor]:
+        """Where :meth:`look_ahead` would lead, in memory of its own, kept from step to step; the weights stay.
+
+        For fused base optimizers; others can update the model's weights alone.
+        """
+        plans: PlanCache = self._container["plans"]
+        update: BaseUpdate = self._container["update"]
+        plan, weights = plans.point("ahead")
+        update.look_ahead_from(plans.plan, weights, gradients, self.backend, plan)
+        return plan.params
+
     def method_state(self, name: str) -> list[Tensor | None]:
         """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
 
@@ -294,11 +328,7 @@ class SharpnessAwareOptimizer(Optimizer):
             if run is None:
                 return None
             kept = run.waiting.kept
-            if len(missing(gradients)) == len(gradients):
-                raise StepOrderError(
-                    f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
-                    "that runs all passes itself needs closure_runs='every_pass'.)"
-                )
+            self._refuse_no_gradient(gradients, run)
             if not run.receive(gradients):
                 self._container["run"] = None
         except BaseException:
@@ -333,6 +363,34 @@ class SharpnessAwareOptimizer(Optimizer):
         finally:
             # A body that was left early leaves this step under way; another step is none of this loop's business.
             if self.is_step_begun and self._container["run"].passes is passes:
+                self.restore()
+
+    def each_group(self) -> Iterator[PassGroup]:
+        """As :meth:`each_pass`, for drivers that run passes side by side; the body sets each group's ``gradients``.
+
+        Raises:
+            StepOrderError: if a step is already begun (the weights are then restored), or gradients are missing.
+        """
+        self._refuse_second_begin("each_group()")
+        self._params()
+        self._container["side by side"] = True
+        run: _Run | None = None
+        try:
+            run = self._begin()
+            while run is not None:
+                group = PassGroup(run.expected)
+                yield group
+                if len(group.gradients) != len(group.passes):
+                    raise StepOrderError(f"{len(group.gradients)} gradients were given for {len(group.passes)} passes")
+                is_over = False
+                for gradients in group.gradients:
+                    self._refuse_no_gradient(gradients, run)
+                    is_over = not run.receive(gradients)
+                if is_over:
+                    self._container["run"] = run = None
+        finally:
+            self._container["side by side"] = False
+            if run is not None and self._container["run"] is run:
                 self.restore()
 
     def first_step(self, zero_grad: bool = False) -> None:
@@ -514,6 +572,13 @@ class SharpnessAwareOptimizer(Optimizer):
                 "second pass, call restore(), or run that pass within restore_on_error()."
             )
 
+    def _refuse_no_gradient(self, gradients: Gradients, run: _Run) -> None:
+        if len(missing(gradients)) == len(gradients):
+            raise StepOrderError(
+                f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
+                "that runs all passes itself needs closure_runs='every_pass'.)"
+            )
+
     def _refuse_mid_step(self, action: str) -> None:
         if self.is_step_begun:
             raise StepOrderError(
@@ -629,6 +694,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self._container: dict[str, Any] = {
             "run": None,
             "in step()": False,
+            "side by side": False,
             "report": StepReport(),
             "method state": {},
             "previous closure": None,

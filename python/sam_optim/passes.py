@@ -26,11 +26,27 @@ class Pass:
             same data (dropout), and leaves BatchNorm's running statistics alone.
         kept: the method reads this gradient again after later passes, so that ``p.grad`` must not be written into
             before the step ends. Whoever runs the passes takes the gradients away from the parameters.
+        weights: where to take the gradient: a tensor for each parameter; None for where the model's weights are. Only
+            of passes yielded together, to a driver that runs them side by side.
     """
 
     data: str = TRAIN
     perturbed: bool = False
     kept: bool = False
+    weights: Sequence[Tensor] | None = None
+
+
+class PassGroup:
+    """Passes that do not depend on each other.
+
+    Attributes:
+        passes: one or more.
+        gradients: of each pass, an entry for each parameter; to be filled by whoever runs them.
+    """
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self.passes = passes
+        self.gradients: Sequence[Gradients] = ()
 
 
 # A method yields a pass and is sent its gradients, one entry for each parameter, None where there is none. Or it yields

@@ -31,6 +31,7 @@ class PlanCache:
         self._key: list[Any] | None = None
         self._unperturbed: list[int] = []
         self._snapshot: Snapshot | None = None
+        self._points: dict[str, Plan] = {}
         self.plan = Plan([])
 
     def update(self, groups: list[Group]) -> Plan:
@@ -54,6 +55,7 @@ class PlanCache:
         flags = [self._is_perturbed(group) for group in groups for _ in group["params"]]
         self._unperturbed = [index for index, perturbed in enumerate(flags) if not perturbed]
         self._snapshot, self._key = None, key
+        self._points = {}
         return self.plan
 
     @property
@@ -62,6 +64,15 @@ class PlanCache:
         if self._snapshot is None:
             self._snapshot = Snapshot(self.plan)
         return self._snapshot
+
+    def point(self, name: str) -> tuple[Plan, Snapshot]:
+        """Memory for other weights than the model's: its plan, and the model's weights as what to start from."""
+        own = self._points.get(name)
+        if own is None or own.layouts != self.plan.layouts:
+            plan = self.plan
+            own = Plan([layout.empty() for layout in plan.layouts], plan.groups, plan.geometry, plan.names)
+            self._points[name] = own
+        return own, Snapshot.of(own, self.plan.params)
 
     @property
     def holds_copies(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .base_update import FusedState
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError, StepOrderError
 from .passes import PREVIOUS, Gradients, Pass, Passes
@@ -45,6 +46,7 @@ class SAMPa(SAM):
     """
 
     uses_previous_batch = True
+    yields_passes_together = True
 
     def __init__(
         self,
@@ -73,10 +75,18 @@ class SAMPa(SAM):
                 self._keep([torch.zeros_like(p, requires_grad=False) for p in self._params()])
             return
         g_y = self.method_state(_Y_GRADIENT)
-        self.ascend(g_y, rule=self._rule, scale=self._radii())
-        g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
-        self.look_ahead(g_y)
-        g_y_next = yield Pass(kept=True)
+        if self.runs_side_by_side:
+            tilde = self.ascended(g_y, rule=self._rule, scale=self._radii())
+            ahead = self.looked_ahead(g_y)
+            g_tilde, g_y_next = yield [
+                Pass(PREVIOUS, perturbed=True, kept=True, weights=tilde),
+                Pass(kept=True, weights=ahead),
+            ]
+        else:
+            self.ascend(g_y, rule=self._rule, scale=self._radii())
+            g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
+            self.look_ahead(g_y)
+            g_y_next = yield Pass(kept=True)
         if hasattr(self, "grad_scale"):
             raise StepOrderError(
                 "SAMPa cannot be used with GradScaler: its look-ahead takes the gradient of the step before, scaled as "
@@ -84,6 +94,12 @@ class SAMPa(SAM):
             )
         self.descend(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
         self._keep(g_y_next)
+
+    def obstacle_to_side_by_side(self) -> str | None:
+        if not FusedState.supports(self.base_optimizer):
+            base = type(self.base_optimizer).__name__
+            return f"SAMPa's passes cannot run side by side with {base}, which can look ahead in the model itself alone"
+        return super().obstacle_to_side_by_side()
 
     def _keep(self, gradients: Gradients) -> None:
         self.method_state(_Y_GRADIENT)[:] = [None if g is None else g.detach() for g in gradients]

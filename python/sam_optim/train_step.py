@@ -19,6 +19,7 @@ from .errors import InvalidSettingError, StepOrderError
 from .optimizer import SharpnessAwareOptimizer
 from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
 from .randomness import RandomState
+from .side_by_side import Isolated, Lanes, StreamLanes
 
 Perturbation = Literal["batch", "micro_batch"]
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -53,9 +54,16 @@ class TrainStep:
             when it is exhausted, or the share of each training batch that is split off its end for it.
         split: from a batch and a number to that many parts; by default tensors are split along their first dimension.
         statistics: names BatchNorm's running statistics, see :func:`running_statistics`.
+        passes: ``"sequential"``: one after the other. ``"streams"``: passes that do not depend on each other (SAMPa's
+            two, Agnostic-SAM's first two) at the same time, on CUDA streams, each with leaf tensors and running
+            statistics of its own; they take the memory of as many passes. Hooks on parameters do not run in them.
+            ``"auto"``: streams where device, model and method allow it.
+
+    Attributes:
+        passes: ``"sequential"`` or ``"streams"``: how passes are run.
 
     Raises:
-        InvalidSettingError: for settings out of range, or a method that cannot be driven as asked.
+        InvalidSettingError: for settings out of range, or a method, model or device that cannot be driven as asked.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class TrainStep:
         validation: Any = None,
         split: Callable[[Any, int], Sequence[Any]] | None = None,
         statistics: StatisticsRule = running_statistics,
+        passes: Literal["auto", "sequential", "streams"] = "sequential",
     ) -> None:
         if not isinstance(optimizer, SharpnessAwareOptimizer):
             raise TypeError(f"TrainStep drives the optimizers of sam_optim, not {type(optimizer).__name__}")
@@ -93,8 +102,9 @@ class TrainStep:
         self.validation = validation
         self._split = split or split_batch
         self._statistics = statistics
+        self._choose_passes(passes)
         self._validation_batches: Iterator[Any] | None = None
-        self._previous: tuple[Any, RandomState] | None = None
+        self._previous: tuple[Any, RandomState | None] | None = None
 
     def __call__(self, batch: Any, validation_batch: Any = None, *, previous_batch: Any = None) -> Any:
         """Makes a step.
@@ -107,7 +117,8 @@ class TrainStep:
 
         Returns:
             What ``loss_fn`` returned for the training batch in its first unperturbed pass, tensors detached. Of several
-            micro-batches: the mean loss; with more than a loss, the mean loss and a list of the other entries.
+            micro-batches: the mean loss; with more than a loss, the mean loss and a list of the other entries. None if
+            the method ran no such pass, as SAMPa in a first step with ``warm_start="zero"``.
 
         Raises:
             StepOrderError: if the method needs a batch that is not there, or a step is already begun.
@@ -124,9 +135,40 @@ class TrainStep:
             else:
                 run.whole_batch()
         self.optimizer.zero_grad()
-        if self.optimizer.uses_previous_batch and run.random_of_train is not None:
+        if self.optimizer.uses_previous_batch:
             self._previous = (batch, run.random_of_train)
         return run.result()
+
+    def _choose_passes(self, wanted: str) -> None:
+        if wanted not in ("auto", "sequential", "streams"):
+            raise InvalidSettingError(f"Invalid passes: {wanted!r}; it is 'auto', 'sequential' or 'streams'")
+        self.passes: Literal["sequential", "streams"] = "sequential"
+        self._lanes: Lanes | None = None
+        self._isolated: Isolated | None = None
+        if wanted == "sequential":
+            return
+        try:
+            self._isolated = Isolated(self.model, self._params())
+            self._lanes = self._make_lanes()
+            self.passes = "streams"
+        except InvalidSettingError:
+            if wanted == "streams":
+                raise
+
+    def _make_lanes(self) -> Lanes:
+        obstacle = self.optimizer.obstacle_to_side_by_side()
+        if obstacle is not None:
+            raise InvalidSettingError(obstacle)
+        if self.perturbation == "micro_batch" and self.micro_batches > 1:
+            raise InvalidSettingError("micro-batches with a perturbation of their own run one after the other")
+        devices = {p.device for p in self._params()}
+        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+            names = ", ".join(sorted(map(str, devices)))
+            raise InvalidSettingError(f"passes='streams' needs all parameters on one CUDA device; they are on {names}")
+        return StreamLanes(next(iter(devices)))
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _with_validation(self, batch: Any, validation_batch: Any) -> tuple[Any, Any]:
         if validation_batch is not None or self.validation is None:
@@ -175,7 +217,9 @@ class _Step:
         self._batches = {TRAIN: batch, VALIDATION: validation_batch, PREVIOUS: previous_batch}
         self._random: dict[str, RandomState] = {}
         if previous_batch is None and owner._previous is not None:
-            self._batches[PREVIOUS], self._random[PREVIOUS] = owner._previous
+            self._batches[PREVIOUS], random = owner._previous
+            if random is not None:
+                self._random[PREVIOUS] = random
         self._devices = {p.device for group in self.optimizer.param_groups for p in group["params"]}
         self._outputs: list[tuple[float, Any]] = []  # of the training batch's first pass: weights and results
         self._has_output = False
@@ -188,8 +232,12 @@ class _Step:
         count = self.owner.micro_batches
         parts = {name: self._parts(batch, count) for name, batch in self._batches.items() if batch is not None}
         with self.optimizer.descents_to(self._finish):
-            for p in self.optimizer.each_pass():
-                self._run(p, self._of(parts, p.data))
+            if self.owner._lanes is None:
+                for p in self.optimizer.each_pass():
+                    self._run(p, self._of(parts, p.data))
+            else:
+                for group in self.optimizer.each_group():
+                    group.gradients = self._run_group(group.passes, parts, self.owner._lanes)
 
     def each_micro_batch_by_itself(self) -> None:
         """m-SAM: each part with its own perturbation; their final gradients are averaged."""
@@ -209,7 +257,9 @@ class _Step:
             self._finish([self._sum], _FIXED, 1.0)
 
     def result(self) -> Any:
-        """Of the unperturbed pass on the training batch."""
+        """Of the unperturbed pass on the training batch; None if there was none."""
+        if not self._outputs:
+            return None
         if len(self._outputs) == 1:
             return self._outputs[0][1]
         losses = sum(share * _loss_of(output) for share, output in self._outputs)
@@ -218,6 +268,24 @@ class _Step:
         return losses, [list(output[1:]) for _, output in self._outputs]
 
     # ------------------------------------------------------------------ passes
+
+    def _run_group(
+        self, passes: Sequence[Pass], parts: dict[str, list[tuple[float, Any]]], lanes: Lanes
+    ) -> list[Gradients]:
+        """The gradients of passes that do not depend on each other."""
+        isolated = self.owner._isolated
+        assert isolated is not None
+        if len(passes) == 1 and passes[0].weights is None:
+            self._run(passes[0], self._of(parts, passes[0].data))
+            gradients = [p.grad for p in self.owner._params()]
+            self.optimizer.zero_grad()
+            return [gradients]
+
+        def call_of(p: Pass) -> Callable[[], tuple[Gradients, Any]]:
+            own = self._of(parts, p.data)
+            return lambda: (isolated.gradients(lambda: self._run(p, own), p.weights), list(self._outputs))
+
+        return [gradients for gradients, _ in lanes.run([call_of(p) for p in passes])]
 
     def _run(self, p: Pass, parts: list[tuple[float, Any]], share_of_step: float = 1.0) -> None:
         owner = self.owner

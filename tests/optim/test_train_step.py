@@ -62,6 +62,22 @@ def test_equals_the_loop_by_hand(name):
     assert_same(*results)
 
 
+def test_a_first_step_without_a_pass():
+    """SAMPa with a first gradient of zero: the batch of that step is still the next step's previous one."""
+    results = []
+    for by_hand in (True, False):
+        model = make_net()
+        optimizer = SAMPa(model.parameters(), torch.optim.SGD, rho=0.1, warm_start="zero", **SGD)
+        if by_hand:
+            drive_by_hand(model, optimizer, batches(4), batches(4))
+        else:
+            step = TrainStep(model, optimizer, loss_of)
+            losses = [step(batch) for batch in batches(4)]
+            assert losses[0] is None and losses[1] is not None
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
 def test_a_method_from_elsewhere():
     """Any generator of passes, without a change."""
     path = Path(__file__).parents[2] / "examples/own_method.py"
