@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import sam_kernels
 from sam_kernels import cuda, triton
 
+from . import gpu_training
 from .contenders import BASES, CONTENDERS, RHO
 from .shapes import GPU_MODELS, Shape
 
@@ -250,6 +251,25 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def show_training(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="Whole training steps")
+    for column in ("network", "base", "batch", "step", "ms", "samples/s", "launches", "host µs"):
+        table.add_column(column, justify="left" if column in ("network", "base", "step") else "right")
+    for row in rows:
+        key = (row["network"], row["base"], str(row["batch"]), row["step"])
+        if "ms" not in row:
+            table.add_row(*key, row["error"])
+            continue
+        measured = (
+            f"{row['ms']:.3f}",
+            f"{row['samples_per_second']:.0f}",
+            str(row["launches"]),
+            f"{row['host_us']:.0f}",
+        )
+        table.add_row(*key, *measured)
+    console.print(table)
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on, and nothing that names a host."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -272,7 +292,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--models", nargs="+", choices=list(GPU_MODELS), default=list(GPU_MODELS))
     parser.add_argument("--seconds", type=float, default=0.5, help="measuring time for each row")
-    parser.add_argument("--limit", type=float, default=420.0, help="seconds after which no further row is begun")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which no further model is begun")
+    parser.add_argument("--training-limit", type=float, default=180.0, help="the same for whole training steps")
+    parser.add_argument("--only", choices=["optimizer", "training"], help="one of the two parts alone")
     parser.add_argument("--no-sweeps", action="store_true")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
@@ -285,7 +307,8 @@ def main() -> None:
     copy = copy_bandwidth(timer, 2**28 if device.type == "cuda" else 2**22)
     console = Console(width=150)
     console.print(f"copy on the device: {copy / 1e9:.0f} GB/s")
-    results: dict[str, Any] = {"machine": machine(device), "copy_gb_per_second": copy / 1e9, "rows": [], "sweeps": []}
+    results: dict[str, Any] = {"machine": machine(device), "copy_gb_per_second": copy / 1e9}
+    results |= {"rows": [], "sweeps": [], "training": []}
 
     def save() -> None:
         if arguments.output:
@@ -296,15 +319,23 @@ def main() -> None:
         while time.perf_counter() - started < arguments.limit + more and (row := next(rows, None)) is not None:
             yield row
 
-    for model in arguments.models:
+    for model in [] if arguments.only == "training" else arguments.models:
         for row in in_time(rows_of_model(model, timer, copy)):
             results["rows"].append(row)
             save()
-    if not arguments.no_sweeps:
+    if not arguments.no_sweeps and arguments.only != "training":
         for model in [m for m in ("resnet50", "gpt2") if m in arguments.models]:
             results["sweeps"] += in_time(sweeps(model, timer, copy), more=40.0)
     save()
-    show(results["rows"], console)
+    if arguments.only != "optimizer":
+        started = time.perf_counter() - arguments.limit + arguments.training_limit
+        for row in in_time(gpu_training.rows(timer, device)):
+            results["training"].append(row)
+            save()
+    if results["rows"]:
+        show(results["rows"], console)
+    if results["training"]:
+        show_training(results["training"], console)
     for row in results["sweeps"]:
         console.print(f"{row['model']}  {row['sweep']}  {row['ms']:.3f} ms  {row['percent_of_copy']:.0f} %")
 

@@ -97,15 +97,28 @@ class GPT(nn.Module):
         return functional.linear(hidden, self.tokens.weight).flatten(0, 1)
 
 
-def make(name: str, batch: int) -> tuple[nn.Module, tuple[Tensor, Tensor], int]:
-    """A network, a random batch for it, and the images or tokens in the batch."""
+def make(name: str, batch: int, large: bool = False) -> tuple[nn.Module, tuple[Tensor, Tensor], int]:
+    """A network, a random batch for it, and the images or tokens in the batch.
+
+    Args:
+        name: "MLP", "ResNet", "ViT" or "GPT".
+        large: the size for a GPU: ResNet-18's 11 M parameters, ViT-S's 21 M, GPT-2's 124 M.
+    """
     torch.manual_seed(0)
     if name == "GPT":
-        vocabulary, context = 2000, 64
+        vocabulary, context = (50257, 512) if large else (2000, 64)
         tokens = torch.randint(vocabulary, (batch, context + 1))
-        return GPT(192, 4, 4, vocabulary, context), (tokens[:, :-1], tokens[:, 1:]), batch * context
+        sizes = (768, 12, 12) if large else (192, 4, 4)
+        return GPT(*sizes, vocabulary, context), (tokens[:, :-1], tokens[:, 1:]), batch * context
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    model = ResNet(24) if name == "ResNet" else VisionTransformer(192, 4, 4)
+    model: nn.Module
+    if name == "MLP":
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        model.append(nn.Linear(256, 10))
+    elif name == "ResNet":
+        model = ResNet(64 if large else 24)
+    else:
+        model = VisionTransformer(384, 12, 6) if large else VisionTransformer(192, 4, 4)
     return model, (images, labels), batch
 
 

@@ -156,8 +156,9 @@ def scaling_table(results: Results, what: str) -> str:
 def gpu_section(path: Path) -> str:
     if not path.exists():
         return """Nothing has been measured on a GPU yet. `make bench-gpu` measures ResNet-50, ViT-B/16, GPT-2, a model
-of 1.24 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD and AdamW, against four peers, and
-stores `benches/results/gpu.json`; this section is then written from it."""
+of 1.24 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD and AdamW, by the CUDA and the Triton
+kernels, against four peers; and whole training steps, one pass after the other, side by side on streams, and captured.
+It stores `benches/results/gpu.json`; this section is then written from it."""
     content = json.loads(path.read_text())
     machine = content["machine"]
     rows = []
@@ -183,7 +184,61 @@ stores `benches/results/gpu.json`; this section is then written from it."""
     ]
     if sweeps:
         parts.append(table(["model", "launches with", "time a step"], sweeps))
+    if content.get("training"):
+        parts += gpu_training_section(content["training"])
     return "\n\n".join(parts)
+
+
+def gpu_training_section(rows: list[dict[str, Any]]) -> list[str]:
+    """Whole training steps, and from which batch on running passes side by side gains nothing."""
+    lines = []
+    for row in rows:
+        key = [row["network"], row["base"], str(row["batch"]), row["step"]]
+        if "ms" not in row:
+            lines.append([*key, row["error"], "", ""])
+            continue
+        lines.append([*key, f"{row['ms']:.2f} ms", f"{row['samples_per_second']:,.0f}", str(row["launches"])])
+    parts = [
+        "### Whole training steps",
+        "bfloat16 autocast. Streams: passes that do not depend on each other run side by side; captured: as one CUDA "
+        "graph.",
+        table(["network", "base", "batch", "step", "time a step", "samples a second", "launches"], lines),
+    ]
+    if crossover_picture(rows, IMAGES / "gpu_passes.png"):
+        parts.insert(2, "![Time of SAMPa's step to that of SAM, against the batch](images/gpu_passes.png)")
+    return parts
+
+
+def crossover_picture(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Steps of a ResNet against the batch, as multiples of SAM's one kernel at a time. False if there are too few."""
+    times: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["network"] == "ResNet" and "ms" in row:
+            times.setdefault(row["step"], {})[row["batch"]] = row["ms"]
+    unit = times.get("SAM", {})
+    names = [name for name in times if name != "SAM" and "SAM" in name and "per-tensor" not in name]
+    if len(unit) < 2 or not names:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for name in names:
+        points = sorted((batch, ms / unit[batch]) for batch, ms in times[name].items() if batch in unit)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.axhline(1.0, color="grey", linewidth=1.0, label="SAM")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("batch")
+    axes.set_ylabel("time of a step, to SAM's")
+    axes.grid(True, alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": ""})
+    plt.close(figure)
+    return True
 
 
 def page(results: Results) -> str:

@@ -18,12 +18,12 @@ class LaunchReport:
         coefficients: float64 tensor of shape (k,), of the k gradient lists, before rho and other scales.
     """
 
-    __slots__ = ("_coefficients", "_finite", "_gram")
+    __slots__ = ("_coefficients", "_finite", "_flag", "_gram")
 
     def __init__(
         self, finite: bool | Tensor, gram: Tensor | Sequence[float], coefficients: Tensor | Sequence[float]
     ) -> None:
-        self._finite = finite
+        self._finite = self._flag = finite
         self._gram = gram
         self._coefficients = coefficients
 
@@ -33,6 +33,10 @@ class LaunchReport:
         if isinstance(self._finite, Tensor):
             self._finite = bool(self._finite)
         return self._finite
+
+    def unread(self) -> LaunchReport:
+        """The same, with nothing known yet of what lies on a GPU: for a launch that a CUDA graph makes again."""
+        return LaunchReport(self._flag, self._gram, self._coefficients)
 
     @property
     def is_known(self) -> bool:

@@ -57,6 +57,13 @@ class StepReport(NamedTuple):
         """
         return self.outcome is not None and self.outcome.updated
 
+    def unread(self) -> StepReport:
+        """The same, with nothing known yet of what lies on a GPU."""
+        ascent = None if self.ascent is None else self.ascent.unread()
+        descent = None if self.descent is None else self.descent.unread()
+        outcome = None if self.outcome is None else self.outcome._replace(report=self.outcome.report.unread())
+        return StepReport(ascent, descent, outcome)
+
 
 class _Run:
     """A begun step: the method's generator, the passes it waits for, and the gradients collected for it."""
@@ -290,6 +297,19 @@ class SharpnessAwareOptimizer(Optimizer):
         plan, weights = plans.point("ahead")
         update.look_ahead_from(plans.plan, weights, gradients, self.backend, plan)
         return plan.params
+
+    def keep_state_in_place(self) -> None:
+        """From now on the method's own state stays where it is in memory, as a captured step needs it."""
+        self._container["in place"] = True
+
+    @property
+    def keeps_state_in_place(self) -> bool:
+        """Whether new values of the method's own state have to be written over the old ones."""
+        return bool(self._container["in place"])
+
+    def report_again(self, report: StepReport) -> None:
+        """Makes a report that of the last step, for a step that a CUDA graph has made again."""
+        self._container["report"] = report.unread()
 
     def method_state(self, name: str) -> list[Tensor | None]:
         """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
@@ -552,7 +572,11 @@ class SharpnessAwareOptimizer(Optimizer):
         # A generator that is running is the one that the exception comes from, and ends by it.
         if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:
             run.passes.close()
-        self.return_to_copies()
+        plans: PlanCache = self._container["plans"]
+        if plans.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            plans.forget_copies()  # nothing has been done yet, so nothing is to be undone
+        else:
+            self.return_to_copies()
 
     @contextmanager
     def restore_on_error(self) -> Iterator[None]:
@@ -695,6 +719,7 @@ class SharpnessAwareOptimizer(Optimizer):
             "run": None,
             "in step()": False,
             "side by side": False,
+            "in place": False,
             "report": StepReport(),
             "method state": {},
             "previous closure": None,

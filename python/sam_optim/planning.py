@@ -74,6 +74,11 @@ class PlanCache:
             self._points[name] = own
         return own, Snapshot.of(own, self.plan.params)
 
+    def forget_copies(self) -> None:
+        """Discards the copies without restoring them."""
+        if self._snapshot is not None:
+            self._snapshot.discard()
+
     @property
     def holds_copies(self) -> bool:
         return self._snapshot is not None and self._snapshot.is_taken

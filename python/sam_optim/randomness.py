@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,3 +21,36 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
+
+
+class Draws:
+    """The random draws of one step's passes.
+
+    Args:
+        devices: that passes draw on.
+        known: the generators' states that batches were first used with, by the batches' names.
+    """
+
+    def __init__(self, devices: Iterable[torch.device], known: dict[str, RandomState] | None = None) -> None:
+        self._devices = list(devices)
+        self._first = dict(known or {})
+
+    @contextmanager
+    def of(self, name: str, perturbed: bool) -> Iterator[None]:
+        """For one pass on a batch: a perturbed one draws what the first pass on the same batch drew."""
+        if perturbed and name in self._first:
+            after = RandomState(self._devices)
+            self._first[name].restore()
+            yield
+            after.restore()
+            return
+        self._first.setdefault(name, RandomState(self._devices))
+        yield
+
+    def begin_part(self) -> None:
+        """The passes that follow are on other batches."""
+        self._first.clear()
+
+    def first_of(self, name: str) -> RandomState | None:
+        """The state that a batch was first used with; None if it was not."""
+        return self._first.get(name)

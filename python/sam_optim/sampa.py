@@ -102,7 +102,13 @@ class SAMPa(SAM):
         return super().obstacle_to_side_by_side()
 
     def _keep(self, gradients: Gradients) -> None:
-        self.method_state(_Y_GRADIENT)[:] = [None if g is None else g.detach() for g in gradients]
+        new = [None if g is None else g.detach() for g in gradients]
+        state = self.method_state(_Y_GRADIENT)
+        if self.keeps_state_in_place and [g is None for g in new] == [g is None for g in state]:
+            pairs = [(old, g) for old, g in zip(state, new, strict=True) if old is not None and g is not None]
+            torch._foreach_copy_([old for old, _ in pairs], [g for _, g in pairs])
+        else:
+            state[:] = new
 
     def _is_plain_step(self) -> bool:
         return self.lam == 0.0 and super()._is_plain_step()

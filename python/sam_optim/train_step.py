@@ -15,10 +15,11 @@ from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
 from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
+from .capture import CapturedDraws, CapturedSteps, Recorder
 from .errors import InvalidSettingError, StepOrderError
 from .optimizer import SharpnessAwareOptimizer
 from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
-from .randomness import RandomState
+from .randomness import Draws, RandomState
 from .side_by_side import Isolated, Lanes, StreamLanes
 
 Perturbation = Literal["batch", "micro_batch"]
@@ -58,6 +59,10 @@ class TrainStep:
             two, Agnostic-SAM's first two) at the same time, on CUDA streams, each with leaf tensors and running
             statistics of its own; they take the memory of as many passes. Hooks on parameters do not run in them.
             ``"auto"``: streams where device, model and method allow it.
+        capture: record the step as a CUDA graph, after three steps made as usual, and replay it from then on. Each
+            shape of batches has a graph of its own, and so has each value of a setting that is a number: let lr and
+            rho be tensors on the GPU where they change. Adam needs ``capturable=True``; ``loss_fn`` must not wait for
+            the GPU; hooks run while a graph is recorded and not when it is replayed.
 
     Attributes:
         passes: ``"sequential"`` or ``"streams"``: how passes are run.
@@ -81,6 +86,7 @@ class TrainStep:
         split: Callable[[Any, int], Sequence[Any]] | None = None,
         statistics: StatisticsRule = running_statistics,
         passes: Literal["auto", "sequential", "streams"] = "sequential",
+        capture: bool = False,
     ) -> None:
         if not isinstance(optimizer, SharpnessAwareOptimizer):
             raise TypeError(f"TrainStep drives the optimizers of sam_optim, not {type(optimizer).__name__}")
@@ -103,6 +109,7 @@ class TrainStep:
         self._split = split or split_batch
         self._statistics = statistics
         self._choose_passes(passes)
+        self._captured = self._make_captured() if capture else None
         self._validation_batches: Iterator[Any] | None = None
         self._previous: tuple[Any, RandomState | None] | None = None
 
@@ -127,7 +134,24 @@ class TrainStep:
             self.optimizer.restore()
             raise StepOrderError("a step was begun elsewhere and not completed; the weights have been restored")
         batch, validation_batch = self._with_validation(batch, validation_batch)
-        run = _Step(self, batch, validation_batch, previous_batch)
+        if previous_batch is None and self._previous is not None:
+            previous_batch, random = self._previous
+        else:
+            random = None
+        batches = {TRAIN: batch, VALIDATION: validation_batch, PREVIOUS: previous_batch}
+        if self._captured is not None:
+            result = self._captured.step(batches)
+            random = None
+        else:
+            draws = Draws(self._devices(), {} if random is None else {PREVIOUS: random})
+            result = self._make_step(batches, draws)
+            random = draws.first_of(TRAIN)
+        if self.optimizer.uses_previous_batch:
+            self._previous = (batch, random)
+        return result
+
+    def _make_step(self, batches: dict[str, Any], draws: Draws | CapturedDraws) -> Any:
+        run = _Step(self, batches, draws)
         self.optimizer.zero_grad()
         with self._undone_on_error():
             if self.perturbation == "micro_batch" and self.micro_batches > 1:
@@ -135,8 +159,6 @@ class TrainStep:
             else:
                 run.whole_batch()
         self.optimizer.zero_grad()
-        if self.optimizer.uses_previous_batch:
-            self._previous = (batch, run.random_of_train)
         return run.result()
 
     def _choose_passes(self, wanted: str) -> None:
@@ -161,11 +183,40 @@ class TrainStep:
             raise InvalidSettingError(obstacle)
         if self.perturbation == "micro_batch" and self.micro_batches > 1:
             raise InvalidSettingError("micro-batches with a perturbation of their own run one after the other")
-        devices = {p.device for p in self._params()}
+        devices = self._devices()
         if len(devices) != 1 or next(iter(devices)).type != "cuda":
             names = ", ".join(sorted(map(str, devices)))
             raise InvalidSettingError(f"passes='streams' needs all parameters on one CUDA device; they are on {names}")
         return StreamLanes(next(iter(devices)))
+
+    def _make_captured(self) -> CapturedSteps:
+        if hasattr(self.model, "no_sync"):
+            raise InvalidSettingError(f"capture=True cannot be used with {type(self.model).__name__}")
+        if self.scaler is not None and self.scaler.is_enabled():
+            raise InvalidSettingError("capture=True cannot be used with GradScaler; bfloat16 needs no scaling")
+        base = self.optimizer.base_optimizer
+        needs_capturable = isinstance(base, (torch.optim.Adam, torch.optim.AdamW))
+        if needs_capturable and not all(group["capturable"] or group["fused"] for group in base.param_groups):
+            raise InvalidSettingError(
+                f"capture=True needs {type(base).__name__}'s step counts on the GPU: give it capturable=True"
+            )
+        recorder = self._make_recorder()
+        device = next(iter(self._devices()))
+
+        def make_step(batches: dict[str, Any], draws: CapturedDraws | None) -> Any:
+            return self._make_step(batches, Draws(self._devices()) if draws is None else draws)
+
+        return CapturedSteps(self.optimizer, device, make_step, recorder)
+
+    def _make_recorder(self) -> Recorder:
+        devices = self._devices()
+        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+            names = ", ".join(sorted(map(str, devices)))
+            raise InvalidSettingError(f"capture=True needs all parameters on one CUDA device; they are on {names}")
+        return Recorder(next(iter(devices)))
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for p in self._params()}
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -188,8 +239,10 @@ class TrainStep:
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Weights are restored by the optimizer; running statistics and scaled gradients here."""
+        # What is only recorded changes nothing.
+        is_recording = self._captured is not None and self._captured.is_recording
         saved = []
-        for module in self.model.modules():
+        for module in () if is_recording else self.model.modules():
             for name in self._statistics(module):
                 buffer = module._buffers.get(name)
                 if buffer is not None:
@@ -211,16 +264,9 @@ _NOTHING = object()
 class _Step:
     """One step under way."""
 
-    def __init__(self, owner: TrainStep, batch: Any, validation_batch: Any, previous_batch: Any) -> None:
+    def __init__(self, owner: TrainStep, batches: dict[str, Any], draws: Draws | CapturedDraws) -> None:
         self.owner, self.optimizer = owner, owner.optimizer
-        self.random_of_train: RandomState | None = None
-        self._batches = {TRAIN: batch, VALIDATION: validation_batch, PREVIOUS: previous_batch}
-        self._random: dict[str, RandomState] = {}
-        if previous_batch is None and owner._previous is not None:
-            self._batches[PREVIOUS], random = owner._previous
-            if random is not None:
-                self._random[PREVIOUS] = random
-        self._devices = {p.device for group in self.optimizer.param_groups for p in group["params"]}
+        self._batches, self._draws = batches, draws
         self._outputs: list[tuple[float, Any]] = []  # of the training batch's first pass: weights and results
         self._has_output = False
         self._sum: Gradients | None = None
@@ -247,7 +293,7 @@ class _Step:
         for number, (share, part) in enumerate(train):
             own = {name: [(1.0, entries[number % len(entries)][1])] for name, entries in parts.items()}
             own[TRAIN] = [(1.0, part)]
-            self._random.clear()
+            self._draws.begin_part()
             self._has_output = False
             with self.optimizer.descents_to(self._add_to_sum(share)):
                 for p in self.optimizer.each_pass():
@@ -290,13 +336,7 @@ class _Step:
     def _run(self, p: Pass, parts: list[tuple[float, Any]], share_of_step: float = 1.0) -> None:
         owner = self.owner
         keeps_result = p.data == TRAIN and not p.perturbed and not self._has_output
-        after = None
-        if p.perturbed and p.data in self._random:
-            after = RandomState(self._devices)
-            self._random[p.data].restore()
-        elif p.data not in self._random:
-            self._random[p.data] = RandomState(self._devices)
-        with ExitStack() as stack:
+        with self._draws.of(p.data, p.perturbed), ExitStack() as stack:
             if p.perturbed or p.data != TRAIN:
                 stack.enter_context(frozen_batch_norm(owner.model, owner._statistics))
             for number, (share, part) in enumerate(parts):
@@ -304,11 +344,8 @@ class _Step:
                     output = self._forward_backward(part, share)
                 if keeps_result:
                     self._outputs.append((share * share_of_step, _detached(output)))
-        if after is not None:
-            after.restore()
         if keeps_result:
             self._has_output = True
-            self.random_of_train = self._random[TRAIN]
 
     def _forward_backward(self, batch: Any, share: float) -> Any:
         owner = self.owner
@@ -318,7 +355,7 @@ class _Step:
             if owner.autocast is None:
                 output = owner.loss_fn(owner.model, batch)
             else:
-                device = next(iter(self._devices)).type
+                device = next(iter(owner._devices())).type
                 with torch.autocast(device, dtype=owner.autocast):
                     output = owner.loss_fn(owner.model, batch)
             loss = _loss_of(output) * share

@@ -82,11 +82,22 @@ def test_gpu_section(stored, tmp_path):
             {**row, "contender": "compiled SAM", "error": "out of memory"},
         ],
         "sweeps": [{"model": "gpt2", "sweep": "Tuning()", "ms": 2.1}],
+        "training": [
+            {"network": "ResNet", "base": "SGD", "batch": batch, "step": step, "ms": ms, "samples_per_second": 1234.5}
+            | {"launches": 99}
+            for batch in (32, 64)
+            for step, ms in (("SAM", 4.0), ("SAMPa, streams", 3.0), ("per-tensor SAM", 9.0))
+        ]
+        + [{"network": "GPT", "base": "AdamW", "batch": 8, "step": "SAM", "error": "no memory left"}],
     }
     (tmp_path / "gpu.json").write_text(json.dumps(content))
     text = report.page(stored)
     assert "| gpt2 | AdamW | float32 | foreach SAM | 9.000 ms | 91 % | 2 | 61 | 4.5 x |" in text
     assert "out of memory" in text and "`Tuning()`" in text
+    assert "| ResNet | SGD | 64 | SAMPa, streams | 3.00 ms | 1,234 | 99 |" in text
+    assert "no memory left" in text
+    assert (tmp_path / "gpu_passes.png").stat().st_size > 5000
+    assert "images/gpu_passes.png" in text
 
 
 def test_readme_keeps_what_is_around_the_table(stored, tmp_path):

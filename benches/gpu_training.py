@@ -1,0 +1,86 @@
+"""Whole training steps on a GPU: what the passes cost, side by side, captured, and one kernel at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
+from sam_optim.per_tensor import PerTensorSAM
+
+from .contenders import BASES, RHO
+from .networks import loss_of, make
+
+# Network, base optimizer, samples in a batch: from those that leave the GPU idle to those that fill it.
+CASES = [
+    ("MLP", "SGD momentum", 64),
+    *(("ResNet", "SGD momentum", batch) for batch in (32, 128, 512, 2048)),
+    ("ViT", "AdamW", 64),
+    ("GPT", "AdamW", 8),
+]
+
+# Method and options of TrainStep.
+DRIVERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "SAM": (SAM, {}),
+    "SAM, captured": (SAM, {"capture": True}),
+    "SAMPa": (SAMPa, {}),
+    "SAMPa, streams": (SAMPa, {"passes": "streams"}),
+    "SAMPa, captured": (SAMPa, {"capture": True}),
+    "SAMPa, streams, captured": (SAMPa, {"passes": "streams", "capture": True}),
+    "Agnostic-SAM": (AgnosticSAM, {"validation": 0.25}),
+    "Agnostic-SAM, streams, captured": (AgnosticSAM, {"validation": 0.25, "passes": "streams", "capture": True}),
+}
+BY_HAND = ("base optimizer", "per-tensor SAM")
+
+
+def step_of(name: str, network: str, base_name: str, batch_size: int, device: torch.device) -> Callable[[], object]:
+    """A training step in bfloat16 autocast, ready to be made again and again."""
+    model, batch, _ = make(network, batch_size, large=device.type == "cuda")
+    model.to(device)
+    batch = (batch[0].to(device), batch[1].to(device))
+    base, settings = BASES[base_name]
+    settings = {**settings, **({"capturable": device.type == "cuda"} if base is torch.optim.AdamW else {})}
+    if name in DRIVERS:
+        method, options = DRIVERS[name]
+        optimizer = method(model.parameters(), base, RHO, **settings)
+        step = TrainStep(model, optimizer, loss_of, autocast=torch.bfloat16, **options)
+        return lambda: step(batch)
+
+    if name == "base optimizer":
+        moves = [base(model.parameters(), fused=True, **settings).step]
+    else:
+        peer: Any = PerTensorSAM(model.parameters(), base, RHO, **settings)
+        moves = [peer.first_step, peer.second_step]
+
+    def step_by_hand() -> None:
+        for move in moves:
+            model.zero_grad()
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = loss_of(model, batch)
+            loss.backward()
+            move()
+
+    return step_by_hand
+
+
+def rows(timer: Callable[[Callable[[], object]], dict[str, float]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Every way to make a step, for each network."""
+    for network, base, batch_size in CASES:
+        samples = make(network, batch_size, large=device.type == "cuda")[2]
+        for name in (*BY_HAND, *DRIVERS):
+            row: dict[str, Any] = {"network": network, "base": base, "batch": batch_size, "step": name}
+            step: Callable[[], object] | None = None
+            try:
+                step = step_of(name, network, base, batch_size, device)
+                for _ in range(6):  # warm-up and recording
+                    step()
+                row |= timer(step)
+                row["samples_per_second"] = 1e3 * samples / row["ms"]
+            except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
+                row["error"] = str(error).splitlines()[0]
+            step = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            yield row

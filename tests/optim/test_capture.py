@@ -1,0 +1,157 @@
+"""TrainStep(capture=True): everything but CUDA's graphs themselves, which a stand-in replays by calling again."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from sam_optim import SAM, AgnosticSAM, InvalidSettingError, SAMPa, TrainStep
+from sam_optim.capture import _MAX_GRAPHS, WARMUP_STEPS
+from sam_optim.side_by_side import OneLane
+
+from .cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
+
+SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
+METHODS = [
+    Method(SAM, {"rho": 0.1}),
+    Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5}),
+    Method(SAMPa, {"rho": 0.1}),
+    Method(SAMPa, {"rho": 0.1, "warm_start": "zero"}),
+]
+
+
+class Replayed:
+    """Records nothing; a replay calls again, with the inputs where they were when it was recorded."""
+
+    def __init__(self):
+        self.recorded, self.warm = 0, 0
+
+    @contextmanager
+    def warming_up(self):
+        self.warm += 1
+        yield
+
+    def record(self, call, generators):
+        self.recorded += 1
+        return call
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Replayed()
+    monkeypatch.setattr(TrainStep, "_make_recorder", lambda self: recorder)
+    return recorder
+
+
+def train(method, base=SGD, steps=8, data=None, **options):
+    model = make_net()
+    optimizer = method.make(model, base)
+    step = TrainStep(model, optimizer, loss_of, **options)
+    data = data or list(zip(batches(steps), batches(steps, size=5), strict=True))
+    losses = [step(a, b) for a, b in data]
+    return [*weights_of(model), *(loss for loss in losses if loss is not None)], optimizer, step
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, {"max_grad_norm": 0.1}], ids=str)
+def test_same_steps(recorder, method, options):
+    """State stays where it was: a replay finds it there."""
+    wanted, *_ = train(method, **options)
+    got, *_ = train(method, capture=True, **options)
+    assert (recorder.warm, recorder.recorded) == (WARMUP_STEPS, 1)
+    assert_same(got, wanted)
+
+
+def test_streams_and_capture(recorder, monkeypatch):
+    monkeypatch.setattr(TrainStep, "_make_lanes", lambda self: OneLane())
+    wanted, *_ = train(METHODS[2])
+    got, _, step = train(METHODS[2], capture=True, passes="streams")
+    assert step.passes == "streams"
+    assert_same(got, wanted)
+
+
+def test_the_methods_state_stays_in_place(recorder):
+    model = make_net()
+    optimizer = METHODS[2].make(model, SGD)
+    step = TrainStep(model, optimizer, loss_of, capture=True)
+    places = []
+    for batch in batches(5):
+        step(batch)
+        places.append([t.data_ptr() for t in optimizer.method_state("y_gradient")])
+    assert all(own == places[0] for own in places)
+
+
+def test_each_shape_of_batches_has_a_graph(recorder):
+    sizes = [12] * (WARMUP_STEPS + 2) + [7, 12, 7]
+    data = [(batches(1, size=size)[0], None) for size in sizes]
+    wanted, *_ = train(METHODS[0], data=data)
+    got, _, step = train(METHODS[0], data=data, capture=True)
+    assert recorder.recorded == step._captured.count == 2
+    assert_same(got, wanted)
+
+
+def test_results_are_not_overwritten_by_the_next_replay(recorder):
+    losses = train(METHODS[0], capture=True)[0][-8:]
+    assert len({float(loss) for loss in losses}) == 8
+
+
+def test_numbers_that_change_are_recorded_anew_and_tensors_are_not(recorder):
+    model = make_net()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=torch.tensor(0.1), momentum=0.9)
+    step = TrainStep(model, optimizer, loss_of, capture=True)
+    group = optimizer.param_groups[0]
+    for number, batch in enumerate(batches(6)):
+        group["lr"].fill_(0.1 / (number + 1))
+        step(batch)
+    assert recorder.recorded == 1
+    with pytest.warns(UserWarning, match="more than eight kinds"):
+        for number, batch in enumerate(batches(_MAX_GRAPHS)):
+            group["rho"] = 0.2 + number
+            step(batch)
+    assert recorder.recorded == 1 + _MAX_GRAPHS
+    assert step._captured.count == _MAX_GRAPHS
+
+
+def test_a_step_that_raises(recorder):
+    model = make_net(batch_norm=True)
+    optimizer = METHODS[0].make(model, SGD)
+    fails = []
+
+    def loss_fn(model, batch):
+        loss = loss_of(model, batch)
+        if fails and fails.pop():
+            raise RuntimeError("out of luck")
+        return loss
+
+    step = TrainStep(model, optimizer, loss_fn, capture=True)
+    data = batches(WARMUP_STEPS + 2)
+    for batch in data[:WARMUP_STEPS]:
+        step(batch)
+    before = weights_of(model)
+    fails += [True, False]
+    with pytest.raises(RuntimeError, match="out of luck"):
+        step(data[-2])
+    assert_same(weights_of(model), before)
+    assert not step._captured.is_recording and not optimizer.is_step_begun
+    step(data[-1])
+    assert not torch.equal(weights_of(model)[0], before[0])
+
+
+def test_what_cannot_be_captured_says_so():
+    model = make_net()
+
+    def step_of(base=SGD, **options):
+        return TrainStep(model, METHODS[0].make(model, base), loss_of, capture=True, **options)
+
+    with pytest.raises(InvalidSettingError, match="one CUDA device; they are on cpu"):
+        step_of()
+    with pytest.raises(InvalidSettingError, match="capturable=True"):
+        step_of(Base(torch.optim.AdamW, {"lr": 0.1}))
+    with pytest.raises(InvalidSettingError, match="GradScaler"):
+        step_of(scaler=torch.amp.GradScaler("cpu"))
+    wrapped = make_net()
+    wrapped.no_sync = lambda: None
+    with pytest.raises(InvalidSettingError, match="capture=True cannot be used with Net"):
+        TrainStep(wrapped, METHODS[0].make(wrapped, SGD), loss_of, capture=True)
