@@ -31,10 +31,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from rich.table import Table
 
     table = Table(title="Optimizer side of a step: medians, and times slower than sam-kernels in the same run")
-    for column in ("shapes", "method", "base", "contender", "first + second", "GB/s of floor", "of copy", "ratio"):
-        table.add_column(
-            column, justify="right" if column in ("first + second", "GB/s of floor", "of copy", "ratio") else "left"
-        )
+    for column in ("shapes", "method", "base", "contender"):
+        table.add_column(column)
+    for column in ("first + second", "GB/s of floor", "of copy", "memory", "ratio"):
+        table.add_column(column, justify="right")
     for (shapes, method, base), result in RESULTS.items():
         ours = statistics.median(result["times"]["sam-kernels"])
         for name, times in result["times"].items():
@@ -50,6 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 f"{1e3 * seconds:.2f} ms" if large else f"{1e6 * seconds:.0f} µs",
                 f"{bandwidth:.0f}" if large else "",
                 f"{100 * bandwidth / result['copy bandwidth']:.0f} %" if large else "",
+                f"{result['memory'][name] / 1e6:.0f} MB" if large else "",
                 "" if seconds == ours else f"{ratio:.1f}",
             )
     terminalreporter.write_line("")

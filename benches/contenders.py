@@ -87,14 +87,83 @@ def make_optimizer(contender: str, parameters: list[Tensor], method: str, base: 
     return CONTENDERS[contender](parameters, cls, RHO, method == "ASAM", **{**settings, **changes})
 
 
-def step_call(contender: str, shapes: list[Shape], method: str, base: str) -> Callable[[], object]:
-    """The optimizer side of a step, ready to be called again and again."""
-    torch.set_num_threads(THREADS)
-    optimizer = make_optimizer(contender, make_parameters(shapes), method, base)
+def step_of(optimizer: Any) -> Callable[[], object]:
+    """The optimizer side of a step."""
 
     def step() -> None:
         optimizer.first_step()
         optimizer.second_step()
+
+    return step
+
+
+def step_call(contender: str, shapes: list[Shape], method: str, base: str) -> Callable[[], object]:
+    """The optimizer side of a step, ready to be called again and again."""
+    torch.set_num_threads(THREADS)
+    return step_of(make_optimizer(contender, make_parameters(shapes), method, base))
+
+
+class _PeerGSAM:
+    """pytorch-optimizer's GSAM, which wants a model and closures, by the moves that its step() makes."""
+
+    def __init__(self, params: list[Tensor], base: type, rho: float, alpha: float, **settings: Any) -> None:
+        from pytorch_optimizer import GSAM as PytorchOptimizerGSAM  # noqa: N811
+
+        class Constant:
+            @staticmethod
+            def step() -> float:
+                return rho
+
+        self.rho, self.alpha, self.base = rho, alpha, base(params, **settings)
+        self.gsam = PytorchOptimizerGSAM(params, self.base, None, Constant(), alpha=alpha)
+
+    def first_step(self) -> None:
+        self.gsam.perturb_weights(self.rho)
+
+    def second_step(self) -> None:
+        self.gsam.gradient_decompose(self.alpha)
+        self.gsam.un_perturb()
+        self.base.step()
+
+
+def make_variant(contender: str, params: list[Tensor], method: str, base: str, **changes: Any) -> Any:
+    """A method of SAM's family, ours or pytorch-optimizer's, with the settings that both have."""
+    import pytorch_optimizer
+
+    import sam_optim
+
+    cls, settings = BASES[base]
+    settings = {**settings, **changes}
+    own = {"GSAM": {"alpha": 0.4}, "WSAM": {"gamma": 0.9}, "FriendlySAM": {}, "LookSAM": {"k": 5}}[method]
+    if contender == "sam-kernels":
+        return getattr(sam_optim, method)(params, cls, rho=RHO, **own, **settings)
+    if method == "GSAM":
+        return _PeerGSAM(params, cls, RHO, **own, **settings)
+    peer = getattr(pytorch_optimizer, method)
+    # Its WSAM hands all of its own settings on to the base optimizer's groups.
+    first = (None, params, cls) if method == "WSAM" else (params, cls)
+    return peer(*first, rho=RHO, **own, **settings)
+
+
+def variant_call(contender: str, shapes: list[Shape], method: str, base: str) -> Callable[[], object]:
+    """The optimizer side of a step of a method of SAM's family.
+
+    Gradients are put back before each move: ours takes away those that it needs again, the peer writes into them.
+    """
+    torch.set_num_threads(THREADS)
+    parameters = make_parameters(shapes)
+    optimizer = make_variant(contender, parameters, method, base)
+    generator = torch.Generator().manual_seed(1)
+    gradients = [[p.grad for p in parameters], [torch.randn(p.shape, generator=generator) for p in parameters]]
+
+    def step() -> None:
+        if method == "LookSAM":  # always the step that takes two passes
+            for group in optimizer.param_groups:
+                group["looksam_step"] = 0
+        for own, move in zip(gradients, (optimizer.first_step, optimizer.second_step), strict=True):
+            for p, g in zip(parameters, own, strict=True):
+                p.grad = g
+            move()
 
     return step
 

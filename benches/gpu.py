@@ -186,7 +186,9 @@ def rows_of_model(model: str, timer: Timer, copy: float) -> Iterator[dict[str, A
                     if backend is not None:
                         backend.tuning = tuning
                     parameters = make_parameters(shapes, dtype, timer.device)
+                    before = memory_mark(timer.device)
                     row |= timer(step_of(contender, parameters, base, **choice_of(backend)))
+                    row["extra_bytes"] = memory_peak(timer.device) - before
                     row["gb_per_second"] = floor / row["ms"] / 1e6
                     row["percent_of_copy"] = 100 * floor / (row["ms"] / 1e3) / copy
                 except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -197,6 +199,18 @@ def rows_of_model(model: str, timer: Timer, copy: float) -> Iterator[dict[str, A
                 if timer.device.type == "cuda":
                     torch.cuda.empty_cache()
                 yield row
+
+
+def memory_mark(device: torch.device) -> int:
+    """What is allocated now; the peak is counted from here on."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def memory_peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def reset_tuning() -> None:
@@ -228,7 +242,7 @@ def sweeps(model: str, timer: Timer, copy: float) -> Iterator[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="Optimizer side of a SAM step")
-    for column in ("model", "base", "type", "contender", "ms", "GB/s", "of copy", "launches", "host µs", "ratio"):
+    for column in ("model", "base", "type", "contender", "ms", "GB/s", "of copy", "launches", "host µs", "MB", "ratio"):
         table.add_column(column, justify="left" if column in ("model", "base", "type", "contender") else "right")
     ours: dict[tuple[str, str, str], float] = {}
     for row in rows:
@@ -246,6 +260,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             f"{row['percent_of_copy']:.0f} %",
             str(row["launches"]),
             f"{row['host_us']:.0f}",
+            f"{row['extra_bytes'] / 1e6:.0f}",
             f"{row['ms'] / ours[key]:.1f}" if key in ours else "",
         )
     console.print(table)

@@ -38,6 +38,7 @@ class Results:
         self.steps: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         self.scaling: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
         self.training: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        self.variants: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         for entry in self.content["benchmarks"]:
             extra = entry["extra_info"]
             contender = extra.get("contender") or entry["params"]["contender"]
@@ -45,6 +46,8 @@ class Results:
                 self.scaling[extra["scaling"]][contender].append((extra["x"], entry["stats"]["median"]))
             elif "training" in extra:
                 self.training[entry["group"]][contender] = entry
+            elif "variant" in extra:
+                self.variants[extra["variant"]][contender] = entry
             else:
                 self.steps[entry["group"]][contender] = entry
 
@@ -88,6 +91,26 @@ def step_table(results: Results) -> str:
         )
     head = ["shapes, method, base", "sam-kernels", "of copy", *(TITLES[p] for p in PEERS)]
     return table(head, rows)
+
+
+def memory_table(results: Results) -> str:
+    """Peak memory besides parameters and gradients, in bytes a parameter."""
+    rows = []
+    for group, entries in results.steps.items():
+        extras = {name: entry["extra_info"] for name, entry in entries.items()}
+        count = extras["sam-kernels"].get("parameters", 0)
+        if count > 1e6:
+            own = [f"{extras[name]['peak_bytes'] / count:.1f}" for name in ("sam-kernels", *PEERS)]
+            rows.append([NAMES.get(group.split(",")[0], "") + group[group.index(",") :], *own])
+    return table(["shapes, method, base", "sam-kernels", *(TITLES[p] for p in PEERS)], rows) if rows else ""
+
+
+def variants_table(results: Results) -> str:
+    rows = []
+    for method, entries in results.variants.items():
+        ours, peer = (entries[name]["stats"]["median"] for name in ("sam-kernels", "pytorch-optimizer"))
+        rows.append([method, f"**{seconds(ours)}**", f"{seconds(peer)} ({peer / ours:.1f} x)"])
+    return table(["method", "sam-kernels", "pytorch-optimizer"], rows)
 
 
 def training_table(results: Results) -> str:
@@ -166,16 +189,15 @@ It stores `benches/results/gpu.json`; this section is then written from it."""
     for row in content["rows"]:
         key = (row["model"], row["base"], row["dtype"])
         if "ms" not in row:
-            rows.append([*key, row["contender"], row["error"], "", "", "", ""])
+            rows.append([*key, row["contender"], row["error"], "", "", "", "", ""])
             continue
         if row["contender"] == "sam-kernels":
             ours[key] = row["ms"]
         ratio = f"{row['ms'] / ours[key]:.1f} x" if key in ours else ""
         share = f"{row['percent_of_copy']:.0f} %"
-        rows.append(
-            [*key, row["contender"], f"{row['ms']:.3f} ms", share, str(row["launches"]), f"{row['host_us']:.0f}", ratio]
-        )
-    head = ["model", "base", "type", "optimizer", "time a step", "of copy", "launches", "host µs", "to ours"]
+        numbers = [str(row["launches"]), f"{row['host_us']:.0f}", f"{row['extra_bytes'] / row['parameters']:.1f}"]
+        rows.append([*key, row["contender"], f"{row['ms']:.3f} ms", share, *numbers, ratio])
+    head = ["model", "base", "type", "optimizer", "time a step", "of copy", "launches", "host µs", "bytes", "to ours"]
     sweeps = [[row["model"], f"`{row['sweep']}`", f"{row['ms']:.3f} ms"] for row in content["sweeps"]]
     parts = [
         f"{machine['device']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['date']}, commit "
@@ -252,6 +274,21 @@ the same step. The copy is `Tensor.copy_` in the same run.""",
         "`first_step() + second_step()`, float32, and how many times slower than sam-kernels the peers are.",
         step_table(results),
     ]
+    memory = memory_table(results)
+    if memory:
+        parts += [
+            "### Memory",
+            "Peak of what a step has allocated besides parameters and gradients, the base optimizer's state included, "
+            "in bytes a parameter (a float32 parameter has 4).",
+            memory,
+        ]
+    if results.variants:
+        parts += [
+            "### SAM's family",
+            "The optimizer side of a step, ResNet-50's shapes, SGD with momentum. LookSAM's is a step with two "
+            "passes; four of five take one with ours, and two with the peer's.",
+            variants_table(results),
+        ]
     if results.scaling:
         parts += [
             "## Scaling",

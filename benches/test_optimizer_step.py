@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from .conftest import RESULTS
-from .contenders import CONTENDERS, FLOOR_BYTES, copy_call, make_optimizer, make_parameters, step_call
+from .contenders import CONTENDERS, FLOOR_BYTES, copy_call, make_optimizer, make_parameters, step_call, step_of
 from .interleaved import Processes
+from .memory import peak_bytes
 from .recording import CLOCK, record
 from .shapes import MODELS, Shape
 
@@ -44,7 +45,13 @@ def measure(processes: Processes, model: str, method: str, base: str) -> dict[st
     calls: dict[str, Any] = {name: (step_call, (name, shapes, method, base)) for name in CONTENDERS}
     times = processes.interleaved({**calls, "copy": (copy_call, (count,))}, ROUNDS[model], BLOCK[model])
     copy = statistics.median(times.pop("copy"))
-    return {"times": times, "bytes": FLOOR_BYTES[method, base] * count, "copy bandwidth": 8 * count / copy / 1e9}
+    result = {"times": times, "bytes": FLOOR_BYTES[method, base] * count, "copy bandwidth": 8 * count / copy / 1e9}
+    parameters = make_parameters(shapes)
+    result["memory"] = {
+        name: peak_bytes(lambda name=name: step_of(make_optimizer(name, parameters, method, base)))
+        for name in CONTENDERS
+    }
+    return result
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -63,4 +70,6 @@ def test_step(benchmark, processes, model, method, base, contender):
         f"{model}, {method}, {base}",
         floor_bytes=result["bytes"],
         copy_gb_per_second=result["copy bandwidth"],
+        peak_bytes=result["memory"][contender],
+        parameters=sum(torch.Size(shape).numel() for shape in MODELS[model]),
     )

@@ -16,19 +16,25 @@ from .sam import ASAM, SAM
 from .sampa import SAMPa
 from .schedules import LambdaRho, RhoFollowsLR
 from .train_step import TrainStep, split_batch
+from .variants import GSAM, WSAM, FriendlySAM, LookSAM, StableSAM
 
 __all__ = [
     "ASAM",
+    "GSAM",
     "SAM",
+    "WSAM",
     "AgnosticSAM",
+    "FriendlySAM",
     "InvalidSettingError",
     "LambdaRho",
+    "LookSAM",
     "Pass",
     "Passes",
     "RandomState",
     "RhoFollowsLR",
     "SAMPa",
     "SharpnessAwareOptimizer",
+    "StableSAM",
     "StepOrderError",
     "StepReport",
     "TrainStep",

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sam_kernels
 from sam_kernels.rules import RuleLike
 
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
-from .passes import VALIDATION, Gradients, Pass, Passes
+from .passes import VALIDATION, Pass, Passes
 from .sam import SAM, is_zero, radius
 
 
@@ -84,7 +83,7 @@ class AgnosticSAM(SAM):
                 rule = _FirstNormalized(self.last_step.ascent.norms[0], self._rule.epsilon)  # type: ignore[union-attr]
             g_val = yield Pass(VALIDATION, perturbed=True, kept=True)
         if self.smoothing > 0.0:
-            g_val = self._smoothed(g_val)
+            g_val = self.moving_average("validation_gradient", g_val, self.smoothing)
         self.ascend(g_train, g_val, rule=rule, scale=[[rho, -rho_val] for rho, rho_val in self._both_radii()])
         g_plus = yield Pass(perturbed=True)
         self.descend(g_plus)
@@ -96,23 +95,6 @@ class AgnosticSAM(SAM):
             rho, rho_val = radius(group["rho"]), group["rho_val"]
             radii.append((rho, rho / 2 if rho_val is None else radius(rho_val)))
         return radii
-
-    def _smoothed(self, gradients: Gradients) -> Gradients:
-        """The moving average of the validation gradient; of parameters without one it stays as it is."""
-        average = self.method_state("validation_gradient")
-        index = [i for i, g in enumerate(gradients) if g is not None]
-        for i in index:
-            if average[i] is None:
-                average[i] = torch.zeros_like(gradients[i])  # type: ignore[arg-type]
-        out = [average[i] for i in index]
-        new = [gradients[i] for i in index]
-        sam_kernels.combine_(
-            out,  # type: ignore[arg-type]
-            [out, new],
-            [self.smoothing, 1.0 - self.smoothing],
-            backend=self.backend,
-        )
-        return [None if g is None else average[i] for i, g in enumerate(gradients)]
 
     def _is_plain_step(self) -> bool:
         return all(is_zero(rho) and is_zero(rho_val) for rho, rho_val in self._both_radii())

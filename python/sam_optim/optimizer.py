@@ -128,6 +128,15 @@ class SharpnessAwareOptimizer(Optimizer):
     # Whether passes() yields passes together, which a driver may run side by side.
     yields_passes_together = False
 
+    # Whether GradScaler may be used: nothing that a method keeps or adds depends on the gradients' scale.
+    takes_scaled_gradients = True
+
+    # Whether every step makes the same moves, so that one can be recorded and replayed for all.
+    is_capturable = True
+
+    # Whether micro-batches may be perturbed each along its own gradient, one step of the method for each.
+    perturbs_micro_batches = True
+
     base_optimizer: Optimizer
 
     def __init__(
@@ -310,6 +319,53 @@ class SharpnessAwareOptimizer(Optimizer):
     def report_again(self, report: StepReport) -> None:
         """Makes a report that of the last step, for a step that a CUDA graph has made again."""
         self._container["report"] = report.unread()
+
+    def refuse_grad_scaler(self, reason: str) -> None:
+        """For methods to call before they descend.
+
+        Raises:
+            StepOrderError: if GradScaler drives the step.
+        """
+        if hasattr(self, "grad_scale"):
+            raise StepOrderError(
+                f"{type(self).__name__} cannot be used with GradScaler: {reason}. Use bfloat16, which needs no scaling."
+            )
+
+    def add_to_weights(self, *lists: Gradients, scale: Scale) -> None:
+        """w <- w + sum of scaled lists, plainly: no geometry, no copies, nothing of the base optimizer's."""
+        plans: PlanCache = self._container["plans"]
+        sam_kernels.perturb_(plans.without_geometry, lists, [1.0] * len(lists), scale=scale, backend=self.backend)
+
+    def combine_into(self, state: list[Tensor | None], lists: Sequence[Gradients], coefficients: Any) -> None:
+        """state <- the lists combined, where some list has an entry; entries of the state come into being as needed."""
+        index = [i for i, entries in enumerate(zip(*lists, strict=True)) if any(e is not None for e in entries)]
+        params = self._params()
+        for i in index:
+            if state[i] is None:
+                state[i] = torch.zeros_like(params[i], requires_grad=False)
+        if index:
+            out = [state[i] for i in index]
+            chosen = [[x[i] for i in index] for x in lists]
+            sam_kernels.combine_(out, chosen, coefficients, backend=self.backend)  # type: ignore[arg-type]
+
+    def moving_average(
+        self, name: str, gradients: Gradients, kept: float, starts_at_gradient: bool = False
+    ) -> list[Tensor | None]:
+        """m <- kept m + (1 - kept) g in the method's own state, and m where there is a g; without one m stays.
+
+        Args:
+            starts_at_gradient: m is the first gradient; otherwise it starts at zero.
+        """
+        average = self.method_state(name)
+        changed = gradients
+        if starts_at_gradient:
+            new = [i for i, g in enumerate(gradients) if g is not None and average[i] is None]
+            for i in new:
+                average[i] = gradients[i].detach().clone()  # type: ignore[union-attr]
+            changed = [None if i in new else g for i, g in enumerate(gradients)] if new else gradients
+        old: Gradients = [None if g is None else m for g, m in zip(changed, average, strict=True)]
+        self.combine_into(average, [old, changed], [kept, 1.0 - kept])
+        return [None if g is None else m for g, m in zip(gradients, average, strict=True)]
 
     def method_state(self, name: str) -> list[Tensor | None]:
         """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.

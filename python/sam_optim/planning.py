@@ -32,6 +32,7 @@ class PlanCache:
         self._unperturbed: list[int] = []
         self._snapshot: Snapshot | None = None
         self._points: dict[str, Plan] = {}
+        self._without_geometry: Plan | None = None
         self.plan = Plan([])
 
     def update(self, groups: list[Group]) -> Plan:
@@ -55,8 +56,17 @@ class PlanCache:
         flags = [self._is_perturbed(group) for group in groups for _ in group["params"]]
         self._unperturbed = [index for index, perturbed in enumerate(flags) if not perturbed]
         self._snapshot, self._key = None, key
-        self._points = {}
+        self._points, self._without_geometry = {}, None
         return self.plan
+
+    @property
+    def without_geometry(self) -> Plan:
+        """The plan with T = 1 everywhere."""
+        if not self.plan.is_weighted:
+            return self.plan
+        if self._without_geometry is None:
+            self._without_geometry = Plan(self.plan.params, self.plan.groups, names=self.plan.names)
+        return self._without_geometry
 
     @property
     def snapshot(self) -> Snapshot:

@@ -8,7 +8,7 @@ import torch
 
 from .base_update import FusedState
 from .construction import BaseOptimizer
-from .errors import InvalidSettingError, StepOrderError
+from .errors import InvalidSettingError
 from .passes import PREVIOUS, Gradients, Pass, Passes
 from .sam import SAM
 
@@ -46,6 +46,8 @@ class SAMPa(SAM):
     """
 
     uses_previous_batch = True
+    takes_scaled_gradients = False
+    perturbs_micro_batches = False
     yields_passes_together = True
 
     def __init__(
@@ -87,11 +89,9 @@ class SAMPa(SAM):
             g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
             self.look_ahead(g_y)
             g_y_next = yield Pass(kept=True)
-        if hasattr(self, "grad_scale"):
-            raise StepOrderError(
-                "SAMPa cannot be used with GradScaler: its look-ahead takes the gradient of the step before, scaled as "
-                "it was then, for a step of the base optimizer. Use bfloat16, which needs no scaling."
-            )
+        self.refuse_grad_scaler(
+            "its look-ahead takes the gradient of the step before, scaled as it was then, for the base optimizer's step"
+        )
         self.descend(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
         self._keep(g_y_next)
 

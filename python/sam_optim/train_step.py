@@ -35,7 +35,8 @@ class TrainStep:
         for batch in loader:
             loss = step(batch)
 
-    The passes of any method are run one after the other. Dropout draws the same masks in all passes of one batch,
+    The passes of any method are run one after the other, or side by side where they do not depend on each other and
+    ``passes`` asks for it. Dropout draws the same masks in all passes of one batch,
     running statistics of BatchNorm are updated once, by the unperturbed pass on the training batch, and gradients are
     cleared before and after. If anything is raised, weights and running statistics are as before the step.
 
@@ -94,13 +95,13 @@ class TrainStep:
             raise InvalidSettingError(f"Invalid micro_batches: {micro_batches}; it must be at least 1")
         if perturbation not in ("batch", "micro_batch"):
             raise InvalidSettingError(f"Invalid perturbation: {perturbation!r}; it is 'batch' or 'micro_batch'")
-        if perturbation == "micro_batch" and optimizer.uses_previous_batch:
+        if perturbation == "micro_batch" and not optimizer.perturbs_micro_batches:
             raise InvalidSettingError(f"{type(optimizer).__name__} has no perturbation of its own for each micro-batch")
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise InvalidSettingError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0")
         if isinstance(validation, (int, float)) and not 0.0 < validation < 1.0:
             raise InvalidSettingError(f"Invalid validation: {validation}; a share lies between 0 and 1")
-        if scaler is not None and optimizer.uses_previous_batch and scaler.is_enabled():
+        if scaler is not None and not optimizer.takes_scaled_gradients and scaler.is_enabled():
             raise InvalidSettingError(f"{type(optimizer).__name__} cannot be used with GradScaler; use bfloat16")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.micro_batches, self.perturbation = micro_batches, perturbation
@@ -194,6 +195,9 @@ class TrainStep:
             raise InvalidSettingError(f"capture=True cannot be used with {type(self.model).__name__}")
         if self.scaler is not None and self.scaler.is_enabled():
             raise InvalidSettingError("capture=True cannot be used with GradScaler; bfloat16 needs no scaling")
+        if not self.optimizer.is_capturable:
+            method = type(self.optimizer).__name__
+            raise InvalidSettingError(f"capture=True cannot be used with {method}, whose steps differ from each other")
         base = self.optimizer.base_optimizer
         needs_capturable = isinstance(base, (torch.optim.Adam, torch.optim.AdamW))
         if needs_capturable and not all(group["capturable"] or group["fused"] for group in base.param_groups):

@@ -21,7 +21,7 @@ def entry(group, contender, median, **extra):
 
 
 def results(ours, peer):
-    step = {"floor_bytes": 4e8, "copy_gb_per_second": 50.0}
+    step = {"floor_bytes": 4e8, "copy_gb_per_second": 50.0, "peak_bytes": 8e7, "parameters": 1e7}
     contenders = ("per-tensor SAM", "pytorch-optimizer", "foreach SAM")
     training = {"training": "GPT", "parameters": 2e6, "tensors": 52, "samples": 512, "unit": "tokens"}
     return {
@@ -38,6 +38,8 @@ def results(ours, peer):
                 for x in (10, 100)
                 for i, name in enumerate(("sam-kernels", *contenders))
             ),
+            entry("resnet50, GSAM, SGD momentum", "sam-kernels", 0.02, variant="GSAM"),
+            entry("resnet50, GSAM, SGD momentum", "pytorch-optimizer", 0.05, variant="GSAM"),
             *(
                 entry("GPT, AdamW", name, 0.1, optimizer_share=0.125, **training)
                 for name in ("base optimizer", "per-tensor SAM", "sam-kernels")
@@ -59,13 +61,15 @@ def test_page(stored, tmp_path):
     assert "| ResNet-50 (161 tensors, 25.6 M), SAM, SGD momentum | **10.0 ms** | 80 % | 25.0 ms (2.5 x) |" in text
     assert "5,120 tokens/s | 12.5 % |" in text
     assert "Nothing has been measured on a GPU yet." in text
+    assert "| 8.0 | 8.0 | 8.0 | 8.0 |" in text
+    assert "| GSAM | **20.0 ms** | 50.0 ms (2.5 x) |" in text
     assert [path.name for path in report.scaling_pictures(stored)] == ["scaling_parameters.png", "scaling_tensors.png"]
     assert all((tmp_path / f"scaling_{what}.png").stat().st_size > 5000 for what in ("parameters", "tensors"))
 
 
 def test_gpu_section(stored, tmp_path):
     row = {"model": "gpt2", "base": "AdamW", "dtype": "float32"}
-    timed = {"percent_of_copy": 91.4, "launches": 2, "host_us": 61.0}
+    timed = {"percent_of_copy": 91.4, "launches": 2, "host_us": 61.0, "extra_bytes": 800, "parameters": 100}
     content = {
         "machine": {
             "device": "GPU",
@@ -92,7 +96,7 @@ def test_gpu_section(stored, tmp_path):
     }
     (tmp_path / "gpu.json").write_text(json.dumps(content))
     text = report.page(stored)
-    assert "| gpt2 | AdamW | float32 | foreach SAM | 9.000 ms | 91 % | 2 | 61 | 4.5 x |" in text
+    assert "| gpt2 | AdamW | float32 | foreach SAM | 9.000 ms | 91 % | 2 | 61 | 8.0 | 4.5 x |" in text
     assert "out of memory" in text and "`Tuning()`" in text
     assert "| ResNet | SGD | 64 | SAMPa, streams | 3.00 ms | 1,234 | 99 |" in text
     assert "no memory left" in text

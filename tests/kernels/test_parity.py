@@ -367,6 +367,43 @@ def test_not_finite(gpu_target, launches, value):
             assert all(same_bits(a, b) for a, b in zip(problem.tensors(), before.tensors(), strict=True))
 
 
+def test_combine_without_entries(target):
+    """Zeros, and none of them negative."""
+    out = torch.full((300,), 7.0, device=target.device)
+    sk.combine_([out], [[None], [None]], [1.0, 2.0], backend=target.name)
+    assert same_bits(out.cpu(), torch.zeros(300))
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_learning_rate_zero_keeps_the_weights_bits(target, base):
+    """Negative zeros too, and whatever the direction is."""
+    problem = Problem.random([300])
+    problem.params[0][::3] = -0.0
+    before = problem.params[0].clone()
+    problem.xs[0][0][5] = float("inf")
+    own = problem.to(target.device)
+    update = own.sgd(lr=0.0, momentum=0.9) if base == "sgd" else own.adam(lr=0.0, decoupled=True, weight_decay=0.1)
+    sk.descent_(own.plan(), own.xs, update, backend=target.name)
+    assert same_bits(own.params[0].cpu(), before)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_a_nan_in_the_gradient_stays_where_it_is(target, base):
+    """In one element of weight and state; in Adam's maximum for good, as in torch."""
+
+    def run(problem, backend):
+        update = problem.sgd(momentum=0.9) if base == "sgd" else problem.adam(amsgrad=True)
+        problem.xs[0][0][5] = float("nan")
+        sk.descent_(problem.plan(), problem.xs, update, backend=backend)
+        problem.xs[0][0][5] = 1.0
+        problem.states[0][0][5] = problem.states[1][0][5] = problem.params[0][5] = 2.0
+        sk.descent_(problem.plan(), problem.xs, update, backend=backend)
+        if base == "adam":
+            assert problem.states[2][0].isnan().nonzero().tolist() == [[5]]
+
+    agree(target, Problem.random([300, 9]), run)
+
+
 # The interpreter of Triton rounds to bfloat16 in its own way; GPUs do as the others.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("base", ["sgd", "adam"])

@@ -1,0 +1,247 @@
+"""Methods that change SAM's direction, or what is made of its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels.ops import apply_rule
+from sam_kernels.rules import Deflected, NormMatched
+
+from .construction import BaseOptimizer
+from .errors import InvalidSettingError
+from .passes import Gradients, Pass, Passes
+from .sam import SAM
+
+
+class GSAM(SAM):
+    """Surrogate-gap guided SAM (Zhuang et al. 2022, arXiv 2203.08065, algorithm 1).
+
+    ::
+
+        h = the part of g orthogonal to g+        w <- base_optimizer(w, g+ - alpha h)
+
+    The authors let rho follow the learning rate: see :class:`RhoFollowsLR`.
+
+    Args:
+        alpha: weight of the orthogonal part; at least 0.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+    """
+
+    def __init__(
+        self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, alpha: float = 0.4, **kwargs: Any
+    ) -> None:
+        if not alpha >= 0.0:
+            raise InvalidSettingError(f"Invalid alpha: {alpha}; it must be at least 0")
+        self.alpha = alpha
+        super().__init__(params, base_optimizer, rho, **kwargs)
+
+    def passes(self) -> Passes:
+        g = yield Pass(kept=True)
+        self.ascend(g, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True)
+        self.descend(g_plus, g, rule=Deflected(alpha=self.alpha))
+
+
+class StableSAM(SAM):
+    """Stable SAM (Tan et al. 2024, arXiv 2401.07250): w <- base_optimizer(w, g+ abs(g) / abs(g+)).
+
+    The update has the length that the gradient at the weights has.
+
+    Args:
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+    """
+
+    def passes(self) -> Passes:
+        g = yield Pass(kept=True)
+        self.ascend(g, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True)
+        self.descend(g_plus, g, rule=NormMatched())
+
+
+class WSAM(SAM):
+    """Weighted SAM (Yue et al. 2023, arXiv 2305.15817), with a = gamma / (1 - gamma).
+
+    ::
+
+        decoupled:  w <- base_optimizer(w, g);  w <- w - lr a (g+ - g)      (algorithm 2)
+        coupled:    w <- base_optimizer(w, (1 - a) g + a g+)
+
+    Coupled, with a at most 1, it is the penalty on the gradient's norm of Zhao et al. (2022, arXiv 2202.03599) with the
+    weight a.
+
+    Args:
+        gamma: from 0 to below 1; 0.9 is the authors'.
+        decouple: keep the sharpness out of the base optimizer's moments.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+
+    GradScaler is refused if decoupled: the sharpness is not the base optimizer's to unscale.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        gamma: float = 0.9,
+        *,
+        decouple: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not 0.0 <= gamma < 1.0:
+            raise InvalidSettingError(f"Invalid gamma: {gamma}; it must be at least 0 and below 1")
+        self.gamma, self.decouple = gamma, decouple
+        self.takes_scaled_gradients = self.perturbs_micro_batches = not decouple
+        super().__init__(params, base_optimizer, rho, **kwargs)
+
+    def passes(self) -> Passes:
+        g = yield Pass(kept=True)
+        self.ascend(g, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True, kept=self.decouple)
+        weight = self.gamma / (1.0 - self.gamma)
+        if not self.decouple:
+            self.descend(g, g_plus, scale=[[1.0 - weight, weight]] * len(self.param_groups))
+            return
+        self.refuse_grad_scaler("its sharpness term is added after the base optimizer's update")
+        # As it is now: a scheduler's change belongs to the next step.
+        steps = [weight * _learning_rate(group) for group in self.param_groups]
+        self.descend(g)
+        self.add_to_weights(g_plus, g, scale=[[-step, step] for step in steps])
+
+
+class FriendlySAM(SAM):
+    """Friendly SAM (Li et al. 2024, arXiv 2403.12350): perturbs along the part of g that is this batch's own.
+
+    ::
+
+        d = g - sigma m,  g in the first step     e = rho d / |d|
+        m <- lmbda m + (1 - lmbda) g,  m = g in the first step
+
+    The average m is state of the method, and part of ``state_dict()``.
+
+    Args:
+        sigma: share of the average that is taken away.
+        lmbda: how much of the average is kept, from 0 to 1.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+
+    GradScaler is refused: the average would mix gradients of different scales.
+    """
+
+    takes_scaled_gradients = False
+    perturbs_micro_batches = False
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        sigma: float = 1.0,
+        lmbda: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        if not sigma >= 0.0:
+            raise InvalidSettingError(f"Invalid sigma: {sigma}; it must be at least 0")
+        if not 0.0 <= lmbda <= 1.0:
+            raise InvalidSettingError(f"Invalid lmbda: {lmbda}; it must lie between 0 and 1")
+        self.sigma, self.lmbda = sigma, lmbda
+        super().__init__(params, base_optimizer, rho, **kwargs)
+
+    def passes(self) -> Passes:
+        g = yield Pass()
+        if not self.has_method_state("average"):
+            self.ascend(g, rule=self._rule, scale=self._radii())
+        else:
+            # Parameters that had no gradient so far have no average to take away.
+            average = [None if x is None else m for x, m in zip(g, self.method_state("average"), strict=True)]
+            self.ascend(g, average, rule=self._difference, scale=[[rho, rho] for [rho] in self._radii()])
+        self.moving_average("average", g, self.lmbda, starts_at_gradient=True)
+        g_plus = yield Pass(perturbed=True)
+        self.refuse_grad_scaler("it averages gradients over steps, whose scales differ")
+        self.descend(g_plus)
+
+    def _difference(self, gram: Tensor) -> Tensor:
+        """(1, -sigma) / abs(g - sigma m)."""
+        squared = gram[0, 0] - 2.0 * self.sigma * gram[0, 1] + self.sigma**2 * gram[1, 1]
+        unit = 1.0 / (squared.clamp(min=0.0).sqrt() + self._rule.epsilon)
+        return torch.stack([unit, -self.sigma * unit])
+
+
+class LookSAM(SAM):
+    """LookSAM (Liu et al. 2022, arXiv 2203.02714, algorithm 1): SAM every k steps, and its direction reused between.
+
+    ::
+
+        every k-th step:  SAM;  u = the part of g+ orthogonal to g
+        between:          w <- base_optimizer(w, g + alpha |g| / |u| u)
+
+    Norms run over all parameters together. The steps between take one pass; drive them with ``TrainStep``,
+    ``each_pass()`` or closures. u is state of the method, the count of steps is each group's ``looksam_step``; both are
+    part of ``state_dict()``.
+
+    Args:
+        k: SAM's share of the steps is 1 / k; at least 1.
+        alpha: weight of the reused direction. 0.7 is the authors'; independent runs found it large.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+    """
+
+    perturbs_micro_batches = False
+    is_capturable = False
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        k: int = 5,
+        alpha: float = 0.7,
+        *,
+        closure_runs: str = "every_pass",
+        **kwargs: Any,
+    ) -> None:
+        if k < 1:
+            raise InvalidSettingError(f"Invalid k: {k}; it must be at least 1")
+        self.k, self.alpha = k, alpha
+        self._more_settings = {"looksam_step": 0}
+        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+
+    def passes(self) -> Passes:
+        step = self.param_groups[0]["looksam_step"]
+        if step % self.k == 0 or not self.has_method_state("direction"):
+            g = yield Pass(kept=True)
+            self.ascend(g, rule=self._rule, scale=self._radii())
+            g_plus = yield Pass(perturbed=True, kept=True)
+            if self.k > 1:
+                self._keep_direction(g_plus, g)
+            self.descend(g_plus)
+        else:
+            g = yield Pass()
+            self.descend(g, list(self.method_state("direction")), rule=self._reuse)
+        for group in self.param_groups:
+            group["looksam_step"] = step + 1
+
+    def _keep_direction(self, g_plus: Gradients, g: Gradients) -> None:
+        direction = self.method_state("direction")
+        report = apply_rule(_orthogonal, [g_plus, g], self._params(), backend=self.backend)
+        self.combine_into(direction, [g_plus, g], report.coefficients)
+
+    def _reuse(self, gram: Tensor) -> Tensor:
+        """(1, alpha abs(g) / abs(u))."""
+        ratio = torch.where(gram[1, 1] > 0.0, (gram[0, 0] / gram[1, 1]).sqrt(), 0.0)
+        return torch.stack([torch.ones_like(ratio), self.alpha * ratio])
+
+    def _is_plain_step(self) -> bool:
+        return super()._is_plain_step() and not self.has_method_state("direction")
+
+
+def _orthogonal(gram: Tensor) -> Tensor:
+    """Of lists (a, b): the part of a that is orthogonal to b."""
+    along = torch.where(gram[1, 1] > 0.0, gram[0, 1] / gram[1, 1], 0.0)
+    return torch.stack([torch.ones_like(along), -along])
+
+
+def _learning_rate(group: dict[str, Any]) -> Any:
+    """A copy, if it is a tensor that a scheduler writes into."""
+    lr = group["lr"]
+    return lr.detach().clone() if isinstance(lr, Tensor) else lr
