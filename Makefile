@@ -54,6 +54,7 @@ wheel: $(VENV)/.installed
 test-wheel: wheel
 	$(PYTHON) -m venv build/torch-$(TORCH)
 	build/torch-$(TORCH)/bin/pip install --quiet torch==$(TORCH) "$$(ls dist/*.whl)[test]"
+	build/torch-$(TORCH)/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
 	rm -rf build/tests-$(TORCH) && mkdir -p build/tests-$(TORCH) && cp -r tests build/tests-$(TORCH)/
 	cd build/tests-$(TORCH) && ../torch-$(TORCH)/bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir . tests
 

@@ -54,10 +54,19 @@ def gpt(width: int, layers: int, vocabulary: int = 50257, context: int = 1024) -
     ]
 
 
+def llama(width: int, layers: int, hidden: int, key_width: int, vocabulary: int) -> list[Shape]:
+    """A Llama 3 (Grattafiori et al. 2024), output weights of its own."""
+    block: list[Shape] = [(width, width), (key_width, width), (key_width, width), (width, width)]
+    block += [(hidden, width), (hidden, width), (width, hidden), (width,), (width,)]
+    ends: list[Shape] = [(vocabulary, width), (width,), (vocabulary, width)]
+    return [ends[0], *(shape for _ in range(layers) for shape in block), *ends[1:]]
+
+
 GPU_MODELS = {
     "resnet50": resnet50(),
     "vit_b16": vit_b16(),
     "gpt2": gpt(768, 12),
     "1.24 B": gpt(1984, 24),
     "1000 small": [(1000,)] * 1000,
+    "8 B": llama(4096, 32, 14336, 1024, 128256),
 }
