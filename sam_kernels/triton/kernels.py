@@ -167,16 +167,17 @@ def root(a):
 
 
 @triton.jit
-def given_coefficients(table, LISTS: tl.constexpr):
-    """The lists' coefficients from where the table says that they lie, float64; ones from nowhere."""
-    address = tl.load(table + at.LIST_COEFFICIENTS)
-    one = tl.cast(1.0, tl.float64)
+def given_coefficients(address, SOURCE: tl.constexpr, LISTS: tl.constexpr):
+    """The lists' coefficients, float64: from numbers or a report at an address, or ones."""
+    numbers = address.to(tl.pointer_type(tl.float64))
+    if SOURCE == at.REPORT:
+        numbers = numbers + at.COEFFICIENTS
     coefficients = ()
     for i in tl.static_range(LISTS):
-        value = one
-        if address != 0:
-            value = tl.load(address.to(tl.pointer_type(tl.float64)) + i)
-        coefficients = coefficients + (value,)
+        if SOURCE == at.ONES:
+            coefficients = coefficients + (tl.cast(1.0, tl.float64),)
+        else:
+            coefficients = coefficients + (tl.load(numbers + i),)
     return coefficients
 
 
@@ -468,12 +469,14 @@ def perturb_chunk(
             perturb_elements(weight, snapshot, held, xs, own, eta, count, TAKE, W, X, False, BLOCK)
 
 
-@triton.jit(do_not_specialize=["rows_at", "chunks"])
+@triton.jit(do_not_specialize=["given", "rows_at", "chunks"])
 def perturb_kernel(
     table,
     places,
+    given,
     rows_at,
     chunks,
+    SOURCE: tl.constexpr,
     REVERSE: tl.constexpr,
     TAKE: tl.constexpr,
     W: tl.constexpr,
@@ -482,7 +485,7 @@ def perturb_kernel(
 ):
     # After a Gram matrix the cache still holds the gradients of the last chunks.
     index = chunks - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
-    coefficients = given_coefficients(table, len(X))
+    coefficients = given_coefficients(given, SOURCE, len(X))
     perturb_chunk(table, rows_at, tl.load(places + index), coefficients, TAKE, W, X, BLOCK)
 
 
@@ -532,11 +535,21 @@ def restore_kernel(table, places, rows_at, chunks, W: tl.constexpr, BLOCK: tl.co
         restore_chunk(row, first_of(place, BLOCK), W, BLOCK)
 
 
-@triton.jit(do_not_specialize=["rows_at", "chunks"])
-def combine_kernel(table, places, rows_at, chunks, W: tl.constexpr, X: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["given", "rows_at", "chunks"])
+def combine_kernel(
+    table,
+    places,
+    given,
+    rows_at,
+    chunks,
+    SOURCE: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """out <- sum_i c_i x_i, with the outputs in the weights' column."""
-    ACC: tl.constexpr = tl.float64 if tl.float64 == W else tl.float32
-    coefficients = given_coefficients(table, len(X))
+    ACC: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
+    coefficients = given_coefficients(given, SOURCE, len(X))
     place = tl.load(places + tl.program_id(0))
     row = row_of(table, rows_at, place)
     first = first_of(place, BLOCK)
@@ -730,15 +743,14 @@ def descent_chunk(
 
 
 @triton.jit
-def must_skip(table):
+def must_skip(table, given, SOURCE: tl.constexpr):
     """Whether the descent only restores, as far as is known before its own Gram matrix."""
     skips = tl.load(table + at.SKIP) != 0
     found_inf = tl.load(table + at.FOUND_INF)
     if found_inf != 0:
         skips = skips | (tl.load(found_inf.to(tl.pointer_type(tl.float32))) != 0.0)
-    finite = tl.load(table + at.FINITE_FLAG)
-    if finite != 0:
-        skips = skips | (tl.load(finite.to(tl.pointer_type(tl.float64))) == 0.0)
+    if SOURCE == at.REPORT:
+        skips = skips | (tl.load(given.to(tl.pointer_type(tl.float64)) + at.FINITE) == 0.0)
     return skips
 
 
@@ -761,14 +773,16 @@ def count_steps(table, scratch, rows_at, rows, skips_update):
                 tl.store(floats, tl.load(floats, mask=in_float, other=0.0) + 1.0, mask=in_float)
 
 
-@triton.jit(do_not_specialize=["rows_at", "rows", "chunks"])
+@triton.jit(do_not_specialize=["given", "rows_at", "rows", "chunks"])
 def descent_kernel(
     table,
     places,
     scratch,
+    given,
     rows_at,
     rows,
     chunks,
+    SOURCE: tl.constexpr,
     REVERSE: tl.constexpr,
     COPIES: tl.constexpr,
     PREVIEW: tl.constexpr,
@@ -779,8 +793,8 @@ def descent_kernel(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    skips = must_skip(table)
-    coefficients = given_coefficients(table, len(X))
+    skips = must_skip(table, given, SOURCE)
+    coefficients = given_coefficients(given, SOURCE, len(X))
     if tl.program_id(0) < chunks:
         index = chunks - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
         place = tl.load(places + index)
@@ -817,7 +831,7 @@ def rule_descent_kernel(
         gram_of_virtual_block(v, table, places, partials, rows_at, chunks, W, X, WEIGHTED, BLOCK, LANES)
     grid_barrier(scratch)
     finite, coefficients = finish_gram(table, partials, slots, report, tl.program_id(0) == 0, RULE, len(X))
-    skips = must_skip(table) | (not finite)
+    skips = must_skip(table, report, at.ONES) | (not finite)
     for step in range(tl.program_id(0), chunks, tl.num_programs(0)):
         place = tl.load(places + chunks - 1 - step)
         descent_chunk(table, rows_at, place, coefficients, skips, COPIES, PREVIEW, KIND, W, X, M, BLOCK)

@@ -26,10 +26,8 @@ MAX_RULE_PARAMETERS = 4
 GRAD_SCALE = 4  # a scalar
 GRAD_SCALE_KIND = 5
 FOUND_INF = 6  # address of a float32, or 0
-LIST_COEFFICIENTS = 7  # address of float64 numbers, or 0 for ones
-FINITE_FLAG = 8  # address of a float64, or 0
-SKIP = 9  # 1 to restore without an update
-HEADER_WORDS = 10
+SKIP = 7  # 1 to restore without an update
+HEADER_WORDS = 8
 
 # A group's record. A scalar is a float64, or the address of a number on the device, as its kind says.
 VALUE, FLOAT32, FLOAT64 = 0, 1, 2
@@ -54,6 +52,9 @@ BIAS_CORRECTION2_SQRT = 5  # sqrt(1 - beta2^step)
 POINTERS = 6
 ROW_WORDS = POINTERS + COLUMNS
 HELD, FIRST, HAS_GRADIENT, STEP_ON_DEVICE, STEP_IS_DOUBLE = 1, 2, 4, 8, 16
+
+# Where the lists' coefficients come from: ones, float64 numbers in device memory, or the report of a launch before.
+ONES, NUMBERS, REPORT = 0, 1, 2
 
 # Memory that launches share, in float64 words: tickets and counters, then partial sums of Gram matrices.
 GRAM_TICKET, STEP_TICKET, ARRIVED, DEPARTED = 0, 1, 2, 3  # int32

@@ -72,10 +72,14 @@ class Table:
     Args:
         pointers: addresses and types of the tensors.
         plan: whose tensors they are.
+
+    Attributes:
+        launches: of the last operation.
+        uploads: of tables to the device, so far.
     """
 
     def __init__(self, pointers: Any, plan: Plan) -> None:
-        self.launches = 0
+        self.launches = self.uploads = 0
         self._pointers = pointers
         self._device = plan.device
         self._on_gpu = plan.device.type == "cuda"
@@ -143,9 +147,11 @@ class Table:
     def perturb(self, lists: int, scale: Sequence[float | Tensor], coefficients: int, taken: bytearray | None) -> None:
         self.launches = 0
         self._pointers.select_gradients(lists, taken)
-        self._pack(scale, lists=lists, coefficients=coefficients)
+        self._pack(scale, lists=lists)
         table = self._upload("perturb", lists, taken)
-        self._launch_perturb(table, self._buckets_of(lists), taken, reverse=False)
+        self._launch_perturb(
+            table, self._buckets_of(lists), taken, coefficients, at.NUMBERS if coefficients else at.ONES
+        )
         self._mark(taken, 1)
 
     def restore(self, taken: bytearray) -> None:
@@ -159,11 +165,20 @@ class Table:
     def combine(self, lists: int, scale: Sequence[float | Tensor], coefficients: int) -> None:
         self.launches = 0
         self._pointers.select_all()
-        self._pack(scale, lists=lists, coefficients=coefficients)
+        self._pack(scale, lists=lists)
         table = self._upload("combine", lists, None)
         for b in self._buckets_of(lists):
             self._launch(
-                kernels.combine_kernel, b.chunks, table, b.places, self._rows_at, b.chunks, W=b.weights, X=b.lists
+                kernels.combine_kernel,
+                b.chunks,
+                table,
+                b.places,
+                coefficients or self._scratch.data_ptr(),
+                self._rows_at,
+                b.chunks,
+                SOURCE=at.NUMBERS if coefficients else at.ONES,
+                W=b.weights,
+                X=b.lists,
             )
 
     def ascent(
@@ -178,7 +193,7 @@ class Table:
         self._pointers.select_gradients(lists, taken)
         buckets = self._buckets_of(lists)
         together = self._fits_one_launch(buckets)
-        self._pack(scale, lists=lists, rule=rule, coefficients=0 if together else report + 8 * at.COEFFICIENTS)
+        self._pack(scale, lists=lists, rule=rule)
         table = self._upload("ascent", lists, taken)
         if together:
             b = buckets[0]
@@ -193,7 +208,7 @@ class Table:
             )
         else:
             self._launch_gram(table, buckets, lists, rule, True, report)
-            self._launch_perturb(table, buckets, taken, reverse=True)
+            self._launch_perturb(table, buckets, taken, report, at.REPORT)
         self._mark(taken, 1)
 
     def descent(
@@ -230,8 +245,6 @@ class Table:
             lr=lr,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            coefficients=report + 8 * at.COEFFICIENTS if own_gram else coefficients,
-            finite=report + 8 * at.FINITE if own_gram else 0,
             skip=skip_update,
         )
         if base == 1:
@@ -258,8 +271,10 @@ class Table:
                 **constants,
             )
         else:
+            given, source = coefficients, at.NUMBERS if coefficients else at.ONES
             if own_gram:
                 self._launch_gram(table, buckets, lists, rule, weighted, report)
+                given, source = report, at.REPORT
             for b in buckets:
                 self._launch(
                     kernels.descent_kernel,
@@ -267,9 +282,11 @@ class Table:
                     table,
                     b.places,
                     self._scratch,
+                    given or self._scratch.data_ptr(),
                     self._rows_at,
                     len(self._numels),
                     b.chunks,
+                    SOURCE=source,
                     REVERSE=own_gram,
                     # Steps are counted when all launches have read them.
                     COUNT=counts_here and b is buckets[-1],
@@ -319,16 +336,20 @@ class Table:
         words = at.PARTIALS + at.MAX_PAIRS * slots
         return torch.zeros(2 * words, dtype=torch.int32, device=self._device)
 
-    def _launch_perturb(self, table: Tensor, buckets: list[Bucket], taken: bytearray | None, reverse: bool) -> None:
+    def _launch_perturb(
+        self, table: Tensor, buckets: list[Bucket], taken: bytearray | None, given: int, source: int
+    ) -> None:
         for b in buckets:
             self._launch(
                 kernels.perturb_kernel,
                 b.chunks,
                 table,
                 b.places,
+                given or self._scratch.data_ptr(),  # an address in any case: 0 would be of another type
                 self._rows_at,
                 b.chunks,
-                REVERSE=reverse,
+                SOURCE=source,
+                REVERSE=source == at.REPORT,
                 TAKE=taken is not None,
                 W=b.weights,
                 X=b.lists,
@@ -470,8 +491,6 @@ class Table:
         lr: Sequence[float | Tensor] = (),
         grad_scale: float | Tensor = 1.0,
         found_inf: int = 0,
-        coefficients: int = 0,
-        finite: int = 0,
         skip: bool = False,
     ) -> None:
         """Writes the header and the groups' records."""
@@ -480,8 +499,7 @@ class Table:
         else:
             parameters = [0.0, 0.0, 0.0, 0.0] if rule is None else [rule.epsilon, rule.alpha, 0.0, 0.0]
         form, word, kind = _scalar(grad_scale)
-        header = (*parameters, word, kind, found_inf, coefficients, finite, int(skip))
-        struct.pack_into(f"=4d{form}5q", self._buffer, 0, *header)
+        struct.pack_into(f"=4d{form}3q", self._buffer, 0, *parameters, word, kind, found_inf, int(skip))
         for number in range(self._group_count):
             forms, words, kinds = "", [], 0
             scalars = [*scale[number * lists : (number + 1) * lists], *[0.0] * (at.MAX_LISTS - lists)]
@@ -504,32 +522,32 @@ class Table:
         """Completes the table with the tensors' records and returns it as it lies on the device."""
         address = self._words.data_ptr() + 8 * self._rows_at
         self._pointers.fill(address, at.ROW_WORDS, at.FLAGS, at.POINTERS, lists, taken, first)
-        if not self._on_gpu:
-            return self._words.clone()
-        if torch.cuda.is_current_stream_capturing():
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return self._captured_upload()
         upload = self._uploads.get(operation)
         if upload is None:
             upload = self._uploads[operation] = _Upload(torch.empty_like(self._words, device=self._device))
         content = bytes(self._buffer)
         if upload.content != content:
+            self.uploads += 1
             while len(self._spares) < _SPARES:
-                self._spares.append(self._pinned())
+                self._spares.append(self._host_buffer())
             # A buffer of its own for each copy: torch gives its memory to others only when the copy is made.
-            upload.words.copy_(self._pinned().copy_(self._words), non_blocking=True)
+            upload.words.copy_(self._host_buffer().copy_(self._words), non_blocking=True)
             upload.content = content
         return upload.words
 
     def _captured_upload(self) -> Tensor:
         """A table that belongs to the graph being captured: each replay copies it anew, so it has to stay as it is."""
-        source = self._spares.pop() if self._spares else self._pinned()
+        source = self._spares.pop() if self._spares else self._host_buffer()
         words = torch.empty_like(self._words, device=self._device)
         words.copy_(source.copy_(self._words), non_blocking=True)
         self._captured.append((source, words, list(self._places.values())))
         return words
 
-    def _pinned(self) -> Tensor:
-        return torch.empty(len(self._words), dtype=torch.int64, pin_memory=True)
+    def _host_buffer(self) -> Tensor:
+        """As long as the table, and pinned, so that nobody waits for its copy to the device."""
+        return torch.empty(len(self._words), dtype=torch.int64, pin_memory=self._on_gpu)
 
 
 def _scalar(value: float | Tensor) -> tuple[str, float | int, int]:

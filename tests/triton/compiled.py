@@ -28,7 +28,7 @@ from sam_kernels.triton import Tuning, kernels
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}
 POINTERS = {"table": "*i64", "places": "*i64", "scratch": "*i32"}
-NUMBERS = {"report": "i64"}  # others are i32
+NUMBERS = {"report": "i64", "given": "i64"}  # others are i32
 
 
 def variants(full: bool) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -47,8 +47,14 @@ def variants(full: bool) -> list[tuple[str, Any, dict[str, Any]]]:
             gram = {"FINISH": True, "W": w, "X": xs, "WEIGHTED": False, **rule, **lanes}
             found.append((f"gram {name}", kernels.gram_kernel, gram))
             found.append((f"weighted gram {name}", kernels.gram_kernel, {**gram, "WEIGHTED": True}))
-            found.append((f"perturb {name}", kernels.perturb_kernel, {"REVERSE": True, "TAKE": True, "W": w, "X": xs}))
-            found.append((f"combine {name}", kernels.combine_kernel, {"W": w, "X": xs}))
+            found.append(
+                (
+                    f"perturb {name}",
+                    kernels.perturb_kernel,
+                    {"SOURCE": 2, "REVERSE": True, "TAKE": True, "W": w, "X": xs},
+                )
+            )
+            found.append((f"combine {name}", kernels.combine_kernel, {"SOURCE": 0, "W": w, "X": xs}))
             found.append((f"ascent {name}", kernels.ascent_kernel, {"TAKE": True, "W": w, "X": xs, **rule, **lanes}))
         found.append((f"restore {own}", kernels.restore_kernel, {"W": w}))
         for kind, states in (("PLAIN", 0), ("MOMENTUM", 1), ("NESTEROV", 1), ("ADAM", 2), ("AMSGRAD", 3)):
@@ -64,7 +70,7 @@ def variants(full: bool) -> list[tuple[str, Any, dict[str, Any]]]:
                     "X": (x,) * count,
                     "M": (w,) * states,
                 }
-                found.append((f"descent {name}", kernels.descent_kernel, {"REVERSE": False, **constants}))
+                found.append((f"descent {name}", kernels.descent_kernel, {"SOURCE": 0, "REVERSE": False, **constants}))
                 if count == 2:
                     together = {"WEIGHTED": False, "RULE": kernels.deflected, **lanes, **constants}
                     found.append((f"rule descent {name}", kernels.rule_descent_kernel, together))

@@ -108,6 +108,28 @@ def test_it_is_not_chosen_by_itself_in_the_interpreter(interpreter):
     assert sys.modules["sam_kernels.backends"].backend_for(torch.device("cpu")).name == "cpu"
 
 
+def test_the_table_is_copied_only_if_it_changed(interpreter):
+    """Not in a training loop whose gradients keep their places, though every step has a report of its own."""
+    problem = Problem.random([300, 9])
+    plan, base = problem.plan(), problem.sgd(momentum=0.9)
+    snapshot = sk.Snapshot(plan)
+    reports = []
+
+    def uploads_of_a_step():
+        before = plan.tables["triton"].uploads if reports else 0
+        reports.append(sk.ascent_(plan, problem.xs, scale=0.1, snapshot=snapshot, backend="triton"))
+        sk.descent_(plan, problem.xs, base, snapshot=snapshot, backend="triton")
+        return plan.tables["triton"].uploads - before
+
+    # The second step's ascent finds the state's addresses, which the first one's did not know.
+    assert [uploads_of_a_step() for _ in range(5)] == [2, 1, 0, 0, 0]
+    problem.xs[0][1] = problem.xs[0][1].clone()
+    assert [uploads_of_a_step() for _ in range(2)] == [2, 0]
+    base.settings[0] = base.settings[0]._replace(lr=0.5)
+    assert [uploads_of_a_step() for _ in range(2)] == [1, 0]
+    assert len({report.gram.data_ptr() for report in reports}) == len(reports)
+
+
 # ---------------------------------------------------------------- rules
 
 
