@@ -5,6 +5,9 @@ other native backends. Arithmetic is float64 for float64 weights and float32 for
 products are float64. Divisions and square roots are correctly rounded, and launches forbid the contraction of products
 and sums, so that equal coefficients give the same bits as in the other native backends.
 
+Loops whose bounds are known only when they run are ``while`` loops: the interpreter of Triton 3.6 cannot run others with
+the numpy of today, and the compiler makes the same of both.
+
 Names of compile-time parameters: ``W`` is the type of weights and copies, ``X`` the types of the gradient lists, ``M``
 those of the base optimizer's state, ``BLOCK`` the number of elements of a chunk.
 """
@@ -274,7 +277,8 @@ def gram_of_virtual_block(
     sums = ()
     for i in tl.static_range(len(X) * (len(X) + 1) // 2):
         sums = sums + (tl.zeros((LANES,), tl.float64),)
-    for index in range(v, chunks, at.VIRTUAL_BLOCKS):
+    index = v
+    while index < chunks:
         place = tl.load(places + index)
         row = row_of(table, rows_at, place)
         flags = tl.load(row + at.FLAGS)
@@ -293,6 +297,7 @@ def gram_of_virtual_block(
                 sums = with_products(sums, xs, weight, eta, count, W, X, WEIGHTED, True, BLOCK, LANES)
             else:
                 sums = with_products(sums, xs, weight, eta, count, W, X, WEIGHTED, False, BLOCK, LANES)
+        index += at.VIRTUAL_BLOCKS
     for pair in tl.static_range(len(sums)):
         tl.store(partials + v * len(sums) + pair, tl.sum(sums[pair]))
 
@@ -302,10 +307,13 @@ def sum_of_partials(partials, slots, pair, PAIRS: tl.constexpr):
     """One entry of the Gram matrix: its partial sums, in a fixed order."""
     lanes = tl.arange(0, 256)
     sums = tl.zeros((256,), tl.float64)
-    for start in range(0, slots, 256):
-        slot = start + lanes
+    slot = lanes
+    start = slots * 0
+    while start < slots:
         # Past the first-level cache: other programs wrote them.
         sums += tl.load(partials + slot * PAIRS + pair, mask=slot < slots, other=0.0, cache_modifier=".cg")
+        slot += 256
+        start += 256
     return tl.sum(sums)
 
 
@@ -507,12 +515,16 @@ def ascent_kernel(
     """Gram matrix, rule and perturbation in one cooperative launch; every program sums the partials for itself."""
     partials = partials_in(scratch)
     slots = min(chunks, at.VIRTUAL_BLOCKS)
-    for v in range(tl.program_id(0), slots, tl.num_programs(0)):
+    v = tl.program_id(0)
+    while v < slots:
         gram_of_virtual_block(v, table, places, partials, rows_at, chunks, W, X, True, BLOCK, LANES)
+        v += tl.num_programs(0)
     grid_barrier(scratch)
     _, coefficients = finish_gram(table, partials, slots, report, tl.program_id(0) == 0, RULE, len(X))
-    for step in range(tl.program_id(0), chunks, tl.num_programs(0)):
+    step = tl.program_id(0)
+    while step < chunks:
         perturb_chunk(table, rows_at, tl.load(places + chunks - 1 - step), coefficients, TAKE, W, X, BLOCK)
+        step += tl.num_programs(0)
 
 
 @triton.jit
@@ -759,7 +771,8 @@ def count_steps(table, scratch, rows_at, rows, skips_update):
     """Counts this step in the step tensors on the device, once every program has read them."""
     if is_last_program(scratch + at.STEP_TICKET):
         if not skips_update:
-            for start in range(0, rows, 128):
+            start = rows * 0
+            while start < rows:
                 index = start + tl.arange(0, 128)
                 row = table + rows_at + index * at.ROW_WORDS
                 flags = tl.load(row + at.FLAGS, mask=index < rows, other=0)
@@ -771,6 +784,7 @@ def count_steps(table, scratch, rows_at, rows, skips_update):
                 tl.store(doubles, tl.load(doubles, mask=in_double, other=0.0) + 1.0, mask=in_double)
                 floats = address.to(tl.pointer_type(tl.float32))
                 tl.store(floats, tl.load(floats, mask=in_float, other=0.0) + 1.0, mask=in_float)
+                start += 128
 
 
 @triton.jit(do_not_specialize=["given", "rows_at", "rows", "chunks"])
@@ -827,13 +841,17 @@ def rule_descent_kernel(
     """Gram matrix, rule and descent in one cooperative launch."""
     partials = partials_in(scratch)
     slots = min(chunks, at.VIRTUAL_BLOCKS)
-    for v in range(tl.program_id(0), slots, tl.num_programs(0)):
+    v = tl.program_id(0)
+    while v < slots:
         gram_of_virtual_block(v, table, places, partials, rows_at, chunks, W, X, WEIGHTED, BLOCK, LANES)
+        v += tl.num_programs(0)
     grid_barrier(scratch)
     finite, coefficients = finish_gram(table, partials, slots, report, tl.program_id(0) == 0, RULE, len(X))
     skips = must_skip(table, report, at.ONES) | (not finite)
-    for step in range(tl.program_id(0), chunks, tl.num_programs(0)):
+    step = tl.program_id(0)
+    while step < chunks:
         place = tl.load(places + chunks - 1 - step)
         descent_chunk(table, rows_at, place, coefficients, skips, COPIES, PREVIEW, KIND, W, X, M, BLOCK)
+        step += tl.num_programs(0)
     if COUNT:
         count_steps(table, scratch, rows_at, rows, skips)
