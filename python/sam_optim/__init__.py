@@ -9,7 +9,8 @@ from .batch_norm import (
     running_statistics,
 )
 from .errors import InvalidSettingError, StepOrderError
-from .optimizer import SharpnessAwareOptimizer, StepReport
+from .moves import StepReport
+from .optimizer import SharpnessAwareOptimizer
 from .passes import Pass, Passes
 from .randomness import RandomState
 from .sam import ASAM, SAM

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .optimizer import SharpnessAwareOptimizer, StepReport
+from .moves import StepReport
+from .optimizer import SharpnessAwareOptimizer
 
 # Steps that are made one kernel at a time before the first is recorded: state comes into being, libraries choose.
 WARMUP_STEPS = 3

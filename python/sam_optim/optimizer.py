@@ -9,22 +9,21 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-import sam_kernels
-from sam_kernels import LaunchReport
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import missing
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
-from .base_update import BaseUpdate, Descent, Outcome, added, combined_gradient
+from .base_update import BaseUpdate, Descent
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
+from .moves import Moves, StepReport
 from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes, PassGroup
 from .planning import PlanCache
 from .randomness import RandomState
@@ -33,36 +32,6 @@ ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
 DescentHandler = Callable[[Sequence[Gradients], RuleLike, Scale], None]
 _FIXED = Fixed()
-
-
-class StepReport(NamedTuple):
-    """What the last step did. Nothing in it is computed, and no GPU is waited for, unless read.
-
-    Attributes:
-        ascent: scalars of the perturbation: norms, coefficients, and ``finite``, False if the gradient was not finite
-            and the weights were therefore left unperturbed.
-        descent: scalars of the update; None before it.
-    """
-
-    ascent: LaunchReport | None = None
-    descent: LaunchReport | None = None
-    outcome: Outcome | None = None
-
-    @property
-    def updated(self) -> bool:
-        """Whether the base optimizer's update was made.
-
-        False after an overflow that GradScaler found, or where the gradients of the descent were needed in a Gram
-        matrix and were not finite.
-        """
-        return self.outcome is not None and self.outcome.updated
-
-    def unread(self) -> StepReport:
-        """The same, with nothing known yet of what lies on a GPU."""
-        ascent = None if self.ascent is None else self.ascent.unread()
-        descent = None if self.descent is None else self.descent.unread()
-        outcome = None if self.outcome is None else self.outcome._replace(report=self.outcome.report.unread())
-        return StepReport(ascent, descent, outcome)
 
 
 class _Run:
@@ -95,7 +64,7 @@ class _Run:
         self._collected: list[Gradients] = []
 
 
-class SharpnessAwareOptimizer(Optimizer):
+class SharpnessAwareOptimizer(Moves, Optimizer):
     """Base class of the methods.
 
     Args:
@@ -182,16 +151,7 @@ class SharpnessAwareOptimizer(Optimizer):
         """Whether a group takes part in the perturbation and in its norm."""
         return bool(group.get("perturb", True))
 
-    # ------------------------------------------------------------------ moves of a method
-
-    def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> None:
-        """Perturbs the weights along a combination of gradient lists, keeping their copies."""
-        plans: PlanCache = self._container["plans"]
-        xs = [plans.perturbed_only(x) for x in lists]
-        ascent = sam_kernels.ascent_(
-            plans.plan, xs, rule=rule, scale=scale, snapshot=plans.snapshot, backend=self.backend
-        )
-        self._container["report"] = StepReport(ascent)
+    # ------------------------------------------------------------------ the last move of a method
 
     def descend(self, *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0) -> None:
         """Restores the weights and updates them by the base optimizer with a combination of gradient lists."""
@@ -250,136 +210,15 @@ class SharpnessAwareOptimizer(Optimizer):
         finally:
             self._container["descent handler"] = before
 
-    def combined(self, lists: Sequence[Gradients], rule: RuleLike = _FIXED, scale: Scale = 1.0) -> Gradients | None:
-        """The gradient that a descent with these lists would take, in new tensors, None where no list has an entry.
-
-        None altogether if the rule needs a Gram matrix and that is not finite: the descent would update nothing.
-        """
-        return combined_gradient(self._container["plans"].plan, lists, rule, scale, self.backend)
-
-    def added(self, total: Gradients | None, gradients: Gradients, share: float) -> Gradients:
-        """total + share * gradients, in place where there is a total."""
-        return added(total, gradients, share, self.backend)
-
-    def return_to_copies(self) -> None:
-        """Puts the weights themselves back, bit for bit, where copies of them are held."""
-        plans: PlanCache = self._container["plans"]
-        if plans.holds_copies:
-            sam_kernels.restore_(plans.plan, plans.snapshot, backend=self.backend)
-
-    def look_ahead(self, gradients: Gradients) -> None:
-        """To where the base optimizer's next update with these gradients would lead, its state untouched.
-
-        Starts from the copies that :meth:`ascend` has taken; weights without one stay.
-        """
-        plans: PlanCache = self._container["plans"]
-        update: BaseUpdate = self._container["update"]
-        update.look_ahead(plans.plan, plans.snapshot, gradients, self.backend)
-
     def obstacle_to_side_by_side(self) -> str | None:
         """Why no passes of this method can run side by side; None if some can."""
         if self.yields_passes_together:
             return None
         return f"{type(self).__name__} has no passes that can run side by side: each needs the gradient before it"
 
-    @property
-    def runs_side_by_side(self) -> bool:
-        """Whether passes yielded together may name weights of their own."""
-        return bool(self._container["side by side"])
-
-    def ascended(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> list[Tensor]:
-        """Where :meth:`ascend` would lead, in memory of its own, kept from step to step; the weights stay."""
-        plans: PlanCache = self._container["plans"]
-        plan, weights = plans.point("ascended")
-        xs = [plans.perturbed_only(x) for x in lists]
-        ascent = sam_kernels.ascent_(plan, xs, rule=rule, scale=scale, snapshot=weights, backend=self.backend)
-        self._container["report"] = StepReport(ascent)
-        return plan.params
-
-    def looked_ahead(self, gradients: Gradients) -> list[Tensor]:
-        """Where :meth:`look_ahead` would lead, in memory of its own, kept from step to step; the weights stay.
-
-        For fused base optimizers; others can update the model's weights alone.
-        """
-        plans: PlanCache = self._container["plans"]
-        update: BaseUpdate = self._container["update"]
-        plan, weights = plans.point("ahead")
-        update.look_ahead_from(plans.plan, weights, gradients, self.backend, plan)
-        return plan.params
-
-    def keep_state_in_place(self) -> None:
-        """From now on the method's own state stays where it is in memory, as a captured step needs it."""
-        self._container["in place"] = True
-
-    @property
-    def keeps_state_in_place(self) -> bool:
-        """Whether new values of the method's own state have to be written over the old ones."""
-        return bool(self._container["in place"])
-
     def report_again(self, report: StepReport) -> None:
         """Makes a report that of the last step, for a step that a CUDA graph has made again."""
         self._container["report"] = report.unread()
-
-    def refuse_grad_scaler(self, reason: str) -> None:
-        """For methods to call before they descend.
-
-        Raises:
-            StepOrderError: if GradScaler drives the step.
-        """
-        if hasattr(self, "grad_scale"):
-            raise StepOrderError(
-                f"{type(self).__name__} cannot be used with GradScaler: {reason}. Use bfloat16, which needs no scaling."
-            )
-
-    def add_to_weights(self, *lists: Gradients, scale: Scale) -> None:
-        """w <- w + sum of scaled lists, plainly: no geometry, no copies, nothing of the base optimizer's."""
-        plans: PlanCache = self._container["plans"]
-        sam_kernels.perturb_(plans.without_geometry, lists, [1.0] * len(lists), scale=scale, backend=self.backend)
-
-    def combine_into(self, state: list[Tensor | None], lists: Sequence[Gradients], coefficients: Any) -> None:
-        """state <- the lists combined, where some list has an entry; entries of the state come into being as needed."""
-        index = [i for i, entries in enumerate(zip(*lists, strict=True)) if any(e is not None for e in entries)]
-        params = self._params()
-        for i in index:
-            if state[i] is None:
-                state[i] = torch.zeros_like(params[i], requires_grad=False)
-        if index:
-            out = [state[i] for i in index]
-            chosen = [[x[i] for i in index] for x in lists]
-            sam_kernels.combine_(out, chosen, coefficients, backend=self.backend)  # type: ignore[arg-type]
-
-    def moving_average(
-        self, name: str, gradients: Gradients, kept: float, starts_at_gradient: bool = False
-    ) -> list[Tensor | None]:
-        """m <- kept m + (1 - kept) g in the method's own state, and m where there is a g; without one m stays.
-
-        Args:
-            starts_at_gradient: m is the first gradient; otherwise it starts at zero.
-        """
-        average = self.method_state(name)
-        changed = gradients
-        if starts_at_gradient:
-            new = [i for i, g in enumerate(gradients) if g is not None and average[i] is None]
-            for i in new:
-                average[i] = gradients[i].detach().clone()  # type: ignore[union-attr]
-            changed = [None if i in new else g for i, g in enumerate(gradients)] if new else gradients
-        old: Gradients = [None if g is None else m for g, m in zip(changed, average, strict=True)]
-        self.combine_into(average, [old, changed], [kept, 1.0 - kept])
-        return [None if g is None else m for g, m in zip(gradients, average, strict=True)]
-
-    def method_state(self, name: str) -> list[Tensor | None]:
-        """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
-
-        It lives apart from the base's state, where a foreign key would make some bases believe theirs is complete.
-        """
-        state: dict[str, list[Tensor | None]] = self._container["method state"]
-        entries = state.setdefault(name, [])
-        entries += [None] * (len(self._params()) - len(entries))
-        return entries
-
-    def has_method_state(self, name: str) -> bool:
-        """Whether some parameter has an entry of this name."""
-        return any(entry is not None for entry in self._container["method state"].get(name, []))
 
     def _is_plain_step(self) -> bool:
         """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""
@@ -770,8 +609,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self.validate_group(group)
 
     def _reset_caches(self) -> None:
-        # In a container, because some wrappers of optimizers swallow the writing of attributes.
-        self._container: dict[str, Any] = {
+        self._container = {
             "run": None,
             "in step()": False,
             "side by side": False,

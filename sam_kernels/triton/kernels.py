@@ -5,8 +5,8 @@ other native backends. Arithmetic is float64 for float64 weights and float32 for
 products are float64. Divisions and square roots are correctly rounded, and launches forbid the contraction of products
 and sums, so that equal coefficients give the same bits as in the other native backends.
 
-Loops whose bounds are known only when they run are ``while`` loops: the interpreter of Triton 3.6 cannot run others with
-the numpy of today, and the compiler makes the same of both.
+Loops whose bounds are known only when they run are ``while`` loops: the interpreter of Triton 3.6 cannot run others
+with the numpy of today, and the compiler makes the same of both.
 
 Names of compile-time parameters: ``W`` is the type of weights and copies, ``X`` the types of the gradient lists, ``M``
 those of the base optimizer's state, ``BLOCK`` the number of elements of a chunk.

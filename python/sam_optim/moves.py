@@ -1,0 +1,196 @@
+"""What a method does to weights and to state of its own, in terms of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import sam_kernels
+from sam_kernels import LaunchReport
+from sam_kernels.rules import Fixed, RuleLike
+from sam_kernels.scales import Scale
+
+from .base_update import BaseUpdate, Outcome, added, combined_gradient
+from .errors import StepOrderError
+from .passes import Gradients
+from .planning import PlanCache
+
+_FIXED = Fixed()
+
+
+class StepReport(NamedTuple):
+    """What the last step did. Nothing in it is computed, and no GPU is waited for, unless read.
+
+    Attributes:
+        ascent: scalars of the perturbation: norms, coefficients, and ``finite``, False if the gradient was not finite
+            and the weights were therefore left unperturbed.
+        descent: scalars of the update; None before it.
+    """
+
+    ascent: LaunchReport | None = None
+    descent: LaunchReport | None = None
+    outcome: Outcome | None = None
+
+    @property
+    def updated(self) -> bool:
+        """Whether the base optimizer's update was made.
+
+        False after an overflow that GradScaler found, or where the gradients of the descent were needed in a Gram
+        matrix and were not finite.
+        """
+        return self.outcome is not None and self.outcome.updated
+
+    def unread(self) -> StepReport:
+        """The same, with nothing known yet of what lies on a GPU."""
+        ascent = None if self.ascent is None else self.ascent.unread()
+        descent = None if self.descent is None else self.descent.unread()
+        outcome = None if self.outcome is None else self.outcome._replace(report=self.outcome.report.unread())
+        return StepReport(ascent, descent, outcome)
+
+
+class Moves:
+    """The moves of a method but the last, which is a step of the optimizer.
+
+    Attributes:
+        backend: name of the kernels' backend; None for the best there is.
+    """
+
+    backend: str | None
+    _container: dict[str, Any]  # because some wrappers of optimizers swallow the writing of attributes
+
+    def _params(self) -> list[Tensor]:
+        """All parameters, group by group, as the kernels' plan of this moment holds them."""
+        raise NotImplementedError
+
+    def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> None:
+        """Perturbs the weights along a combination of gradient lists, keeping their copies."""
+        plans: PlanCache = self._container["plans"]
+        xs = [plans.perturbed_only(x) for x in lists]
+        ascent = sam_kernels.ascent_(
+            plans.plan, xs, rule=rule, scale=scale, snapshot=plans.snapshot, backend=self.backend
+        )
+        self._container["report"] = StepReport(ascent)
+
+    def combined(self, lists: Sequence[Gradients], rule: RuleLike = _FIXED, scale: Scale = 1.0) -> Gradients | None:
+        """The gradient that a descent with these lists would take, in new tensors, None where no list has an entry.
+
+        None altogether if the rule needs a Gram matrix and that is not finite: the descent would update nothing.
+        """
+        return combined_gradient(self._container["plans"].plan, lists, rule, scale, self.backend)
+
+    def added(self, total: Gradients | None, gradients: Gradients, share: float) -> Gradients:
+        """total + share * gradients, in place where there is a total."""
+        return added(total, gradients, share, self.backend)
+
+    def return_to_copies(self) -> None:
+        """Puts the weights themselves back, bit for bit, where copies of them are held."""
+        plans: PlanCache = self._container["plans"]
+        if plans.holds_copies:
+            sam_kernels.restore_(plans.plan, plans.snapshot, backend=self.backend)
+
+    def look_ahead(self, gradients: Gradients) -> None:
+        """To where the base optimizer's next update with these gradients would lead, its state untouched.
+
+        Starts from the copies that :meth:`ascend` has taken; weights without one stay.
+        """
+        plans: PlanCache = self._container["plans"]
+        update: BaseUpdate = self._container["update"]
+        update.look_ahead(plans.plan, plans.snapshot, gradients, self.backend)
+
+    @property
+    def runs_side_by_side(self) -> bool:
+        """Whether passes yielded together may name weights of their own."""
+        return bool(self._container["side by side"])
+
+    def ascended(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> list[Tensor]:
+        """Where :meth:`ascend` would lead, in memory of its own, kept from step to step; the weights stay."""
+        plans: PlanCache = self._container["plans"]
+        plan, weights = plans.point("ascended")
+        xs = [plans.perturbed_only(x) for x in lists]
+        ascent = sam_kernels.ascent_(plan, xs, rule=rule, scale=scale, snapshot=weights, backend=self.backend)
+        self._container["report"] = StepReport(ascent)
+        return plan.params
+
+    def looked_ahead(self, gradients: Gradients) -> list[Tensor]:
+        """Where :meth:`look_ahead` would lead, in memory of its own, kept from step to step; the weights stay.
+
+        For fused base optimizers; others can update the model's weights alone.
+        """
+        plans: PlanCache = self._container["plans"]
+        update: BaseUpdate = self._container["update"]
+        plan, weights = plans.point("ahead")
+        update.look_ahead_from(plans.plan, weights, gradients, self.backend, plan)
+        return plan.params
+
+    def keep_state_in_place(self) -> None:
+        """From now on the method's own state stays where it is in memory, as a captured step needs it."""
+        self._container["in place"] = True
+
+    @property
+    def keeps_state_in_place(self) -> bool:
+        """Whether new values of the method's own state have to be written over the old ones."""
+        return bool(self._container["in place"])
+
+    def refuse_grad_scaler(self, reason: str) -> None:
+        """For methods to call before they descend.
+
+        Raises:
+            StepOrderError: if GradScaler drives the step.
+        """
+        if hasattr(self, "grad_scale"):
+            raise StepOrderError(
+                f"{type(self).__name__} cannot be used with GradScaler: {reason}. Use bfloat16, which needs no scaling."
+            )
+
+    def add_to_weights(self, *lists: Gradients, scale: Scale) -> None:
+        """w <- w + sum of scaled lists, plainly: no geometry, no copies, nothing of the base optimizer's."""
+        plans: PlanCache = self._container["plans"]
+        sam_kernels.perturb_(plans.without_geometry, lists, [1.0] * len(lists), scale=scale, backend=self.backend)
+
+    def combine_into(self, state: list[Tensor | None], lists: Sequence[Gradients], coefficients: Any) -> None:
+        """state <- the lists combined, where some list has an entry; entries of the state come into being as needed."""
+        index = [i for i, entries in enumerate(zip(*lists, strict=True)) if any(e is not None for e in entries)]
+        params = self._params()
+        for i in index:
+            if state[i] is None:
+                state[i] = torch.zeros_like(params[i], requires_grad=False)
+        if index:
+            out = [state[i] for i in index]
+            chosen = [[x[i] for i in index] for x in lists]
+            sam_kernels.combine_(out, chosen, coefficients, backend=self.backend)  # type: ignore[arg-type]
+
+    def moving_average(
+        self, name: str, gradients: Gradients, kept: float, starts_at_gradient: bool = False
+    ) -> list[Tensor | None]:
+        """m <- kept m + (1 - kept) g in the method's own state, and m where there is a g; without one m stays.
+
+        Args:
+            starts_at_gradient: m is the first gradient; otherwise it starts at zero.
+        """
+        average = self.method_state(name)
+        changed = gradients
+        if starts_at_gradient:
+            new = [i for i, g in enumerate(gradients) if g is not None and average[i] is None]
+            for i in new:
+                average[i] = gradients[i].detach().clone()  # type: ignore[union-attr]
+            changed = [None if i in new else g for i, g in enumerate(gradients)] if new else gradients
+        old: Gradients = [None if g is None else m for g, m in zip(changed, average, strict=True)]
+        self.combine_into(average, [old, changed], [kept, 1.0 - kept])
+        return [None if g is None else m for g, m in zip(gradients, average, strict=True)]
+
+    def method_state(self, name: str) -> list[Tensor | None]:
+        """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
+
+        It lives apart from the base's state, where a foreign key would make some bases believe theirs is complete.
+        """
+        state: dict[str, list[Tensor | None]] = self._container["method state"]
+        entries = state.setdefault(name, [])
+        entries += [None] * (len(self._params()) - len(entries))
+        return entries
+
+    def has_method_state(self, name: str) -> bool:
+        """Whether some parameter has an entry of this name."""
+        return any(entry is not None for entry in self._container["method state"].get(name, []))
