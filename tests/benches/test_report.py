@@ -134,3 +134,23 @@ def test_compare(tmp_path, monkeypatch, capsys, ours, peer, verdict):
         compare.main()
     line = next(line for line in capsys.readouterr().out.splitlines() if "resnet50" in line)
     assert line.startswith(verdict)
+
+
+def test_peak_memory():
+    """What an optimizer holds and what its steps take for a while, not what was there before."""
+    import torch
+
+    from benches.memory import peak_bytes
+
+    before = [torch.ones(10**6)]
+
+    def make_step():
+        held = torch.ones(2 * 10**6)
+
+        def step():
+            before.clear()
+            return (held * 2.0)[:1].item()
+
+        return step
+
+    assert peak_bytes(make_step) == pytest.approx(16e6, rel=0.01)
