@@ -7,6 +7,7 @@ holds the floor and the copy bandwidth of the same run.
 from __future__ import annotations
 
 import statistics
+import time
 from typing import Any
 
 import pytest
@@ -41,17 +42,18 @@ def verify(shapes: list[Shape], method: str, base: str) -> None:
 def measure(processes: Processes, model: str, method: str, base: str) -> dict[str, Any]:
     shapes = MODELS[model]
     verify(shapes[:20], method, base)
+    parameters = make_parameters(shapes)
+    memory = {
+        name: peak_bytes(lambda name=name: step_of(make_optimizer(name, parameters, method, base)))
+        for name in CONTENDERS
+    }
+    time.sleep(1.0)  # until this process's threads sleep, which wait for work by looking for it
     count = sum(torch.Size(shape).numel() for shape in shapes)
     calls: dict[str, Any] = {name: (step_call, (name, shapes, method, base)) for name in CONTENDERS}
     times = processes.interleaved({**calls, "copy": (copy_call, (count,))}, ROUNDS[model], BLOCK[model])
     copy = statistics.median(times.pop("copy"))
-    result = {"times": times, "bytes": FLOOR_BYTES[method, base] * count, "copy bandwidth": 8 * count / copy / 1e9}
-    parameters = make_parameters(shapes)
-    result["memory"] = {
-        name: peak_bytes(lambda name=name: step_of(make_optimizer(name, parameters, method, base)))
-        for name in CONTENDERS
-    }
-    return result
+    floor = FLOOR_BYTES[method, base] * count
+    return {"times": times, "bytes": floor, "copy bandwidth": 8 * count / copy / 1e9, "memory": memory}
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
