@@ -228,6 +228,8 @@ def test_exceptions_in_a_pass_restore_the_weights(base, failing, error):
     assert_same(weights_of(model), weights_of(other))
 
 
+# An interrupt that strikes in a callback of the garbage collector (hypothesis has one) is reported and dropped.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_interrupts_at_any_moment(backend):
