@@ -139,7 +139,7 @@ class CapturedSteps:
     ) -> None:
         self._optimizer, self._device, self._make_step, self._recorder = optimizer, device, make_step, recorder
         self._recorded: OrderedDict[Any, _Recorded] = OrderedDict()
-        self._warm = 0
+        self._warm, self._loads = 0, optimizer.loads
         self._has_warned = False
         self._last_seed: int | None = None
         self.is_recording = False
@@ -151,7 +151,11 @@ class CapturedSteps:
         return len(self._recorded)
 
     def step(self, batches: dict[str, Any]) -> Any:
-        """A step, by a graph if one like it has been made ``WARMUP_STEPS`` times."""
+        """A step, by a graph after the first ``WARMUP_STEPS``; one is made without it after state has been loaded."""
+        if self._optimizer.loads != self._loads:
+            self._loads = self._optimizer.loads
+            self._recorded.clear()
+            self._warm = min(self._warm, WARMUP_STEPS - 1)
         if self._warm < WARMUP_STEPS:
             self._warm += 1
             with self._recorder.warming_up():

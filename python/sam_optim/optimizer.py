@@ -216,6 +216,11 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             return None
         return f"{type(self).__name__} has no passes that can run side by side: each needs the gradient before it"
 
+    @property
+    def loads(self) -> int:
+        """How often state was loaded: what was recorded before works on tensors that are no longer the state."""
+        return int(self._container["loads"])
+
     def report_again(self, report: StepReport) -> None:
         """Makes a report that of the last step, for a step that a CUDA graph has made again."""
         self._container["report"] = report.unread()
@@ -582,6 +587,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             for name, entries in state_dict.get("method_state", {}).items()
         }
         self._container["previous closure"] = None
+        self._container["loads"] += 1
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -614,6 +620,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             "in step()": False,
             "side by side": False,
             "in place": False,
+            "loads": 0,
             "report": StepReport(),
             "method state": {},
             "previous closure": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -112,6 +113,22 @@ def test_numbers_that_change_are_recorded_anew_and_tensors_are_not(recorder):
             step(batch)
     assert recorder.recorded == 1 + _MAX_GRAPHS
     assert step._captured.count == _MAX_GRAPHS
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_loaded_state_is_recorded_anew(recorder, method):
+    """The state then lies elsewhere; a graph of before would go on with what was thrown away."""
+    model = make_net()
+    optimizer = method.make(model, SGD)
+    step = TrainStep(model, optimizer, loss_of, capture=True)
+    data = list(zip(batches(7), batches(7, size=5), strict=True))
+    for pair in data[:5]:
+        step(*pair)
+    assert recorder.recorded == 1
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for pair in data[5:]:
+        step(*pair)
+    assert (recorder.warm, recorder.recorded, step._captured.count) == (WARMUP_STEPS + 1, 2, 1)
 
 
 def test_a_step_that_raises(recorder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,28 @@ def test_eager_steps_between_replays():
             step(batch)
             if number in (5, 7):
                 by_hand(odd[number // 7])
+        results.append(weights_of(model))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_loading_state_between_replays(method):
+    """What is loaded counts, not what the graph has worked on."""
+    results = []
+    for capture in (False, True):
+        model = make_net().cuda()
+        optimizer = method.make(model, SGD)
+        step = TrainStep(model, optimizer, loss_of, capture=capture)
+        pairs = zip(batches(9), batches(9, size=5), strict=True)
+        data = [tuple(tuple(t.cuda() for t in b) for b in pair) for pair in pairs]
+        for pair in data[:3]:
+            step(*pair)
+        saved = copy.deepcopy(optimizer.state_dict())
+        for pair in data[3:6]:
+            step(*pair)
+        optimizer.load_state_dict(saved)
+        for pair in data[6:]:
+            step(*pair)
         results.append(weights_of(model))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
