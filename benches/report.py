@@ -178,10 +178,10 @@ def scaling_table(results: Results, what: str) -> str:
 
 def gpu_section(path: Path) -> str:
     if not path.exists():
-        return """Nothing has been measured on a GPU yet. `make bench-gpu` measures ResNet-50, ViT-B/16, GPT-2, a model
-of 1.24 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD and AdamW, by the CUDA and the Triton
-kernels, against four peers; and whole training steps, one pass after the other, side by side on streams, and captured.
-It stores `benches/results/gpu.json`; this section is then written from it."""
+        return """Nothing has been measured on a GPU yet. `make bench-gpu` measures ResNet-50, ViT-B/16, GPT-2, models
+of 1.24 B and 8 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD and AdamW, by the CUDA and the
+Triton kernels, against four peers; and whole training steps, one pass after the other, side by side on streams, and
+captured. It stores `benches/results/gpu.json`; this section is then written from it."""
     content = json.loads(path.read_text())
     machine = content["machine"]
     rows = []
