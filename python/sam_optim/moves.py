@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,9 +62,9 @@ class Moves:
     backend: str | None
     _container: dict[str, Any]  # because some wrappers of optimizers swallow the writing of attributes
 
+    @abstractmethod
     def _params(self) -> list[Tensor]:
         """All parameters, group by group, as the kernels' plan of this moment holds them."""
-        raise NotImplementedError
 
     def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> None:
         """Perturbs the weights along a combination of gradient lists, keeping their copies."""

@@ -184,11 +184,7 @@ class TrainStep:
             raise InvalidSettingError(obstacle)
         if self.perturbation == "micro_batch" and self.micro_batches > 1:
             raise InvalidSettingError("micro-batches with a perturbation of their own run one after the other")
-        devices = self._devices()
-        if len(devices) != 1 or next(iter(devices)).type != "cuda":
-            names = ", ".join(sorted(map(str, devices)))
-            raise InvalidSettingError(f"passes='streams' needs all parameters on one CUDA device; they are on {names}")
-        return StreamLanes(next(iter(devices)))
+        return StreamLanes(self._one_cuda_device("passes='streams'"))
 
     def _make_captured(self) -> CapturedSteps:
         if hasattr(self.model, "no_sync"):
@@ -213,11 +209,15 @@ class TrainStep:
         return CapturedSteps(self.optimizer, device, make_step, recorder)
 
     def _make_recorder(self) -> Recorder:
+        return Recorder(self._one_cuda_device("capture=True"))
+
+    def _one_cuda_device(self, wanted_for: str) -> torch.device:
         devices = self._devices()
-        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        device = next(iter(devices), torch.device("cpu"))
+        if len(devices) != 1 or device.type != "cuda":
             names = ", ".join(sorted(map(str, devices)))
-            raise InvalidSettingError(f"capture=True needs all parameters on one CUDA device; they are on {names}")
-        return Recorder(next(iter(devices)))
+            raise InvalidSettingError(f"{wanted_for} needs all parameters on one CUDA device; they are on {names}")
+        return device
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}

@@ -385,6 +385,32 @@ def grid_barrier(scratch):
     tl.debug_barrier()
 
 
+@triton.jit
+def gram_by_all(
+    table,
+    places,
+    scratch,
+    report,
+    rows_at,
+    chunks,
+    RULE: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Gram matrix and rule in a cooperative launch: every program sums the partials for itself."""
+    partials = partials_in(scratch)
+    slots = min(chunks, at.VIRTUAL_BLOCKS)
+    v = tl.program_id(0)
+    while v < slots:
+        gram_of_virtual_block(v, table, places, partials, rows_at, chunks, W, X, WEIGHTED, BLOCK, LANES)
+        v += tl.num_programs(0)
+    grid_barrier(scratch)
+    return finish_gram(table, partials, slots, report, tl.program_id(0) == 0, RULE, len(X))
+
+
 @triton.jit(do_not_specialize=["report", "rows_at", "chunks", "slots", "first_slot"])
 def gram_kernel(
     table,
@@ -457,7 +483,7 @@ def perturb_chunk(
     BLOCK: tl.constexpr,
 ):
     """w <- w + T(w)^2 d. Where a copy of w is held already, w is that copy, whatever the weights hold now."""
-    ACC: tl.constexpr = tl.float64 if tl.float64 == W else tl.float32
+    ACC: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
     row = row_of(table, rows_at, place)
     flags = tl.load(row + at.FLAGS)
     if (flags & (at.HELD | at.HAS_GRADIENT)) != 0:
@@ -512,15 +538,8 @@ def ascent_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Gram matrix, rule and perturbation in one cooperative launch; every program sums the partials for itself."""
-    partials = partials_in(scratch)
-    slots = min(chunks, at.VIRTUAL_BLOCKS)
-    v = tl.program_id(0)
-    while v < slots:
-        gram_of_virtual_block(v, table, places, partials, rows_at, chunks, W, X, True, BLOCK, LANES)
-        v += tl.num_programs(0)
-    grid_barrier(scratch)
-    _, coefficients = finish_gram(table, partials, slots, report, tl.program_id(0) == 0, RULE, len(X))
+    """Gram matrix, rule and perturbation in one cooperative launch."""
+    _, coefficients = gram_by_all(table, places, scratch, report, rows_at, chunks, RULE, W, X, True, BLOCK, LANES)
     step = tl.program_id(0)
     while step < chunks:
         perturb_chunk(table, rows_at, tl.load(places + chunks - 1 - step), coefficients, TAKE, W, X, BLOCK)
@@ -839,14 +858,9 @@ def rule_descent_kernel(
     LANES: tl.constexpr,
 ):
     """Gram matrix, rule and descent in one cooperative launch."""
-    partials = partials_in(scratch)
-    slots = min(chunks, at.VIRTUAL_BLOCKS)
-    v = tl.program_id(0)
-    while v < slots:
-        gram_of_virtual_block(v, table, places, partials, rows_at, chunks, W, X, WEIGHTED, BLOCK, LANES)
-        v += tl.num_programs(0)
-    grid_barrier(scratch)
-    finite, coefficients = finish_gram(table, partials, slots, report, tl.program_id(0) == 0, RULE, len(X))
+    finite, coefficients = gram_by_all(
+        table, places, scratch, report, rows_at, chunks, RULE, W, X, WEIGHTED, BLOCK, LANES
+    )
     skips = must_skip(table, report, at.ONES) | (not finite)
     step = tl.program_id(0)
     while step < chunks:

@@ -111,9 +111,8 @@ def test_launches_of_a_sam_step(backend, base, one_launch):
     assert len(names) == (2 if one_launch else 3), names
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_a_triton_table_is_copied_only_if_it_changed(backend):
-    if backend.name != "triton":
-        pytest.skip("of Triton's tables")
     model, optimizer = model_and_optimizer()
 
     def step():

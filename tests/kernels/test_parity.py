@@ -482,6 +482,19 @@ def test_step_counts(gpu_target, launches, monkeypatch, on_host, overflow):
         torch.testing.assert_close(a.cpu(), b)
 
 
+def test_step_counts_of_tensors_of_two_types(gpu_target, launches):
+    """However many launches they take, each step is counted once."""
+
+    def run(problem, backend):
+        for column in (problem.params, *problem.xs, *problem.states):
+            column[1] = column[1].double()
+        for rule in (sk.Fixed(), sk.Deflected(alpha=0.1)):
+            descent(problem, problem.adam(), backend, rule=rule)
+        assert [float(step) for step in problem.steps] == [2.0, 3.0, 4.0]
+
+    agree(gpu_target, Problem.random([600, 300, 9], lists=2), run)
+
+
 def test_coefficients_of_a_rule_of_the_users_own(target):
     """Three launches; the scalars stay where they are."""
 
