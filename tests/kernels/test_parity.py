@@ -284,6 +284,33 @@ def test_mixed_types_and_alignments(target):
         torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=1e-3)
 
 
+def test_norm_over_tensors_of_several_types(target):
+    """Of one chunk and of several each: all of them count, and the perturbation is scaled by all of them."""
+
+    def run(problem, backend):
+        types = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+        for column in (problem.params, *problem.xs):
+            column[:] = [tensor.to(types[index % 4]) for index, tensor in enumerate(column)]
+        report = sk.ascent_(problem.plan(), problem.xs, scale=3.0, backend=backend)
+        problem.steps[:1] = [report.gram.clone()]
+
+    agree(target, Problem.random([700, 9, 5, 600, 300], lists=2), run)
+
+
+def test_gram_of_an_own_rule_ignores_the_perturbation(target):
+    """The geometry is that of the copies where they are held, also if the Gram matrix is a launch by itself."""
+
+    def run(problem, backend):
+        plan = problem.plan()
+        snapshot = poisoned_snapshot(plan)
+        sk.perturb_(plan, problem.xs, [5.0], snapshot=snapshot, backend=backend)
+        rule = lambda gram: gram.diagonal().rsqrt()  # noqa: E731
+        report = sk.ascent_(plan, problem.xs, rule=rule, scale=0.1, snapshot=snapshot, backend=backend)
+        problem.steps[:1] = [report.gram.clone()]
+
+    agree(target, Problem.random([600, 9, 300], adaptive=True), run)
+
+
 @by_dtypes
 @pytest.mark.parametrize("moved", ["params", "xs", "states"])
 def test_views_between_the_vectors(target, dtypes, moved):

@@ -130,6 +130,14 @@ def test_the_table_is_copied_only_if_it_changed(interpreter):
     assert len({report.gram.data_ptr() for report in reports}) == len(reports)
 
 
+def test_more_chunks_than_virtual_blocks(interpreter, monkeypatch):
+    """Some sum several chunks, and there are more partial sums than are summed at a time."""
+    monkeypatch.setattr(triton_backend, "tuning", Tuning(block=128, threads=64))
+    problem = Problem.random([128 * (layout.VIRTUAL_BLOCKS + 40) + 5], lists=1)
+    matrices = [sk.gram(problem.xs, problem.plan(), backend=backend) for backend in ("triton", "reference")]
+    torch.testing.assert_close(*matrices, rtol=1e-12, atol=0.0)
+
+
 # ---------------------------------------------------------------- rules
 
 
