@@ -18,23 +18,38 @@ SETTLE_SECONDS = 0.01
 SETTLE_SECONDS_BETWEEN_COMPARISONS = 2.0
 WARM_UP_ROUNDS = 2
 
+# A turn lasts equally long for all, at least one call. Its first moments are not counted: the caches are as the contender
+# before has left them, and a processor that has slept takes some ten milliseconds to run at full speed. Counted in calls
+# instead, that start would fall on the fast contenders alone.
+UNCOUNTED_SECONDS = 0.02
+COUNTED_SECONDS = 0.04
+
+
+_TURN = "turn"
+
+
+def _timed(call: Callable[[], object], seconds: float) -> list[float]:
+    """The duration of each call, one at least, until so many seconds have passed."""
+    times = []
+    begun = start = time.perf_counter()
+    while not times or start - begun < seconds:
+        call()
+        now = time.perf_counter()
+        times.append(now - start)
+        start = now
+    return times
+
 
 def _serve(connection: Connection) -> None:
     """Runs in the contender's process: makes calls from factories it is sent, and times them."""
     call: Callable[[], object] | None = None
     while (message := connection.recv()) is not None:
-        if isinstance(message, int):
+        if message == _TURN:
             assert call is not None
             gc.disable()
-            times = []
-            # The first call is not counted: it finds the caches as the contender before has left them.
-            for number in range(message + 1):
-                start = time.perf_counter()
-                call()
-                if number > 0:
-                    times.append(time.perf_counter() - start)
+            _timed(call, UNCOUNTED_SECONDS)
+            connection.send(_timed(call, COUNTED_SECONDS))
             gc.enable()
-            connection.send(times)
         else:
             factory, arguments = message
             call = None
@@ -56,14 +71,12 @@ class Processes:
         self,
         contenders: dict[str, tuple[Callable[..., Callable[[], object]], tuple[Any, ...]]],
         rounds: int,
-        block: int,
     ) -> dict[str, list[float]]:
         """Seconds of each call.
 
         Args:
             contenders: by name, a factory that makes the call to be timed, and its arguments; both must be picklable.
             rounds: how often each contender has its turn.
-            block: calls in a turn.
         """
         for name, made_by in contenders.items():
             self._ask(name, made_by)
@@ -73,7 +86,7 @@ class Processes:
         for number in range(WARM_UP_ROUNDS + rounds):
             for name in contenders:
                 time.sleep(SETTLE_SECONDS)
-                measured = self._ask(name, block)
+                measured = self._ask(name, _TURN)
                 if number >= WARM_UP_ROUNDS:
                     times[name] += measured
         return times

@@ -20,8 +20,7 @@ from .memory import peak_bytes
 from .recording import CLOCK, record
 from .shapes import MODELS, Shape
 
-ROUNDS = {"resnet50": 25, "161 x 10": 25}
-BLOCK = {"resnet50": 2, "161 x 10": 20}
+ROUNDS = 25
 
 
 def verify(shapes: list[Shape], method: str, base: str) -> None:
@@ -50,7 +49,7 @@ def measure(processes: Processes, model: str, method: str, base: str) -> dict[st
     time.sleep(1.0)  # until this process's threads sleep, which wait for work by looking for it
     count = sum(torch.Size(shape).numel() for shape in shapes)
     calls: dict[str, Any] = {name: (step_call, (name, shapes, method, base)) for name in CONTENDERS}
-    times = processes.interleaved({**calls, "copy": (copy_call, (count,))}, ROUNDS[model], BLOCK[model])
+    times = processes.interleaved({**calls, "copy": (copy_call, (count,))}, ROUNDS)
     copy = statistics.median(times.pop("copy"))
     floor = FLOOR_BYTES[method, base] * count
     return {"times": times, "bytes": floor, "copy bandwidth": 8 * count / copy / 1e9, "memory": memory}

@@ -19,10 +19,9 @@ _TIMES: dict[tuple[int, int], dict[str, list[float]]] = {}
 
 def measure(processes: Any, tensors: int, elements: int) -> dict[str, list[float]]:
     shapes = equal(tensors, elements)
-    rounds = 12 if elements <= 10_000_000 else 4
-    block = 10 if elements <= 100_000 and tensors <= 1000 else 1
+    rounds = 8 if elements <= 10_000_000 else 4
     calls: dict[str, Any] = {name: (step_call, (name, shapes, METHOD, BASE)) for name in CONTENDERS}
-    return processes.interleaved(calls, rounds, block)
+    return processes.interleaved(calls, rounds)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

@@ -99,7 +99,7 @@ def training_call(contender: str, network: str) -> Callable[[], object]:
 def test_training(benchmark, processes, network, contender):
     if network not in _TIMES:
         calls: dict[str, Any] = {f"{name} ": (training_call, (name, network)) for name in CONTENDERS}
-        timed = processes.interleaved(calls, ROUNDS, 1)
+        timed = processes.interleaved(calls, ROUNDS)
         _TIMES[network] = {name.strip(): times for name, times in timed.items()}
         _SHARES[network] = optimizer_shares(network)
     base, batch_size = NETWORKS[network]

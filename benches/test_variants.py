@@ -45,5 +45,5 @@ def test_variant(benchmark, processes, method, contender):
         verify(method)
         time.sleep(1.0)  # until this process's threads sleep, which wait for work by looking for it
         calls: dict[str, Any] = {name: (variant_call, (name, MODELS[MODEL], method, BASE)) for name in CONTENDERS}
-        _TIMES[method] = processes.interleaved(calls, ROUNDS, 1)
+        _TIMES[method] = processes.interleaved(calls, ROUNDS)
     record(benchmark, _TIMES[method], contender, f"{MODEL}, {method}, {BASE}", variant=method)

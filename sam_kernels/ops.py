@@ -278,7 +278,7 @@ def _parts(
 
 def _is_fused(plan: Plan, rule: RuleLike, backend: str | None) -> bool:
     """Whether one launch can take the Gram matrix, apply the rule and use its coefficients."""
-    return not plan.parts and backend_for(plan.device, backend).knows(rule)
+    return not plan.parts and (is_known(rule) or backend_for(plan.device, backend).knows(rule))
 
 
 def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) -> Any:

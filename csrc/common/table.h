@@ -8,8 +8,9 @@
 
 namespace samk {
 
-// Distinct pairs (i, j), i <= j, of up to kMaxLists lists.
-constexpr int kMaxPairs = kMaxLists * (kMaxLists + 1) / 2;
+// Distinct pairs (i, j), i <= j, of so many lists.
+constexpr int pair_count(int lists) { return lists * (lists + 1) / 2; }
+constexpr int kMaxPairs = pair_count(kMaxLists);
 
 enum Column : int {
     kWeight = 0,

@@ -46,7 +46,10 @@ inline void gram_chunk(const Launch& launch, const Chunk& chunk, double* partial
     // The geometry is that of the weights themselves, not of perturbed ones.
     const bool held = launch.taken && launch.taken[chunk.row];
     const Cell& weight_cell = row.cells[held ? kSnapshot : kWeight];
-    double lanes[kMaxPairs][kLanes] = {};
+    const int pairs = pair_count(launch.lists);
+    double lanes[kMaxPairs][kLanes];
+    for (int pair = 0; pair < pairs; ++pair)
+        for (int lane = 0; lane < kLanes; ++lane) lanes[pair][lane] = 0.0;
     T buffers[kMaxLists][kTile];
     T weight_buffer[kTile];
     double scaled[kMaxLists][kTile];
@@ -75,7 +78,7 @@ inline void gram_chunk(const Launch& launch, const Chunk& chunk, double* partial
                     add_products(tiles[i], tiles[j], n, lanes[pair]);
             }
     }
-    for (int pair = 0; pair < kMaxPairs; ++pair) {
+    for (int pair = 0; pair < pairs; ++pair) {
         partial[pair] = 0.0;
         for (int lane = 0; lane < kLanes; ++lane) partial[pair] += lanes[pair][lane];
     }
@@ -103,8 +106,9 @@ inline void gram_chunks(const Launch& launch, int thread) {
 inline void finish_gram(Launch& launch) {
     double sums[kMaxPairs] = {};
     const int64_t chunk_count = int64_t(launch.schedule->chunks.size());
+    const int pairs = pair_count(launch.lists);
     for (int64_t c = 0; c < chunk_count; ++c)
-        for (int pair = 0; pair < kMaxPairs; ++pair) sums[pair] += launch.partials[c * kMaxPairs + pair];
+        for (int pair = 0; pair < pairs; ++pair) sums[pair] += launch.partials[c * kMaxPairs + pair];
     for (int i = 0, pair = 0; i < launch.lists; ++i)
         for (int j = i; j < launch.lists; ++j, ++pair)
             launch.gram[i * kMaxLists + j] = launch.gram[j * kMaxLists + i] = sums[pair];

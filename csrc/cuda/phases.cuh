@@ -36,7 +36,7 @@ SAMK_DEVICE void block_sums(Shared& shared, double (&values)[count]) {
 // ---------------------------------------------------------------- Gram matrix
 
 template <int lists>
-constexpr int kPairs = lists * (lists + 1) / 2;
+constexpr int kPairs = pair_count(lists);
 
 // ahead: loads of one column alone that are under way at a time, to hide the memory's latency.
 template <int lists, int ahead>
