@@ -18,9 +18,9 @@ SETTLE_SECONDS = 0.01
 SETTLE_SECONDS_BETWEEN_COMPARISONS = 2.0
 WARM_UP_ROUNDS = 2
 
-# A turn lasts equally long for all, at least one call. Its first moments are not counted: the caches are as the contender
-# before has left them, and a processor that has slept takes some ten milliseconds to run at full speed. Counted in calls
-# instead, that start would fall on the fast contenders alone.
+# A turn lasts equally long for all, at least one call. Its first moments are not counted: the caches are as the
+# contender before has left them, and a processor that has slept takes some ten milliseconds to run at full speed. If
+# turns were counted in calls, that start would fall on the fast contenders alone.
 UNCOUNTED_SECONDS = 0.02
 COUNTED_SECONDS = 0.04
 

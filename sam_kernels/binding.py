@@ -144,10 +144,21 @@ class Binder:
         # A snapshot's memory moves only when it is allocated anew, so its addresses are read once.
         key = self.name + " snapshot"
         if plan.tables.get(key) is not snapshot.tensors:
-            for index, tensor in enumerate(snapshot.tensors):
-                table.set(self.native.SNAPSHOT, index, tensor.data_ptr(), dtype_code(tensor.dtype))
+            self._bind_own(table, self.native.SNAPSHOT, snapshot.tensors)
             plan.tables[key] = snapshot.tensors
         return snapshot.taken
+
+    def bind_points(self, table: Any, plan: Plan, points: Plan) -> None:
+        """Binds the tensors of a plan of the same layouts, which a launch writes beside the table's own."""
+        key = self.name + " points"
+        if plan.tables.get(key) is not points:
+            self._bind_own(table, self.native.POINT, points.params)
+            plan.tables[key] = points
+
+    def _bind_own(self, table: Any, column: int, tensors: list[Tensor]) -> None:
+        """Binds tensors that this package has allocated, in the layout of the table's."""
+        for index in table.bind(column, tensors):
+            table.set(column, index, tensors[index].data_ptr(), dtype_code(tensors[index].dtype))
 
     def finish(self, table: Any, plan: Plan, staging: Staging) -> None:
         """Tells autograd what the launch has written: it would otherwise compute wrong gradients without an error."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .bases import Base, TensorList
 from .binding import Binder, Staging
@@ -114,12 +116,7 @@ def descent_(
     table = _binder.bind_params(plan, staging)
     _binder.bind_lists(table, plan, xs, staging)
     _binder.bind_state(table, plan, base, staging, written=not preview)
-    if base.steps:
-        for index in table.bind(_cpu.STEP, base.steps):
-            step = base.steps[index]
-            raise ValueError(
-                f"step of {plan.names[index]} must be one float32 or float64 element on the CPU, got {step!r}"
-            )
+    _bind_steps(table, plan, base)
     finite, matrix, found = table.descent(
         len(xs),
         rule.code,
@@ -140,6 +137,40 @@ def descent_(
     )
     _binder.finish(table, plan, staging)
     return _report(len(xs), finite, matrix, found)
+
+
+def two_points_(
+    plan: Plan, ascended: Plan, x: TensorList, base: Base, snapshot: Snapshot, rule: Rule, scale: FlatScale
+) -> LaunchReport:
+    staging = Staging()
+    table = _binder.bind_params(plan, staging)
+    _binder.bind_lists(table, plan, [x], staging)
+    _binder.bind_state(table, plan, base, staging, written=False)
+    _bind_steps(table, plan, base)
+    _binder.bind_points(table, plan, ascended)
+    finite, matrix, found = table.points(
+        rule.code,
+        rule.epsilon,
+        rule.alpha,
+        numbers(scale),
+        _binder.bind_snapshot(table, plan, snapshot),
+        base.code,
+        base.settings,
+        [float(settings.lr) for settings in base.settings],
+        getattr(base, "first", None),
+        torch.get_num_threads(),
+    )
+    _binder.finish(table, plan, staging)
+    increment_version(ascended.params)
+    return _report(1, finite, matrix, found)
+
+
+def _bind_steps(table: Any, plan: Plan, base: Base) -> None:
+    if not base.steps:
+        return
+    for index in table.bind(_cpu.STEP, base.steps):
+        step = base.steps[index]
+        raise ValueError(f"step of {plan.names[index]} must be one float32 or float64 element on the CPU, got {step!r}")
 
 
 def _report(count: int, finite: bool, matrix: list[float], coefficients: list[float]) -> LaunchReport:

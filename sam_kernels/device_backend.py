@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .bases import SGD, Base, TensorList
 from .binding import Binder, Staging
@@ -144,8 +145,7 @@ class DeviceBackend(ABC):
         self._bind(table, plan, xs, staging)
         self._binder.bind_state(table, plan, base, staging, written=not preview)
         host_knows = self._bind_steps(table, plan, base)
-        if host_knows or (isinstance(base, SGD) and 1 in base.first):
-            _refuse_capture(plan, "Adam's step counts are on the host" if host_knows else "momentum buffers are new")
+        self._refuse_capture_of(plan, base, host_knows)
         if host_knows and rule.needs_gram:
             # The Gram matrix by itself, so that the host knows whether there will be a step to count.
             report = self._gram_and_rule(table, plan, rule, len(xs), weighted, snapshot)
@@ -182,6 +182,31 @@ class DeviceBackend(ABC):
         self._binder.finish(table, plan, staging)
         return report if numbers is None else self._report(numbers, len(xs))
 
+    def two_points_(
+        self, plan: Plan, ascended: Plan, x: TensorList, base: Base, snapshot: Snapshot, rule: Any, scale: FlatScale
+    ) -> LaunchReport:
+        staging = Staging()
+        table = self._binder.bind_params(plan, staging)
+        self._bind(table, plan, [x], staging)
+        self._binder.bind_state(table, plan, base, staging, written=False)
+        self._refuse_capture_of(plan, base, self._bind_steps(table, plan, base))
+        self._binder.bind_points(table, plan, ascended)
+        numbers = self._new_report(plan)
+        factors = _Factors(plan, scale)
+        table.points(
+            self._rule(rule),
+            factors.scale,
+            self._binder.bind_snapshot(table, plan, snapshot),
+            base.code,
+            base.settings,
+            [_scalar(settings.lr, plan) for settings in base.settings],
+            getattr(base, "first", None),
+            numbers.data_ptr(),
+        )
+        self._binder.finish(table, plan, staging)
+        increment_version(ascended.params)
+        return self._report(numbers, 1)
+
     # ------------------------------------------------------------------ launches
 
     def launches(self, plan: Plan) -> int:
@@ -212,6 +237,12 @@ class DeviceBackend(ABC):
                 f"got {base.steps[index]!r}"
             )
         return bool(on_host)
+
+    @staticmethod
+    def _refuse_capture_of(plan: Plan, base: Base, host_knows_steps: bool) -> None:
+        if host_knows_steps or (isinstance(base, SGD) and 1 in base.first):
+            reason = "Adam's step counts are on the host" if host_knows_steps else "momentum buffers are new"
+            _refuse_capture(plan, reason)
 
     def _gram_and_rule(
         self, table: Any, plan: Plan, rule: Any, count: int, weighted: bool, snapshot: Snapshot | None

@@ -236,19 +236,65 @@ def look_ahead_(
     *,
     snapshot: Snapshot,
     scale: Scale = 1.0,
+    found_inf: Tensor | bool | None = None,
     backend: str | None = None,
 ) -> None:
     """w <- base(snapshot, sum_i scale_i x_i), as :func:`descent_` would, with the base's state left untouched.
 
     The copies stay. Tensors of which no copy is held are left alone; those with a copy but no entry are restored.
+
+    Args:
+        found_inf: nonzero (one element) to restore all that have a copy instead.
     """
     plan = _plan(params)
     _check_lists(xs, len(plan))
     flat = flattened(scale, plan.group_count, len(xs))
+    skip = is_set(found_inf) if plan.parts else found_inf
     for part in _parts(plan, xs, snapshot, base):
         _launch(
-            part.plan, backend, "descent_", part.xs, part.base, part.snapshot, _FIXED, flat, False, None, None, True
+            part.plan, backend, "descent_", part.xs, part.base, part.snapshot, _FIXED, flat, False, None, skip, True
         )
+
+
+def two_points_(
+    ascended: Plan,
+    ahead: Plan,
+    x: TensorList,
+    base: Base,
+    *,
+    snapshot: Snapshot,
+    along: TensorList | None = None,
+    rule: RuleLike = _NORMALIZED,
+    scale: Scale = 1.0,
+    backend: str | None = None,
+) -> LaunchReport:
+    """ascended <- w + T(w)^2 scale c x, as :func:`ascent_`, and ahead <- base(w, x), as :func:`look_ahead_`.
+
+    Both start from the same w, the snapshot's copies, of which none may be missing; the copies and the base's state
+    stay. One launch reads w, x and state once and writes both: SAMPa's two points (arXiv 2410.10683).
+
+    Args:
+        ascended, ahead: where to write, of the same shapes, types, groups and geometry.
+        x: the gradient.
+        along: the gradient for the ascent, if some tensors have no part in that; it then takes launches of its own.
+        rule, scale: of the ascent.
+
+    Returns:
+        The ascent's scalars. If the Gram matrix is not finite, both points are the copies.
+    """
+    _check_lists([x], len(ahead))
+    if ascended.layouts != ahead.layouts:
+        raise ValueError("the two points must have the same shapes, strides, types and devices")
+    if not all(snapshot.taken):
+        raise ValueError("two points need a copy of every weight in the snapshot")
+    if (along is None or along is x) and _is_fused(ahead, rule, backend):
+        flat = flattened(scale, ahead.group_count, 1)
+        report: LaunchReport = _launch(ahead, backend, "two_points_", ascended, x, base, snapshot, rule, flat)
+        return report
+    along = x if along is None else along
+    report = ascent_(ascended, [along], rule=rule, scale=scale, snapshot=snapshot, backend=backend)
+    look_ahead_(ahead, [x], base, snapshot=snapshot, found_inf=report.overflow, backend=backend)
+    return report
 
 
 class _Part:

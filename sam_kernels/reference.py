@@ -167,6 +167,20 @@ def descent_(
     return report
 
 
+@torch.no_grad()
+def two_points_(
+    plan: Plan, ascended: Plan, x: TensorList, base: Base, snapshot: Snapshot, rule: Rule, scale: FlatScale
+) -> LaunchReport:
+    """ascended <- w + T(w)^2 c x and weights <- base(w, x), with w the snapshot's copies, all of which are held.
+
+    A Gram matrix that is not finite makes both of them the copies.
+    """
+    report = ascent_(ascended, [x], rule, scale, snapshot)
+    one = [1.0] * plan.group_count
+    descent_(plan, [x], base, snapshot, Fixed(), one, found_inf=not report.finite, preview=True)
+    return report
+
+
 def _unperturbed(plan: Plan, index: int, snapshot: Snapshot | None) -> Tensor:
     return plan.params[index] if snapshot is None or not snapshot.taken[index] else snapshot.tensors[index]
 

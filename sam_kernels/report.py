@@ -39,6 +39,11 @@ class LaunchReport:
         return LaunchReport(self._flag, self._gram, self._coefficients)
 
     @property
+    def overflow(self) -> bool | Tensor:
+        """The opposite of ``finite`` without waiting for a GPU, as operations take it for ``found_inf``."""
+        return self._flag == 0.0 if isinstance(self._flag, Tensor) else not self._flag
+
+    @property
     def is_known(self) -> bool:
         """Whether ``finite`` can be read without waiting for a GPU."""
         return not isinstance(self._finite, Tensor) or self._finite.device.type == "cpu"

@@ -364,6 +364,24 @@ inline void update_chunk(const Launch& launch, const Chunk& chunk) {
     }
 }
 
+template <class Update>
+struct Chosen {
+    using Type = Update;
+};
+
+// Calls f(Chosen<update>) with the update of a group's base optimizer.
+template <class T, class F>
+inline void with_update(const Launch& launch, int32_t group, F f) {
+    if (launch.base == BaseKind::Adam) {
+        if (launch.adam[group].amsgrad) return f(Chosen<AdamUpdate<T, true>>{});
+        return f(Chosen<AdamUpdate<T, false>>{});
+    }
+    const SgdSettings& sgd = launch.sgd[group];
+    if (sgd.momentum == 0.0) return f(Chosen<SgdUpdate<T, SgdKind::Plain>>{});
+    if (sgd.nesterov) return f(Chosen<SgdUpdate<T, SgdKind::Nesterov>>{});
+    f(Chosen<SgdUpdate<T, SgdKind::Momentum>>{});
+}
+
 template <class T>
 inline void descent_chunk(const Launch& launch, const Chunk& chunk) {
     const Row& row = launch.rows[chunk.row];
@@ -373,20 +391,8 @@ inline void descent_chunk(const Launch& launch, const Chunk& chunk) {
         return;
     }
     if (launch.preview && !held) return;
-    if (launch.base == BaseKind::Adam) {
-        if (launch.adam[row.group].amsgrad)
-            update_chunk<T, AdamUpdate<T, true>>(launch, chunk);
-        else
-            update_chunk<T, AdamUpdate<T, false>>(launch, chunk);
-        return;
-    }
-    const SgdSettings& sgd = launch.sgd[row.group];
-    if (sgd.momentum == 0.0)
-        update_chunk<T, SgdUpdate<T, SgdKind::Plain>>(launch, chunk);
-    else if (sgd.nesterov)
-        update_chunk<T, SgdUpdate<T, SgdKind::Nesterov>>(launch, chunk);
-    else
-        update_chunk<T, SgdUpdate<T, SgdKind::Momentum>>(launch, chunk);
+    with_update<T>(launch, row.group,
+                   [&](auto chosen) { update_chunk<T, typename decltype(chosen)::Type>(launch, chunk); });
 }
 
 inline void descent_chunks(const Launch& launch, int thread) {
@@ -397,6 +403,60 @@ inline void descent_chunks(const Launch& launch, int thread) {
             descent_chunk<double>(launch, chunk);
         else
             descent_chunk<float>(launch, chunk);
+    }
+    finish_streaming();
+}
+
+// ---------------------------------------------------------------- two points from one reading
+
+// point <- w + T(w)^2 c x and weights <- base(w, x), with w the copy: what an ascent and a look-ahead would write.
+template <class T, class Update>
+inline void points_tiles(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    const Update update(launch, chunk.row);
+    const T coefficient = T(launch.coefficients[0] * launch.scale[row.group]);
+    const T eta = T(row.eta);
+    const bool moves = coefficient != T(0);
+    T source_buffer[kTile], gradient_buffer[kTile], out[kTile];
+
+    for (int start = 0; start < chunk.count; start += kTile) {
+        const int n = chunk.count - start < kTile ? chunk.count - start : kTile;
+        const int64_t offset = chunk.offset + start;
+        const T* SAMK_RESTRICT source = load(row.cells[kSnapshot], offset, n, source_buffer);
+        const T* SAMK_RESTRICT gradient = load(row.cells[kList], offset, n, gradient_buffer);
+        if (moves) {
+            for (int e = 0; e < n; ++e) out[e] = perturbed(source[e], coefficient * gradient[e], eta);
+            store(row.cells[kPoint], offset, n, out, launch.streaming);
+        } else {
+            copy_bytes(address(row.cells[kPoint], offset), address(row.cells[kSnapshot], offset),
+                       int64_t(n) * size_of(row.cells[kPoint].dtype), launch.streaming);
+        }
+        update.tile(row, offset, n, source, gradient, out);
+        store(row.cells[kWeight], offset, n, out, launch.streaming);
+    }
+}
+
+template <class T>
+inline void points_chunk(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    if (launch.finite && row.has_gradient(launch.lists)) {
+        with_update<T>(launch, row.group,
+                       [&](auto chosen) { points_tiles<T, typename decltype(chosen)::Type>(launch, chunk); });
+        return;
+    }
+    restore_chunk(launch, chunk);
+    copy_bytes(address(row.cells[kPoint], chunk.offset), address(row.cells[kSnapshot], chunk.offset),
+               int64_t(chunk.count) * size_of(row.cells[kPoint].dtype), launch.streaming);
+}
+
+inline void points_chunks(const Launch& launch, int thread) {
+    const Schedule& schedule = *launch.schedule;
+    for (int64_t c = schedule.bounds[thread]; c < schedule.bounds[thread + 1]; ++c) {
+        const Chunk& chunk = schedule.chunks[c];
+        if (launch.rows[chunk.row].cells[kWeight].dtype == DType::Float64)
+            points_chunk<double>(launch, chunk);
+        else
+            points_chunk<float>(launch, chunk);
     }
     finish_streaming();
 }
@@ -500,4 +560,14 @@ inline void run_descent(Launch& launch) {
             [&](int thread) { descent_chunks(launch, thread); });
     }
     if (launch.taken && !launch.preview) mark_taken(launch, 0);
+}
+
+inline void run_points(Launch& launch) {
+    in_two_phases(
+        launch, [&](int thread) { gram_chunks(launch, thread); },
+        [&] {
+            finish_gram(launch);
+            count_steps(launch);
+        },
+        [&](int thread) { points_chunks(launch, thread); });
 }

@@ -391,6 +391,24 @@ using PlainAdam = AdamUpdate<T, false>;
 template <class T>
 using AmsgradAdam = AdamUpdate<T, true>;
 
+// Runs Body<update>{arguments} with the update of the chunk's group.
+template <bool is_adam, template <template <class> class> class Body, class... Arguments>
+SAMK_DEVICE void on_base(const Work& work, Arguments... arguments) {
+    if constexpr (is_adam) {
+        if (work.group_flags & Group::kAmsgrad)
+            on_path(work, Body<AmsgradAdam>{arguments...});
+        else
+            on_path(work, Body<PlainAdam>{arguments...});
+    } else {
+        if (!(work.group_flags & Group::kHasMomentum))
+            on_path(work, Body<PlainSgd>{arguments...});
+        else if (work.group_flags & Group::kNesterov)
+            on_path(work, Body<NesterovSgd>{arguments...});
+        else
+            on_path(work, Body<MomentumSgd>{arguments...});
+    }
+}
+
 // Whether a descent only restores. `finite` is that of the launch's own Gram matrix, null if it has none.
 SAMK_DEVICE bool skips_update(const Packed& p, const bool* finite) {
     return (finite && !*finite) || p.is(Header::kSkipUpdate) || (p.header.found_inf && *p.header.found_inf != 0.0f) ||
@@ -411,18 +429,56 @@ SAMK_DEVICE void update_phase(const Packed& p, Shared& shared, const double* coe
             return;
         }
         if (preview && !work.held()) return;
-        if constexpr (is_adam) {
-            if (work.group_flags & Group::kAmsgrad)
-                on_path(work, UpdateBody<AmsgradAdam>{preview});
-            else
-                on_path(work, UpdateBody<PlainAdam>{preview});
+        on_base<is_adam, UpdateBody>(work, preview);
+    });
+}
+
+// ---------------------------------------------------------------- two points from one reading
+
+// point <- w + T(w)^2 c x and weights <- base(w, x), with w the copy: what an ascent and a look-ahead would write.
+template <template <class> class Update>
+struct PointsBody {
+    template <class A>
+    SAMK_DEVICE void run(const Work& work, const Share& share) const {
+        using T = typename A::T;
+        using U = Update<T>;
+        const bool moves = work.lists > 0;  // the coefficient is not zero
+#pragma unroll 1
+        for (int i = share.first; i < share.end; i += share.stride) {
+            typename A::Own w = A::own(work.unperturbed(), i);
+            const typename A::Gradient x = A::gradient(work.column(kList), i);
+            if (moves) {
+                const T c = work.coefficient.template as<T>()[0], eta = T(work.eta);
+                typename A::Own point = w;
+#pragma unroll
+                for (int e = 0; e < A::N; ++e) point.set(e, perturbed(T(w.get(e)), c * T(x.get(e)), eta));
+                A::store(work.column(kPoint), i, point);
+            } else {
+                A::copy(work.column(kPoint), work.unperturbed(), i, w);
+            }
+            typename U::template State<A> state;
+            U::template load<A>(work, i, state);
+#pragma unroll
+            for (int e = 0; e < A::N; ++e) w.set(e, U::template updated<A>(work, T(w.get(e)), T(x.get(e)), state, e));
+            A::store(work.column(kWeight), i, w);
+        }
+    }
+};
+
+// The coefficient and the scales are those of the ascent; the update takes the gradient as it is.
+template <bool is_adam>
+SAMK_DEVICE void points_phase(const Packed& p, Shared& shared, const double* coefficients, const bool* finite) {
+    if (threadIdx.x == 0) {
+        shared.skip_update = skips_update(p, finite);
+        shared.inverse_grad_scale = 1.0;
+        shared.step = 0.0;  // of no step that is made
+    }
+    for_chunks(p, shared, BaseScalars<is_adam>{{coefficients}}, [&](const Work& work) {
+        if (!shared.skip_update && work.has_gradient()) {
+            on_base<is_adam, PointsBody>(work);
         } else {
-            if (!(work.group_flags & Group::kHasMomentum))
-                on_path(work, UpdateBody<PlainSgd>{preview});
-            else if (work.group_flags & Group::kNesterov)
-                on_path(work, UpdateBody<NesterovSgd>{preview});
-            else
-                on_path(work, UpdateBody<MomentumSgd>{preview});
+            restore_chunk(work);
+            copy_chunk(work.column(kPoint), work.column(kSnapshot), work.count, is_vector_path(work.path));
         }
     });
 }

@@ -92,16 +92,8 @@ public:
         launch.preview = preview;
         launch.needs_gram = needs_gram && !skip_update;
         launch.weighted_gram = weighted;
-        launch.base = BaseKind(base);
-        std::vector<SgdSettings> sgd = read_sgd(launch.base, settings);
-        std::vector<AdamSettings> adam = read_adam(launch.base, settings);
-        for (size_t g = 0; g < sgd.size() && g < lr.size(); ++g) sgd[g].lr = lr[g];
-        for (size_t g = 0; g < adam.size() && g < lr.size(); ++g) adam[g].lr = lr[g];
-        launch.sgd = sgd.data();
-        launch.adam = adam.data();
-        launch.first = flags(first);
-        launch.steps = steps_.data();
-        if (!skip_update) check_state(lists, sgd, adam, launch.first);
+        const Settings groups = give_base(launch, base, settings, lr, first);
+        if (!skip_update) check_state(lists, groups.sgd, groups.adam, launch.first);
         if (launch.needs_gram) {
             prepare_gram(launch);
         } else {
@@ -112,7 +104,46 @@ public:
         return result(launch);
     }
 
+    // From the snapshot, all of whose copies are held: where the ascent along list 0 leads into the points' column, where
+    // the base's update with it leads into the weights'. `scale` is that of the ascent.
+    py::tuple points(int rule, double epsilon, double alpha, const std::vector<double>& scale, py::object taken, int base,
+                     const py::list& settings, const std::vector<double>& lr, py::object first, int threads) {
+        choose_with_gradient_or_copy(1, flags(taken));
+        check_points(flags(taken));
+        Launch launch = prepare(1, threads, 24);
+        check_groups(scale.size(), "scales");
+        check_groups(lr.size(), "learning rate");
+        launch.rule = {Rule(rule), epsilon, alpha};
+        launch.scale = scale.data();
+        launch.taken = flags(taken);
+        launch.preview = true;
+        const Settings groups = give_base(launch, base, settings, lr, first);
+        check_state(1, groups.sgd, groups.adam, launch.first);
+        prepare_gram(launch);
+        run(launch, kernels().points);
+        return result(launch);
+    }
+
 private:
+    // Of each group; one of both is filled. A launch has pointers to them.
+    struct Settings {
+        std::vector<SgdSettings> sgd;
+        std::vector<AdamSettings> adam;
+    };
+
+    Settings give_base(Launch& launch, int base, const py::list& settings, const std::vector<double>& lr,
+                       const py::object& first) {
+        launch.base = BaseKind(base);
+        Settings groups{read_sgd(launch.base, settings), read_adam(launch.base, settings)};
+        for (size_t g = 0; g < groups.sgd.size() && g < lr.size(); ++g) groups.sgd[g].lr = lr[g];
+        for (size_t g = 0; g < groups.adam.size() && g < lr.size(); ++g) groups.adam[g].lr = lr[g];
+        launch.sgd = groups.sgd.data();
+        launch.adam = groups.adam.data();
+        launch.first = flags(first);
+        launch.steps = steps_.data();
+        return groups;
+    }
+
     Launch prepare(int lists, int threads, int bytes_per_element) {
         if (threads < 1) throw py::value_error("threads must be at least 1");
         schedule_.update(rows_, wanted_, threads);
@@ -225,7 +256,8 @@ PYBIND11_MODULE(_cpu, module) {
         .def("restore", &Table::restore)
         .def("combine", &Table::combine)
         .def("ascent", &Table::ascent)
-        .def("descent", &Table::descent);
+        .def("descent", &Table::descent)
+        .def("points", &Table::points);
 
     PointerTable::define(module);
 

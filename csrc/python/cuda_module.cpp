@@ -137,21 +137,12 @@ public:
         choose_with_gradient_or_copy(lists, holds);
         Operation operation = operation_of(lists, true, holds != nullptr);
         operation.taken = holds;
-        operation.first = flags(first);
         operation.scale = read_scales(scale, lists);
-        operation.sgd = read_sgd(BaseKind(base), settings);
-        operation.adam = read_adam(BaseKind(base), settings);
-        for (const py::handle& entry : lr) operation.lr.push_back(read_scalar(entry));
-        check_groups(operation.lr.size(), "learning rate");
+        const Operation without_base = operation;
+        give_base(operation, base, settings, lr, first);
         if (!skip_update) check_state(lists, operation.sgd, operation.adam, operation.first);
         const bool is_adam = BaseKind(base) == BaseKind::Adam;
-        const Operation without_state = operation;
-        add_columns(operation, kState, kStep - kState);
-        if (has_device_step()) operation.columns.push_back(kStep);
         const bool counts = is_adam && !skip_update;
-        // Also where nothing is counted: a kernel must never be sent to a step count on the host.
-        if (is_adam) count_on_host(lists);
-        operation.host_steps = &host_steps_;
 
         Header header = header_of(rule, report);
         const Scalar unscale = read_scalar(grad_scale);
@@ -168,13 +159,39 @@ public:
         if (!needs_gram) {
             launch_each(operation, header, alone);
         } else if (!launch_together(operation, header, together)) {
-            launch_gram(without_state, header);
+            launch_gram(without_base, header);
             header.coefficients = header.report + kCoefficients;
             header.finite = header.report + kFinite;
             launch_each(operation, header, alone);
         }
         if (counts && !preview) store_host_steps();
         if (holds && !preview) mark(holds, 0);
+    }
+
+    // From the snapshot, all of whose copies are held: where the ascent along list 0 leads into the points' column, where
+    // the base's update with it leads into the weights'. `scale` is that of the ascent.
+    void points(const RuleTuple& rule, const py::list& scale, py::object taken, int base, const py::list& settings,
+                const py::list& lr, py::object first, uintptr_t report) {
+        choose_with_gradient_or_copy(1, flags(taken));
+        check_points(flags(taken));
+        Operation operation = operation_of(1, true, true);
+        operation.taken = flags(taken);
+        operation.scale = read_scales(scale, 1);
+        const Operation without_base = operation;
+        operation.columns.push_back(kPoint);
+        give_base(operation, base, settings, lr, first);
+        check_state(1, operation.sgd, operation.adam, operation.first);
+
+        Header header = header_of(rule, report);
+        header.flags = Header::kWeightedGram | Header::kReverse;
+        const bool is_adam = BaseKind(base) == BaseKind::Adam;
+        begin();
+        if (!launch_together(operation, header, is_adam ? kRulePointsKernel_adam : kRulePointsKernel_sgd)) {
+            launch_gram(without_base, header);
+            header.coefficients = header.report + kCoefficients;
+            header.finite = header.report + kFinite;
+            launch_each(operation, header, is_adam ? kPointsKernel_adam : kPointsKernel_sgd);
+        }
     }
 
     int launches() const { return launches_; }
@@ -199,6 +216,20 @@ private:
         for (int column = first; column < first + count; ++column)
             if (std::any_of(rows_.begin(), rows_.end(), [&](const Row& row) { return row.cells[column].present(); }))
                 operation.columns.push_back(column);
+    }
+
+    // A base optimizer's settings, state and step counts. A kernel must never be sent to a step count on the host, also
+    // where nothing is counted.
+    void give_base(Operation& operation, int base, const py::list& settings, const py::list& lr, const py::object& first) {
+        operation.first = flags(first);
+        operation.sgd = read_sgd(BaseKind(base), settings);
+        operation.adam = read_adam(BaseKind(base), settings);
+        for (const py::handle& entry : lr) operation.lr.push_back(read_scalar(entry));
+        check_groups(operation.lr.size(), "learning rate");
+        add_columns(operation, kState, kStep - kState);
+        if (has_device_step()) operation.columns.push_back(kStep);
+        if (BaseKind(base) == BaseKind::Adam) count_on_host(operation.lists);
+        operation.host_steps = &host_steps_;
     }
 
     Header header_of(const RuleTuple& rule, uintptr_t report) const {
@@ -333,6 +364,7 @@ PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
         .def("combine", &Table::combine)
         .def("ascent", &Table::ascent)
         .def("descent", &Table::descent)
+        .def("points", &Table::points)
         .def_property_readonly("launches", &Table::launches, "Kernel launches of the last operation.");
 
     module.def("why_unusable", &why_unusable, "Empty if the kernels can run on a device, else why they cannot.");

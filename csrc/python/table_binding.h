@@ -73,6 +73,8 @@ protected:
     void check_length(size_t length) const;
     // Per-group arguments must reach every row's group.
     void check_groups(size_t groups, const char* what) const;
+    // Every row must have a copy to start from and a place in the points' column.
+    void check_points(const uint8_t* taken) const;
     // A missing pointer must never be walked over.
     void check_state(int lists, const std::vector<SgdSettings>& sgd, const std::vector<AdamSettings>& adam,
                      const uint8_t* first) const;

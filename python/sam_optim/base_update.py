@@ -78,15 +78,22 @@ class BaseUpdate:
             return self._fused(descent)
         return self._by_base(descent)
 
-    def look_ahead(self, plan: Plan, snapshot: Snapshot, gradients: Gradients, backend: str | None) -> None:
-        """w <- base(copy of w, gradients) where a copy is held, with the base's state as it was; copies stay."""
+    def look_ahead(
+        self, plan: Plan, snapshot: Snapshot, gradients: Gradients, overflow: bool | Tensor, backend: str | None
+    ) -> None:
+        """w <- base(copy of w, gradients) where a copy is held, with the base's state as it was; copies stay.
+
+        After an overflow w <- copy of w.
+        """
         if FusedState.supports(self.base_optimizer):
             update, _ = self._fused_state.prepare(plan.params, gradients)
-            sam_kernels.look_ahead_(plan, [gradients], update, snapshot=snapshot, backend=backend)
+            sam_kernels.look_ahead_(plan, [gradients], update, snapshot=snapshot, found_inf=overflow, backend=backend)
             return
         copies = bytes(snapshot.taken)
         sam_kernels.restore_(plan, snapshot, backend=backend)
         snapshot.taken[:] = copies
+        if is_set(overflow):
+            return
         base = self.base_optimizer
         before = {p: {k: _cloned(v) for k, v in entries.items()} for p, entries in base.state.items()}
         for param, gradient, held in zip(plan.params, gradients, copies, strict=True):
@@ -97,12 +104,23 @@ class BaseUpdate:
         base.state.clear()
         base.state.update(before)
 
-    def look_ahead_from(
-        self, plan: Plan, weights: Snapshot, gradients: Gradients, backend: str | None, point: Plan
-    ) -> None:
-        """point <- base(weights, gradients), for a fused base; its state and the weights stay as they are."""
+    def two_points(
+        self,
+        plan: Plan,
+        weights: Snapshot,
+        gradients: Gradients,
+        along: Gradients,
+        backend: str | None,
+        ascended: Plan,
+        ahead: Plan,
+        rule: RuleLike,
+        scale: Scale,
+    ) -> LaunchReport:
+        """Where an ascent and where a look-ahead leads from ``weights``, for a fused base; see ``two_points_``."""
         update, _ = self._fused_state.prepare(plan.params, gradients)
-        sam_kernels.look_ahead_(point, [gradients], update, snapshot=weights, backend=backend)
+        return sam_kernels.two_points_(
+            ascended, ahead, gradients, update, snapshot=weights, along=along, rule=rule, scale=scale, backend=backend
+        )
 
     def _fused(self, descent: Descent) -> Outcome:
         base = self.base_optimizer

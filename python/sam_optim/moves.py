@@ -95,11 +95,18 @@ class Moves:
     def look_ahead(self, gradients: Gradients) -> None:
         """To where the base optimizer's next update with these gradients would lead, its state untouched.
 
-        Starts from the copies that :meth:`ascend` has taken; weights without one stay.
+        Comes after :meth:`ascend` along the same gradients, and starts from the copies that it has taken. If they were
+        not finite, the weights are restored instead.
         """
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
-        update.look_ahead(plans.plan, plans.snapshot, gradients, self.backend)
+        last: StepReport = self._container["report"]
+        others = plans.unperturbed_only(gradients)
+        if others is not None:
+            # They have no copies yet; those that have are restored on the way.
+            sam_kernels.perturb_(plans.plan, [others], [0.0], snapshot=plans.snapshot, backend=self.backend)
+        overflow = False if last.ascent is None else last.ascent.overflow
+        update.look_ahead(plans.plan, plans.snapshot, gradients, overflow, self.backend)
 
     @property
     def runs_side_by_side(self) -> bool:
@@ -115,16 +122,19 @@ class Moves:
         self._container["report"] = StepReport(ascent)
         return plan.params
 
-    def looked_ahead(self, gradients: Gradients) -> list[Tensor]:
-        """Where :meth:`look_ahead` would lead, in memory of its own, kept from step to step; the weights stay.
+    def two_points(self, gradients: Gradients, *, rule: RuleLike, scale: Scale) -> tuple[list[Tensor], list[Tensor]]:
+        """Where :meth:`ascend`, and where :meth:`look_ahead` would lead, as :meth:`ascended` says, by one launch.
 
         For fused base optimizers; others can update the model's weights alone.
         """
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
-        plan, weights = plans.point("ahead")
-        update.look_ahead_from(plans.plan, weights, gradients, self.backend, plan)
-        return plan.params
+        ascended, weights = plans.point("ascended")
+        ahead, _ = plans.point("ahead")
+        along = plans.perturbed_only(gradients)
+        report = update.two_points(plans.plan, weights, gradients, along, self.backend, ascended, ahead, rule, scale)
+        self._container["report"] = StepReport(report)
+        return ascended.params, ahead.params
 
     def keep_state_in_place(self) -> None:
         """From now on the method's own state stays where it is in memory, as a captured step needs it."""

@@ -93,6 +93,15 @@ class PlanCache:
     def holds_copies(self) -> bool:
         return self._snapshot is not None and self._snapshot.is_taken
 
+    def unperturbed_only(self, gradients: Gradients) -> Gradients | None:
+        """The gradients of unperturbed parameters; None if there are no such parameters."""
+        if not self._unperturbed:
+            return None
+        chosen: Gradients = [None] * len(gradients)
+        for index in self._unperturbed:
+            chosen[index] = gradients[index]
+        return chosen
+
     def perturbed_only(self, gradients: Gradients) -> Gradients:
         """The gradients without those of unperturbed parameters."""
         if not self._unperturbed:

@@ -547,10 +547,10 @@ def ascent_kernel(
 
 
 @triton.jit
-def restore_chunk(row, first, W: tl.constexpr, BLOCK: tl.constexpr):
-    """Bit for bit."""
+def restore_chunk(row, first, column, W: tl.constexpr, BLOCK: tl.constexpr):
+    """A column's chunk from its copy, bit for bit."""
     count = tl.load(row + at.NUMEL) - first
-    weight = address_of(row, at.WEIGHT, first, W)
+    weight = address_of(row, column, first, W)
     snapshot = address_of(row, at.SNAPSHOT, first, W)
     if ((weight | snapshot) % 16 == 0) & (count >= BLOCK):
         write(weight, count, read(snapshot, 0, count, W, True, BLOCK), W, True, BLOCK)
@@ -563,7 +563,7 @@ def restore_kernel(table, places, rows_at, chunks, W: tl.constexpr, BLOCK: tl.co
     place = tl.load(places + tl.program_id(0))
     row = row_of(table, rows_at, place)
     if (tl.load(row + at.FLAGS) & at.HELD) != 0:
-        restore_chunk(row, first_of(place, BLOCK), W, BLOCK)
+        restore_chunk(row, first_of(place, BLOCK), at.WEIGHT, W, BLOCK)
 
 
 @triton.jit(do_not_specialize=["given", "rows_at", "chunks"])
@@ -694,6 +694,39 @@ def adam(weight, gradient, state, scalars, KIND: tl.constexpr):
 
 
 @triton.jit
+def base_scalars(table, row, flags, KIND: tl.constexpr, ACC: tl.constexpr):
+    if KIND == ADAM or KIND == AMSGRAD:
+        scalars = adam_scalars(table, row, flags, ACC)
+    else:
+        scalars = sgd_scalars(table, row, flags, ACC)
+    return scalars
+
+
+@triton.jit
+def updated_by_base(
+    weight,
+    gradient,
+    state_at,
+    scalars,
+    count,
+    KIND: tl.constexpr,
+    ACC: tl.constexpr,
+    M: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """New weights and new state, neither written."""
+    state = ()
+    for i in tl.static_range(len(M)):
+        state = state + (read(state_at[i], 0, count, M[i], FULL, BLOCK).to(ACC),)
+    if KIND == ADAM or KIND == AMSGRAD:
+        updated, new_state = adam(weight, gradient, state, scalars, KIND)
+    else:
+        updated, new_state = sgd(weight, gradient, state, scalars, KIND)
+    return updated, new_state
+
+
+@triton.jit
 def update_elements(
     weight,
     source,
@@ -713,13 +746,7 @@ def update_elements(
 ):
     gradient = combination(coefficients, xs, count, ACC, X, FULL, BLOCK)
     own = read(source, 0, count, W, FULL, BLOCK).to(ACC)
-    state = ()
-    for i in tl.static_range(len(M)):
-        state = state + (read(state_at[i], 0, count, M[i], FULL, BLOCK).to(ACC),)
-    if KIND == ADAM or KIND == AMSGRAD:
-        updated, new_state = adam(own, gradient, state, scalars, KIND)
-    else:
-        updated, new_state = sgd(own, gradient, state, scalars, KIND)
+    updated, new_state = updated_by_base(own, gradient, state_at, scalars, count, KIND, ACC, M, FULL, BLOCK)
     write(weight, count, updated, W, FULL, BLOCK)
     if not PREVIEW:
         for i in tl.static_range(len(M)):
@@ -750,7 +777,7 @@ def descent_chunk(
     if skips_update | ((flags & at.HAS_GRADIENT) == 0):
         if COPIES:
             if held:
-                restore_chunk(row, first, W, BLOCK)
+                restore_chunk(row, first, at.WEIGHT, W, BLOCK)
     elif held | (not PREVIEW):
         count = tl.load(row + at.NUMEL) - first
         weight = address_of(row, at.WEIGHT, first, W)
@@ -761,10 +788,7 @@ def descent_chunk(
         state_at = addresses_of(row, at.STATE, first, M)
         unscale = 1.0 / scalar(tl.load(table + at.GRAD_SCALE), tl.load(table + at.GRAD_SCALE_KIND))
         own = with_scales(table, row, coefficients, unscale, xs, ACC)
-        if KIND == ADAM or KIND == AMSGRAD:
-            scalars = adam_scalars(table, row, flags, ACC)
-        else:
-            scalars = sgd_scalars(table, row, flags, ACC)
+        scalars = base_scalars(table, row, flags, KIND, ACC)
         if are_aligned(weight | source, xs) & are_aligned(weight, state_at) & (count >= BLOCK):
             update_elements(weight, source, xs, own, state_at, scalars, count, PREVIEW, KIND, ACC, W, X, M, True, BLOCK)
         else:
@@ -869,3 +893,121 @@ def rule_descent_kernel(
         step += tl.num_programs(0)
     if COUNT:
         count_steps(table, scratch, rows_at, rows, skips)
+
+
+# ---------------------------------------------------------------- two points from one reading
+
+
+@triton.jit
+def points_elements(
+    weight,
+    point,
+    source,
+    x,
+    coefficient,
+    eta,
+    state_at,
+    scalars,
+    count,
+    KIND: tl.constexpr,
+    ACC: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    M: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    gradient = read(x, 0, count, X, FULL, BLOCK).to(ACC)
+    copy = read(source, 0, count, W, FULL, BLOCK)
+    own = copy.to(ACC)
+    scale = geometry(own, eta)
+    ascended = (own + scale * scale * (coefficient * gradient)).to(W)
+    write(point, count, tl.where(coefficient != 0.0, ascended, copy), W, FULL, BLOCK)
+    updated, _ = updated_by_base(own, gradient, state_at, scalars, count, KIND, ACC, M, FULL, BLOCK)
+    write(weight, count, updated, W, FULL, BLOCK)
+
+
+@triton.jit
+def points_chunk(
+    table,
+    rows_at,
+    place,
+    coefficients,
+    stays,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """point <- w + T(w)^2 c x and weights <- base(w, x), with w the copy: an ascent's and a look-ahead's results."""
+    ACC: tl.constexpr = tl.float64 if tl.float64 == W else tl.float32
+    row = row_of(table, rows_at, place)
+    first = first_of(place, BLOCK)
+    flags = tl.load(row + at.FLAGS)
+    if stays | ((flags & at.HAS_GRADIENT) == 0):
+        restore_chunk(row, first, at.WEIGHT, W, BLOCK)
+        restore_chunk(row, first, at.POINT, W, BLOCK)
+    else:
+        count = tl.load(row + at.NUMEL) - first
+        weight = address_of(row, at.WEIGHT, first, W)
+        point = address_of(row, at.POINT, first, W)
+        source = address_of(row, at.SNAPSHOT, first, W)
+        xs = addresses_of(row, at.LIST, first, X)
+        state_at = addresses_of(row, at.STATE, first, M)
+        eta = number(tl.load(row + at.ETA)).to(ACC)
+        c = with_scales(table, row, coefficients, 1.0, xs, ACC)[0]
+        own = base_scalars(table, row, flags, KIND, ACC)
+        if are_aligned(weight | point | source, xs) & are_aligned(weight, state_at) & (count >= BLOCK):
+            points_elements(
+                weight, point, source, xs[0], c, eta, state_at, own, count, KIND, ACC, W, X[0], M, True, BLOCK
+            )
+        else:
+            points_elements(
+                weight, point, source, xs[0], c, eta, state_at, own, count, KIND, ACC, W, X[0], M, False, BLOCK
+            )
+
+
+@triton.jit(do_not_specialize=["given", "rows_at", "chunks"])
+def points_kernel(
+    table,
+    places,
+    given,
+    rows_at,
+    chunks,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """After a Gram matrix, whose report has the ascent's coefficient."""
+    coefficients = given_coefficients(given, at.REPORT, 1)
+    place = tl.load(places + chunks - 1 - tl.program_id(0))
+    stays = must_skip(table, given, at.REPORT)
+    points_chunk(table, rows_at, place, coefficients, stays, KIND, W, X, M, BLOCK)
+
+
+@triton.jit(do_not_specialize=["report", "rows_at", "chunks"])
+def rule_points_kernel(
+    table,
+    places,
+    scratch,
+    report,
+    rows_at,
+    chunks,
+    RULE: tl.constexpr,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Gram matrix, rule and both points in one cooperative launch."""
+    finite, coefficients = gram_by_all(table, places, scratch, report, rows_at, chunks, RULE, W, X, True, BLOCK, LANES)
+    step = tl.program_id(0)
+    while step < chunks:
+        place = tl.load(places + chunks - 1 - step)
+        points_chunk(table, rows_at, place, coefficients, not finite, KIND, W, X, M, BLOCK)
+        step += tl.num_programs(0)

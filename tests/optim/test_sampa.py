@@ -51,6 +51,25 @@ def test_lam_zero_settles_on_its_cycle():
     assert cycle == pytest.approx([wanted_a, -wanted_b, -wanted_a, wanted_b], abs=1e-9)
 
 
+def test_an_unperturbed_group_looks_ahead():
+    """By the formula, with rho 0 for the second weight alone."""
+    h, lr, rho, lam = torch.tensor([2.0, 1.0], dtype=torch.float64), 0.1, 0.1, 0.2
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    weights = [x[i : i + 1].clone().requires_grad_() for i in range(2)]
+    groups = [{"params": weights[:1]}, {"params": weights[1:], "perturb": False}]
+    optimizer = SAMPa(groups, torch.optim.SGD, rho, lam, lr=lr)
+    g_y = h * x
+    for number in range(4):
+        for _ in optimizer.each_pass():
+            (h * torch.cat(weights) ** 2).sum().div(2).backward()
+        if number > 0:
+            tilde = x + rho * torch.stack([g_y[0].sign(), g_y[1] * 0])
+            g_y_next = h * (x - lr * g_y)
+            x = x - lr * ((1 - lam) * h * tilde + lam * g_y_next)
+            g_y = g_y_next
+        torch.testing.assert_close(torch.cat(weights).detach(), x, rtol=1e-12, atol=1e-14)
+
+
 def make(base: Base = SGD, rho=0.2, model=None, **settings):
     model = model or make_net()
     return model, SAMPa(model.named_parameters(), base.cls, rho, **{**copy.deepcopy(base.settings), **settings})

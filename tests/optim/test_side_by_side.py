@@ -60,6 +60,40 @@ def test_same_steps(lanes, method, base):
     assert_same(train(method, base, "streams"), train(method, base, "sequential"))
 
 
+@pytest.mark.parametrize("perturbed", [True, False])
+@pytest.mark.parametrize("base", [SGD, Base(torch.optim.AdamW, {"lr": 0.01})], ids=str)
+def test_sampa_with_groups(lanes, base, perturbed):
+    """A group that stays out of the perturbation does not stay out of the look-ahead."""
+    results = []
+    for passes in ("streams", "sequential"):
+        model = make_net()
+        weights, others = list(model.parameters())[:2], list(model.parameters())[2:]
+        groups = [{"params": weights}, {"params": others, "perturb": perturbed, "rho": 0.2}]
+        step = TrainStep(model, SAMPa(groups, base.cls, **base.settings), loss_of, passes=passes)
+        for batch in batches(4):
+            step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
+def test_sampa_with_a_gradient_that_is_not_finite(lanes):
+    """With lam 0 it enters no update; both points are the weights then, and the next step is an ordinary one."""
+    results = []
+    for passes in ("streams", "sequential"):
+        model = make_net()
+        optimizer = SAMPa(model.parameters(), torch.optim.SGD, lam=0.0, lr=0.1, momentum=0.9)
+        step = TrainStep(model, optimizer, loss_of, passes=passes)
+        for number, (x, y) in enumerate(batches(5)):
+            if number == 2:
+                gradient = optimizer.method_state("y_gradient")[0]
+                gradient[0] = float("inf")
+            step((x, y))
+            assert optimizer.last_step.ascent is None or optimizer.last_step.ascent.finite == (number != 2)
+        results.append(weights_of(model))
+        assert all(w.isfinite().all() for w in results[-1])
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("method", METHODS[:4], ids=str)
 @pytest.mark.parametrize("options", [{"micro_batches": 3}, {"max_grad_norm": 0.1}], ids=str)
 def test_options(lanes, method, options):
