@@ -9,7 +9,7 @@ from .errors import BackendUnavailableError, UnsupportedTensorError
 from .ops import ascent_, combine_, descent_, gram, look_ahead_, perturb_, restore_, two_points_
 from .plan import Plan, Snapshot
 from .report import LaunchReport
-from .rules import Deflected, Fixed, Normalized, NormMatched, Rule
+from .rules import Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "LaunchReport",
     "NormMatched",
     "Normalized",
+    "NormalizedSum",
     "Plan",
     "Rule",
     "SGDSettings",

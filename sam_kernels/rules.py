@@ -78,7 +78,18 @@ class NormMatched(Rule):
         return torch.stack([ratio, torch.zeros_like(ratio)])
 
 
-_KNOWN = frozenset((Fixed, Normalized, Deflected, NormMatched))
+@dataclass(frozen=True)
+class NormalizedSum(Rule):
+    """c_i = 1 / (|x_1 + x_2 + ...| + epsilon): SAM along a gradient that comes in parts, which need not be added up."""
+
+    code: ClassVar[int] = 4
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        # Lists that cancel may leave a rounding error below zero.
+        return (1.0 / (gram.sum().clamp(min=0.0).sqrt() + self.epsilon)).expand(gram.shape[0])
+
+
+_KNOWN = frozenset((Fixed, Normalized, Deflected, NormMatched, NormalizedSum))
 
 
 def is_known(rule: object) -> bool:

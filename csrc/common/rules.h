@@ -14,6 +14,7 @@ enum class Rule : int {
     Normalized = 1,   // c_i = 1 / (|x_i| + eps)
     Deflected = 2,    // lists (g+, g): g+ minus alpha times the part of g orthogonal to g+
     NormMatched = 3,  // lists (g+, g): c = (|g| / (|g+| + eps), 0)
+    NormalizedSum = 4,  // c_i = 1 / (|x_1 + x_2 + ...| + eps)
 };
 
 struct RuleArguments {
@@ -47,6 +48,15 @@ SAMK_HOST_DEVICE bool apply_rule(const RuleArguments& arguments, const double* g
             coefficients[0] = 1.0 + (g00 > 0.0 ? arguments.alpha * gram[1] / g00 : 0.0);
             coefficients[1] = -arguments.alpha;
             break;
+        case Rule::NormalizedSum: {
+            double squared = 0.0;
+            for (int i = 0; i < lists; ++i)
+                for (int j = 0; j < lists; ++j) squared += gram[i * kMaxLists + j];
+            // Lists that cancel may leave a rounding error below zero.
+            const double norm = squared > 0.0 ? sqrt(squared) : 0.0;
+            for (int i = 0; i < lists; ++i) coefficients[i] = 1.0 / (norm + arguments.epsilon);
+            break;
+        }
         case Rule::NormMatched:
             coefficients[0] = sqrt(gram[kMaxLists + 1]) / (sqrt(g00) + arguments.epsilon);
             break;

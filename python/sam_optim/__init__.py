@@ -8,7 +8,9 @@ from .batch_norm import (
     frozen_batch_norm,
     running_statistics,
 )
+from .continual import ReservoirMemory, dark_experience_loss
 from .errors import InvalidSettingError, StepOrderError
+from .mgser import MGSERSAM
 from .moves import StepReport
 from .optimizer import SharpnessAwareOptimizer
 from .passes import Pass, Passes
@@ -22,6 +24,7 @@ from .variants import GSAM, WSAM, FriendlySAM, LookSAM, StableSAM
 __all__ = [
     "ASAM",
     "GSAM",
+    "MGSERSAM",
     "SAM",
     "WSAM",
     "AgnosticSAM",
@@ -32,6 +35,7 @@ __all__ = [
     "Pass",
     "Passes",
     "RandomState",
+    "ReservoirMemory",
     "RhoFollowsLR",
     "SAMPa",
     "SharpnessAwareOptimizer",
@@ -39,6 +43,7 @@ __all__ = [
     "StepOrderError",
     "StepReport",
     "TrainStep",
+    "dark_experience_loss",
     "disable_running_stats",
     "enable_running_stats",
     "freeze_in_perturbed_passes",

@@ -24,7 +24,7 @@ from .base_update import BaseUpdate, Descent
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .moves import Moves, StepReport
-from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes, PassGroup
+from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes, PassGroup
 from .planning import PlanCache
 from .randomness import RandomState
 
@@ -347,6 +347,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         validation_closure: Closure | None = None,
         previous_closure: Closure | None = None,
         *,
+        memory_closure: Closure | None = None,
         closure_runs: ClosureRuns | None = None,
     ) -> Any:
         """Makes or completes a step.
@@ -357,6 +358,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             validation_closure: the same for the validation batch, for methods that use one.
             previous_closure: the same for the batch of the step before, for methods that use it; by default the
                 closure that was given for that step.
+            memory_closure: the same for the batch from memory, for methods that use one; None while there is none.
             closure_runs: overrides the constructor's.
 
         Returns:
@@ -378,7 +380,12 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
                 return self._finish()
             self._refuse_amp_closure()
             previous = previous_closure or self._container["previous closure"]
-            closures = {TRAIN: closure, VALIDATION: validation_closure, PREVIOUS: previous}
+            closures = {
+                TRAIN: closure,
+                VALIDATION: validation_closure,
+                PREVIOUS: previous,
+                MEMORY: memory_closure,
+            }
             loss = self._run_closures(closures, closure_runs or self.closure_runs)
             self._container["previous closure"] = closure if self.uses_previous_batch else None
             return loss
@@ -402,11 +409,12 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         waiting = self.waiting
         while waiting is not None:
             chosen = closures.get(waiting.data)
-            if chosen is None:
-                raise StepOrderError(f"{type(self).__name__} needs a closure for the {waiting.data} batch as well")
-            if losses:
+            if losses or waiting.may_be_empty:
                 self.zero_grad()
-            if waiting.perturbed and waiting.data in before:
+            if chosen is None:
+                if not waiting.may_be_empty:
+                    raise StepOrderError(f"{type(self).__name__} needs a closure for the {waiting.data} batch as well")
+            elif waiting.perturbed and waiting.data in before:
                 after = RandomState(devices)
                 before[waiting.data].restore()
                 losses.append(_call(chosen))
@@ -497,7 +505,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             )
 
     def _refuse_no_gradient(self, gradients: Gradients, run: _Run) -> None:
-        if len(missing(gradients)) == len(gradients):
+        if not run.waiting.may_be_empty and len(missing(gradients)) == len(gradients):
             raise StepOrderError(
                 f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
                 "that runs all passes itself needs closure_runs='every_pass'.)"

@@ -13,6 +13,7 @@ Gradients = list[Tensor | None]
 TRAIN = "train"
 VALIDATION = "validation"
 PREVIOUS = "previous"
+MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Pass:
 
     Attributes:
         data: which batch: ``"train"``; ``"validation"`` for methods that use a second one; ``"previous"`` for the
-            training batch of the step before.
+            training batch of the step before; ``"memory"`` for a batch of samples of earlier tasks.
         perturbed: the model holds perturbed weights. Such a pass uses the random draws of the unperturbed pass on the
             same data (dropout), and leaves BatchNorm's running statistics alone.
+        may_be_empty: there may be no such batch; the pass then leaves no gradients.
         kept: the method reads this gradient again after later passes, so that ``p.grad`` must not be written into
             before the step ends. Whoever runs the passes takes the gradients away from the parameters.
         weights: where to take the gradient: a tensor for each parameter; None for where the model's weights are. Only
@@ -33,7 +35,13 @@ class Pass:
     data: str = TRAIN
     perturbed: bool = False
     kept: bool = False
+    may_be_empty: bool = False
     weights: Sequence[Tensor] | None = None
+
+    @property
+    def updates_statistics(self) -> bool:
+        """Whether running statistics are to learn from this pass: once a step from each batch that is trained on."""
+        return not self.perturbed and self.data in (TRAIN, MEMORY)
 
 
 class PassGroup:

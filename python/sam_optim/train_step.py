@@ -18,9 +18,9 @@ from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
 from .capture import CapturedDraws, CapturedSteps, Recorder
 from .errors import InvalidSettingError, StepOrderError
 from .optimizer import SharpnessAwareOptimizer
-from .passes import PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
+from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
 from .randomness import Draws, RandomState
-from .side_by_side import Isolated, Lanes, StreamLanes
+from .side_by_side import Isolated, Lanes, OneLane, StreamLanes
 
 Perturbation = Literal["batch", "micro_batch"]
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -36,9 +36,10 @@ class TrainStep:
             loss = step(batch)
 
     The passes of any method are run one after the other, or side by side where they do not depend on each other and
-    ``passes`` asks for it. Dropout draws the same masks in all passes of one batch,
-    running statistics of BatchNorm are updated once, by the unperturbed pass on the training batch, and gradients are
-    cleared before and after. If anything is raised, weights and running statistics are as before the step.
+    ``passes`` asks for it. Dropout draws the same masks in all passes of one batch, and gradients are cleared before
+    and after. Running statistics of BatchNorm are updated once, by the unperturbed pass on the training batch, and by
+    that on the batch from memory for methods that have one. If anything is raised, weights and running statistics are
+    as before the step.
 
     Args:
         model: in training mode, as the caller has put it.
@@ -54,6 +55,7 @@ class TrainStep:
         autocast: data type to run forward passes in, by ``torch.autocast``.
         validation: for methods with a validation batch, where ``step(batch)`` takes it from: an iterable, begun again
             when it is exhausted, or the share of each training batch that is split off its end for it.
+        memory_loss: for methods with a batch from memory, its loss, if that is another than ``loss_fn``.
         split: from a batch and a number to that many parts; by default tensors are split along their first dimension.
         statistics: names BatchNorm's running statistics, see :func:`running_statistics`.
         passes: ``"sequential"``: one after the other. ``"streams"``: passes that do not depend on each other (SAMPa's
@@ -84,6 +86,7 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None = None,
         autocast: torch.dtype | None = None,
         validation: Any = None,
+        memory_loss: LossFunction | None = None,
         split: Callable[[Any, int], Sequence[Any]] | None = None,
         statistics: StatisticsRule = running_statistics,
         passes: Literal["auto", "sequential", "streams"] = "sequential",
@@ -107,6 +110,7 @@ class TrainStep:
         self.micro_batches, self.perturbation = micro_batches, perturbation
         self.max_grad_norm, self.scaler, self.autocast = max_grad_norm, scaler, autocast
         self.validation = validation
+        self._losses = {MEMORY: memory_loss or loss_fn}
         self._split = split or split_batch
         self._statistics = statistics
         self._choose_passes(passes)
@@ -114,7 +118,9 @@ class TrainStep:
         self._validation_batches: Iterator[Any] | None = None
         self._previous: tuple[Any, RandomState | None] | None = None
 
-    def __call__(self, batch: Any, validation_batch: Any = None, *, previous_batch: Any = None) -> Any:
+    def __call__(
+        self, batch: Any, validation_batch: Any = None, *, previous_batch: Any = None, memory_batch: Any = None
+    ) -> Any:
         """Makes a step.
 
         Args:
@@ -122,6 +128,7 @@ class TrainStep:
             validation_batch: for methods that use one.
             previous_batch: the training batch of the step before, for methods that use it; by default the one that
                 this object has seen. Give it for the first step after a checkpoint has been loaded.
+            memory_batch: for methods that use one, a batch from memory; None while the memory is empty.
 
         Returns:
             What ``loss_fn`` returned for the training batch in its first unperturbed pass, tensors detached. Of several
@@ -139,7 +146,7 @@ class TrainStep:
             previous_batch, random = self._previous
         else:
             random = None
-        batches = {TRAIN: batch, VALIDATION: validation_batch, PREVIOUS: previous_batch}
+        batches = {TRAIN: batch, VALIDATION: validation_batch, PREVIOUS: previous_batch, MEMORY: memory_batch}
         if self._captured is not None:
             result = self._captured.step(batches)
             random = None
@@ -222,6 +229,18 @@ class TrainStep:
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the model has running statistics."""
+        return next(self._buffers_of_statistics(), None) is not None
+
+    def _buffers_of_statistics(self) -> Iterator[Tensor]:
+        for module in self.model.modules():
+            for name in self._statistics(module):
+                buffer = module._buffers.get(name)
+                if buffer is not None:
+                    yield buffer
+
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -245,12 +264,7 @@ class TrainStep:
         """Weights are restored by the optimizer; running statistics and scaled gradients here."""
         # What is only recorded changes nothing.
         is_recording = self._captured is not None and self._captured.is_recording
-        saved = []
-        for module in () if is_recording else self.model.modules():
-            for name in self._statistics(module):
-                buffer = module._buffers.get(name)
-                if buffer is not None:
-                    saved.append((buffer, buffer.clone()))
+        saved = [] if is_recording else [(buffer, buffer.clone()) for buffer in self._buffers_of_statistics()]
         try:
             yield
         except BaseException:
@@ -284,7 +298,7 @@ class _Step:
         with self.optimizer.descents_to(self._finish):
             if self.owner._lanes is None:
                 for p in self.optimizer.each_pass():
-                    self._run(p, self._of(parts, p.data))
+                    self._run(p, self._of(parts, p))
             else:
                 for group in self.optimizer.each_group():
                     group.gradients = self._run_group(group.passes, parts, self.owner._lanes)
@@ -301,7 +315,7 @@ class _Step:
             self._has_output = False
             with self.optimizer.descents_to(self._add_to_sum(share)):
                 for p in self.optimizer.each_pass():
-                    self._run(p, self._of(own, p.data), share)
+                    self._run(p, self._of(own, p), share)
         if self._is_finite:
             assert self._sum is not None
             self._finish([self._sum], _FIXED, 1.0)
@@ -326,42 +340,44 @@ class _Step:
         isolated = self.owner._isolated
         assert isolated is not None
         if len(passes) == 1 and passes[0].weights is None:
-            self._run(passes[0], self._of(parts, passes[0].data))
+            self._run(passes[0], self._of(parts, passes[0]))
             gradients = [p.grad for p in self.owner._params()]
             self.optimizer.zero_grad()
             return [gradients]
 
         def call_of(p: Pass) -> Callable[[], tuple[Gradients, Any]]:
-            own = self._of(parts, p.data)
+            own = self._of(parts, p)
             return lambda: (isolated.gradients(lambda: self._run(p, own), p.weights), list(self._outputs))
 
+        if sum(p.updates_statistics for p in passes) > 1 and self.owner.has_statistics:
+            lanes = OneLane()  # they would write into the same buffers at once
         return [gradients for gradients, _ in lanes.run([call_of(p) for p in passes])]
 
     def _run(self, p: Pass, parts: list[tuple[float, Any]], share_of_step: float = 1.0) -> None:
         owner = self.owner
         keeps_result = p.data == TRAIN and not p.perturbed and not self._has_output
         with self._draws.of(p.data, p.perturbed), ExitStack() as stack:
-            if p.perturbed or p.data != TRAIN:
+            if not p.updates_statistics:
                 stack.enter_context(frozen_batch_norm(owner.model, owner._statistics))
             for number, (share, part) in enumerate(parts):
                 with self._without_reduction(number + 1 < len(parts)):
-                    output = self._forward_backward(part, share)
+                    output = self._forward_backward(owner._losses.get(p.data, owner.loss_fn), part, share)
                 if keeps_result:
                     self._outputs.append((share * share_of_step, _detached(output)))
         if keeps_result:
             self._has_output = True
 
-    def _forward_backward(self, batch: Any, share: float) -> Any:
+    def _forward_backward(self, loss_fn: LossFunction, batch: Any, share: float) -> Any:
         owner = self.owner
         # Weights change between passes; an autocast that the caller has entered would reuse its copies of them.
         torch.clear_autocast_cache()
         with torch.enable_grad():
             if owner.autocast is None:
-                output = owner.loss_fn(owner.model, batch)
+                output = loss_fn(owner.model, batch)
             else:
                 device = next(iter(owner._devices())).type
                 with torch.autocast(device, dtype=owner.autocast):
-                    output = owner.loss_fn(owner.model, batch)
+                    output = loss_fn(owner.model, batch)
             loss = _loss_of(output) * share
             if owner.scaler is not None:
                 loss = owner.scaler.scale(loss)
@@ -373,10 +389,13 @@ class _Step:
         no_sync = getattr(self.owner.model, "no_sync", None)
         return no_sync() if wanted and no_sync is not None else nullcontext()
 
-    def _of(self, parts: dict[str, list[tuple[float, Any]]], name: str) -> list[tuple[float, Any]]:
+    def _of(self, parts: dict[str, list[tuple[float, Any]]], p: Pass) -> list[tuple[float, Any]]:
+        name = p.data
         found = parts.get(name)
         if found is not None:
             return found
+        if p.may_be_empty:
+            return []
         method = type(self.optimizer).__name__
         if name == PREVIOUS:
             raise StepOrderError(
@@ -407,8 +426,10 @@ class _Step:
         if owner.scaler is None or not owner.scaler.is_enabled():
             optimizer.descend(*lists, rule=rule, scale=scale)
             return
-        # GradScaler looks for infinities in p.grad.
-        self._put_into_grad(lists[0])
+        # GradScaler looks for infinities in p.grad; the sum has one wherever a list has one.
+        checked = lists[0] if len(lists) == 1 else optimizer.combined(lists)
+        assert checked is not None
+        self._put_into_grad(checked)
         scaler = owner.scaler
         optimizer.descend_through(lambda: scaler.step(optimizer), *lists, rule=rule, scale=scale)
         scaler.update()

@@ -55,6 +55,20 @@ def norm_matched(gram, parameters):
     return tl.sqrt(gram[1][1]) / (tl.sqrt(gram[0][0]) + parameters[0]), 0.0
 
 
+@triton.jit
+def normalized_sum(gram, parameters):
+    squared = tl.cast(0.0, tl.float64)
+    for i in tl.static_range(len(gram)):
+        for j in tl.static_range(len(gram)):
+            squared += gram[i][j]
+    # Lists that cancel may leave a rounding error below zero.
+    unit = 1.0 / (tl.sqrt(tl.where(squared > 0.0, squared, 0.0)) + parameters[0])
+    coefficients = ()
+    for i in tl.static_range(len(gram)):
+        coefficients = coefficients + (unit,)
+    return coefficients
+
+
 # ---------------------------------------------------------------- reading and writing
 
 

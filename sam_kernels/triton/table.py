@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..bases import AdamSettings, SGDSettings
 from ..plan import Plan
-from ..rules import Deflected, Fixed, Normalized, NormMatched, Rule
+from ..rules import Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule
 from . import kernels
 from . import layout as at
 from .rule import TritonRule
@@ -25,6 +25,7 @@ _FUNCTIONS = {
     Normalized: kernels.normalized,
     Deflected: kernels.deflected,
     NormMatched: kernels.norm_matched,
+    NormalizedSum: kernels.normalized_sum,
 }
 # Triton's types by the codes of csrc/common/scalar_types.h.
 _TYPES = (None, tl.float32, tl.float64, tl.bfloat16, tl.float16)

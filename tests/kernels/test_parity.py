@@ -146,7 +146,7 @@ def test_descent_combines_lists_and_unscales(target, dtypes, lists):
     agree(target, problem, lambda p, b: run(p.adam(), p, b))
 
 
-RULES = [sk.Deflected(alpha=0.4), sk.NormMatched(), sk.Normalized()]
+RULES = [sk.Deflected(alpha=0.4), sk.NormMatched(), sk.Normalized(), sk.NormalizedSum()]
 
 
 @by_dtypes

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,22 @@ def test_quickstart(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "test accuracy" in output
     assert str(picture) in output.replace("\n", "")
+
+
+def test_continual_digits():
+    """A memory of fifty forgets less than a memory of one."""
+    path = EXAMPLES / "continual_digits.py"
+    if not path.exists():
+        pytest.skip("the examples are not here")
+    example = runpy.run_path(str(path))
+    options = SimpleNamespace(memory=50, epochs=2)
+    sets = quickstart.load_digits(0.0, 0)
+    replayed, _ = example["train"](example["Method"]("DER++", "MGSER-SAM"), {"rho": 0.02}, *sets, options, 0)
+    options.memory = 1
+    alone, _ = example["train"](example["Method"]("ER", "SGD"), {}, *sets, options, 0)
+    assert replayed.shape == (5, 5)
+    assert example["final_accuracy"](replayed) > example["final_accuracy"](alone) + 20.0
+    assert example["forgetting"](replayed) < example["forgetting"](alone)
 
 
 def test_quickstart_noise_replaces_the_share_asked_for():

@@ -237,6 +237,28 @@ def test_grad_scaler(method):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], METHODS[3]], ids=str)
+@pytest.mark.parametrize("infinite_pass", [0, 1])
+def test_grad_scaler_sees_an_infinity_in_either_gradient(method, infinite_pass):
+    model = make_net(torch.float32)
+    calls = []
+
+    def loss(model, batch):
+        calls.append(None)
+        return loss_of(model, batch) * (float("inf") if len(calls) - 1 == infinite_pass else 1.0)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    step = TrainStep(model, method.make(model, MOMENTUM), loss, scaler=scaler)
+    before = weights_of(model)
+    for number, batch in enumerate(batches(2, torch.float32)):
+        step(batch)
+        assert scaler.get_scale() == 128.0
+        assert step.optimizer.last_step.updated == (number > 0)
+        if number == 0:
+            assert_same(weights_of(model), before)
+    assert all(w.isfinite().all() for w in weights_of(model))
+
+
 def test_rho_zero_is_the_base():
     for method in METHODS:
         if method.cls in (LookSAM, FriendlySAM, GSAM, StableSAM):

@@ -1,0 +1,76 @@
+"""MGSER-SAM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sam_kernels.rules import NormalizedSum
+
+from .construction import BaseOptimizer
+from .errors import InvalidSettingError
+from .passes import MEMORY, Pass, Passes
+from .sam import SAM
+
+
+class MGSERSAM(SAM):
+    """MGSER-SAM: memory-guided soft experience replay with SAM, for continual learning (arXiv 2405.09492).
+
+    ::
+
+        g   = gradient of L_t + L_s at w            L_t: loss on the current task's batch
+        g_m = gradient of L_s at w                  L_s: loss on a batch from memory, with soft labels
+        e   = rho g / |g|
+        w  <- base_optimizer(w, gradient of L_t + L_s at w + e, + mu g_m)
+
+    The memory's gradient at the unperturbed weights keeps the perturbations of task and memory from working against
+    each other. No code of the authors is public; this is our reading of the paper's abstract and of summaries of it.
+
+    Two batches, two losses: the pass named ``"memory"`` is on a batch from memory, with whatever loss is that of the
+    memory, such as :func:`dark_experience_loss`. :class:`ReservoirMemory` keeps one. While the memory is empty, leave
+    the gradients of that pass alone, and the step is SAM's on the current batch. With rho and mu 0 the method is the
+    base optimizer on L_t + L_s: experience replay as it is without SAM.
+
+    Args:
+        mu: weight of the memory's gradient at the unperturbed weights; at least 0.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+
+    Passes: on the batch and on the memory at w, which do not depend on each other, and the same two at w + e. ::
+
+        for p in optimizer.each_pass():
+            if p.data == "train":
+                loss_fn(model(x), y).backward()
+            elif len(memory) > 0:
+                memory_loss(model, memory_batch).backward()
+
+    GradScaler is refused: it would look for infinities in the gradients of the last pass alone.
+    """
+
+    yields_passes_together = True
+    takes_scaled_gradients = False
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        mu: float = 1.0,
+        *,
+        closure_runs: str = "every_pass",
+        **kwargs: Any,
+    ) -> None:
+        if not mu >= 0.0:
+            raise InvalidSettingError(f"Invalid mu: {mu}; it must be at least 0")
+        self.mu = mu
+        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+
+    def passes(self) -> Passes:
+        g_task, g_memory = yield [Pass(kept=True), Pass(MEMORY, kept=True, may_be_empty=True)]
+        rule = NormalizedSum(epsilon=self._rule.epsilon)
+        self.ascend(g_task, g_memory, rule=rule, scale=[[rho, rho] for [rho] in self._radii()])
+        g_task_plus, g_memory_plus = yield [
+            Pass(perturbed=True, kept=True),
+            Pass(MEMORY, perturbed=True, kept=True, may_be_empty=True),
+        ]
+        self.refuse_grad_scaler("it would look for infinities in the gradients of the last pass alone")
+        weights = [[1.0, 1.0, self.mu]] * len(self.param_groups)
+        self.descend(g_task_plus, g_memory_plus, g_memory, scale=weights)

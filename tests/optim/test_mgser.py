@@ -1,0 +1,271 @@
+"""MGSER-SAM: its formula, reductions, drivers and state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from sam_optim import MGSERSAM, SAM, InvalidSettingError, StepOrderError, TrainStep
+from sam_optim.side_by_side import OneLane
+
+from .cases import BASES, Base, Method, assert_same, batches, loss_of, make_net, weights_of
+from .test_capture import Replayed
+from .test_side_by_side import Reversed
+
+MOMENTUM = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
+METHOD = Method(MGSERSAM, {"rho": 0.1, "mu": 0.7})
+
+
+def memory_loss(model, batch):
+    """Soft labels and hard ones, as in dark experience replay."""
+    logits = model(batch[0])
+    return 0.5 * (logits - batch[0][:, :3]).pow(2).mean() + 0.3 * torch.nn.functional.cross_entropy(logits, batch[1])
+
+
+def pairs(count):
+    """Batches and, of another size, batches from memory."""
+    return list(zip(batches(count), batches(2 * count, size=5)[count:], strict=True))
+
+
+def by_passes(optimizer, model, batch, memory_batch):
+    for p in optimizer.each_pass():
+        if p.data == "train":
+            loss_of(model, batch).backward()
+        elif memory_batch is not None:
+            memory_loss(model, memory_batch).backward()
+
+
+def by_closures(optimizer, model, batch, memory_batch):
+    def closure_of(loss, own):
+        def closure():
+            optimizer.zero_grad()
+            value = loss(model, own)
+            value.backward()
+            return value
+
+        return closure
+
+    memory_closure = None if memory_batch is None else closure_of(memory_loss, memory_batch)
+    return optimizer.step(closure_of(loss_of, batch), memory_closure=memory_closure)
+
+
+def by_train_step(optimizer, model, batch, memory_batch):
+    return TrainStep(model, optimizer, loss_of, memory_loss=memory_loss)(batch, memory_batch=memory_batch)
+
+
+DRIVERS = [by_passes, by_closures, by_train_step]
+
+
+def gradient(model, at, loss, batch):
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    torch.nn.utils.vector_to_parameters(at, model.parameters())
+    gradients = torch.autograd.grad(loss(model, batch), list(model.parameters()))
+    torch.nn.utils.vector_to_parameters(before, model.parameters())
+    return torch.cat([g.reshape(-1) for g in gradients])
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_trajectory(base, adaptive):
+    """Against the formula on one long vector, with torch's own base optimizer, in float64."""
+    wanted, model = make_net(), make_net()
+    optimizer = METHOD.make(model, base, adaptive=adaptive)
+    oracle = base.cls(wanted.parameters(), **copy.deepcopy(base.settings))
+    sizes = [p.numel() for p in wanted.parameters()]
+    for batch, memory_batch in pairs(6):
+        by_passes(optimizer, model, batch, memory_batch)
+        w = torch.nn.utils.parameters_to_vector(wanted.parameters()).detach().clone()
+        g_m = gradient(wanted, w, memory_loss, memory_batch)
+        g = gradient(wanted, w, loss_of, batch) + g_m
+        t = w.abs() if adaptive else torch.ones_like(w)
+        e = 0.1 * t**2 * g / (t * g).norm()
+        g_plus = gradient(wanted, w + e, loss_of, batch) + gradient(wanted, w + e, memory_loss, memory_batch)
+        for p, own in zip(wanted.parameters(), (g_plus + 0.7 * g_m).split(sizes), strict=True):
+            p.grad = own.view_as(p).clone()
+        oracle.step()
+        for a, b in zip(model.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_closed_form(backend):
+    """L_t = 1/2 (w - a)' A (w - a), L_s = 1/2 (w - b)' B (w - b); plain SGD."""
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    curvature, other = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    start, rho, mu, lr = torch.tensor([0.5, -0.5], dtype=torch.float64), 0.2, 1.0, 0.1
+    w = start.clone().requires_grad_()
+    optimizer = MGSERSAM([w], torch.optim.SGD, rho, mu, lr=lr, backend=backend)
+    for p in optimizer.each_pass():
+        loss = curvature * (w - a) ** 2 if p.data == "train" else other * (w - b) ** 2
+        (0.5 * loss).sum().backward()
+    g_m = other * (start - b)
+    g = curvature * (start - a) + g_m
+    moved = start + rho * g / g.norm()
+    wanted = start - lr * (curvature * (moved - a) + other * (moved - b) + mu * g_m)
+    torch.testing.assert_close(w.detach(), wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_an_empty_memory_is_sam(base, driver):
+    """Bit for bit, in the weights and in the base optimizer's state."""
+    results = []
+    for cls, run in ((MGSERSAM, driver), (SAM, None)):
+        model = make_net()
+        optimizer = Method(cls, {"rho": 0.1}).make(model, base)
+        for batch in batches(4):
+            if run is not None:
+                run(optimizer, model, batch, None)
+            else:
+                for _ in optimizer.each_pass():
+                    loss_of(model, batch).backward()
+        state = [v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, torch.Tensor)]
+        results.append([*weights_of(model), *state])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_without_rho_and_mu_it_is_replay(base, driver):
+    """The plain base optimizer on L_t + L_s, bit for bit: DER++ if L_s is that of DER++."""
+    model, wanted = make_net(), make_net()
+    optimizer = METHOD.make(model, base, rho=0.0, mu=0.0)
+    plain = base.cls(wanted.parameters(), **copy.deepcopy(base.settings))
+    for batch, memory_batch in pairs(5):
+        driver(optimizer, model, batch, memory_batch)
+        plain.zero_grad()
+        loss_of(wanted, batch).backward()
+        memory_loss(wanted, memory_batch).backward()
+        plain.step()
+        assert_same(weights_of(model), weights_of(wanted))
+
+
+def test_however_it_is_driven():
+    results = []
+    for driver in DRIVERS:
+        model = make_net()
+        optimizer = METHOD.make(model, MOMENTUM)
+        for number, (batch, memory_batch) in enumerate(pairs(5)):
+            driver(optimizer, model, batch, memory_batch if number > 1 else None)
+        results.append(weights_of(model))
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+@pytest.mark.parametrize("lanes", [OneLane, Reversed])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_side_by_side(monkeypatch, lanes, batch_norm):
+    """The passes on batch and memory; with running statistics, which both update, in their order."""
+    monkeypatch.setattr(TrainStep, "_make_lanes", lambda self: lanes())
+    results = []
+    for passes in ("streams", "sequential"):
+        model = make_net(batch_norm=batch_norm)
+        optimizer = METHOD.make(model, MOMENTUM)
+        step = TrainStep(model, optimizer, loss_of, memory_loss=memory_loss, passes=passes)
+        for number, (batch, memory_batch) in enumerate(pairs(4)):
+            step(batch, memory_batch=memory_batch if number > 0 else None)
+        results.append([*weights_of(model), *(b.clone() for b in model.buffers())])
+    assert_same(*results)
+
+
+def test_captured(monkeypatch):
+    """A graph for steps with an empty memory, one for the others."""
+    recorder = Replayed()
+    monkeypatch.setattr(TrainStep, "_make_recorder", lambda self: recorder)
+    results = []
+    for capture in (False, True):
+        model = make_net()
+        optimizer = METHOD.make(model, MOMENTUM)
+        step = TrainStep(model, optimizer, loss_of, memory_loss=memory_loss, capture=capture)
+        for number, (batch, memory_batch) in enumerate(pairs(9)):
+            step(batch, memory_batch=memory_batch if number > 5 else None)
+        results.append(weights_of(model))
+    assert recorder.recorded == 2
+    assert_same(*results)
+
+
+def test_running_statistics_learn_from_batch_and_memory_once():
+    model = make_net(batch_norm=True)
+    step = TrainStep(model, METHOD.make(model, MOMENTUM), loss_of, memory_loss=memory_loss)
+    seen = []
+    model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.detach().mean(0)))
+    for batch, memory_batch in pairs(1):
+        step(batch, memory_batch=memory_batch)
+    norm = model.layers[1]
+    assert norm.num_batches_tracked == 2 and len(seen) == 4
+    torch.testing.assert_close(norm.running_mean, 0.9 * (0.1 * seen[0]) + 0.1 * seen[1])
+
+
+def test_dropout_draws_alike_in_the_passes_of_one_batch():
+    model = make_net(dropout=0.5)
+    seen = []
+    model.layers[2].register_forward_hook(lambda module, args, out: seen.append(out == 0))
+    step = TrainStep(model, METHOD.make(model, MOMENTUM), loss_of, memory_loss=memory_loss)
+    for batch, memory_batch in pairs(1):
+        step(batch, memory_batch=memory_batch)
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+
+
+@pytest.mark.parametrize("options", [{"micro_batches": 2}, {"max_grad_norm": 0.1}], ids=str)
+def test_options_of_the_driver(options):
+    """Micro-batches make the step of the whole batch; a clipped update has the norm that was asked for."""
+    model, whole = make_net(), make_net()
+    step = TrainStep(model, METHOD.make(model, BASES[0]), loss_of, memory_loss=memory_loss, **options)
+    other = TrainStep(whole, METHOD.make(whole, BASES[0]), loss_of, memory_loss=memory_loss)
+    before = torch.cat([w.reshape(-1) for w in weights_of(model)])
+    [(batch, memory_batch)] = pairs(1)
+    step(batch, memory_batch=memory_batch)
+    other(batch, memory_batch=memory_batch)
+    if "micro_batches" in options:
+        for a, b in zip(weights_of(model), weights_of(whole), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    else:
+        moved = torch.cat([w.reshape(-1) for w in weights_of(model)]) - before
+        assert moved.norm().item() == pytest.approx(0.05 * 0.1, rel=1e-4)
+
+
+def test_resuming():
+    wanted, model = make_net(), make_net()
+    for name, own in (("wanted", wanted), ("model", model)):
+        optimizer = METHOD.make(own, MOMENTUM)
+        for number, (batch, memory_batch) in enumerate(pairs(6)):
+            if name == "model" and number == 3:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = METHOD.make(own, MOMENTUM)
+                optimizer.load_state_dict(saved)
+            by_passes(optimizer, own, batch, memory_batch)
+    assert_same(weights_of(model), weights_of(wanted))
+
+
+def test_exceptions_leave_everything_as_it_was():
+    for failing in range(4):
+        model = make_net(batch_norm=True)
+        calls = []
+
+        def loss(model, batch, calls=calls, failing=failing):
+            calls.append(None)
+            if len(calls) - 1 == failing:
+                raise KeyError("in a pass")
+            return loss_of(model, batch)
+
+        step = TrainStep(model, METHOD.make(model, MOMENTUM), loss)
+        before = [*weights_of(model), *(b.clone() for b in model.buffers())]
+        [(batch, memory_batch)] = pairs(1)
+        with pytest.raises(KeyError):
+            step(batch, memory_batch=memory_batch)
+        assert_same([*weights_of(model), *(b.clone() for b in model.buffers())], before)
+
+
+def test_what_is_refused():
+    model = make_net(torch.float32)
+    with pytest.raises(InvalidSettingError, match="mu"):
+        MGSERSAM(model.parameters(), torch.optim.SGD, mu=-1.0, lr=0.1)
+    optimizer = MGSERSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(InvalidSettingError, match="GradScaler"):
+        TrainStep(model, optimizer, loss_of, scaler=torch.amp.GradScaler("cpu"))
+    # The training pass must leave gradients; only that on the memory may be empty.
+    with pytest.raises(StepOrderError, match="no parameter has a gradient"):
+        for _ in optimizer.each_pass():
+            pass
