@@ -18,6 +18,7 @@ from .randomness import RandomState
 from .sam import ASAM, SAM
 from .sampa import SAMPa
 from .schedules import LambdaRho, RhoFollowsLR
+from .stability import Stability, StabilityMonitor, edge_of_stability
 from .train_step import TrainStep, split_batch
 from .variants import GSAM, WSAM, FriendlySAM, LookSAM, StableSAM
 
@@ -39,12 +40,15 @@ __all__ = [
     "RhoFollowsLR",
     "SAMPa",
     "SharpnessAwareOptimizer",
+    "Stability",
+    "StabilityMonitor",
     "StableSAM",
     "StepOrderError",
     "StepReport",
     "TrainStep",
     "dark_experience_loss",
     "disable_running_stats",
+    "edge_of_stability",
     "enable_running_stats",
     "freeze_in_perturbed_passes",
     "frozen_batch_norm",

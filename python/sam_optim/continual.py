@@ -114,8 +114,8 @@ def dark_experience_loss(
 ) -> Tensor:
     """The memory's loss of dark experience replay (Buzzega et al. 2020, arXiv 2004.07211).
 
-    DER is ``alpha * MSE(logits, stored_logits)``, eq. 5; DER++ adds ``beta * cross_entropy(labelled_logits, labels)``,
-    eq. 6, for a second, independent draw from the memory.
+    DER is ``alpha * MSE(logits, stored_logits)``; DER++ adds ``beta * cross_entropy(labelled_logits, labels)`` for a
+    second, independent draw from the memory.
 
     Args:
         logits: of the model now, for a draw from the memory; shape (n, classes).

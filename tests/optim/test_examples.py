@@ -55,6 +55,25 @@ def test_continual_digits():
     assert example["forgetting"](replayed) < example["forgetting"](alone)
 
 
+def test_edge_of_stability(monkeypatch, tmp_path, capsys):
+    """SAM's Hessian ends far below that of gradient descent, both near their edges."""
+    path = EXAMPLES / "edge_of_stability.py"
+    if not path.exists():
+        pytest.skip("the examples are not here")
+    picture = tmp_path / "edge.png"
+    arguments = ["--steps", "300", "--every", "50", "--output", str(picture)]
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    example = runpy.run_path(str(path), run_name="example")
+    runs = {}
+    monkeypatch.setitem(example["main"].__globals__, "print_table", runs.update)
+    example["main"]()
+    assert picture.stat().st_size > 10_000
+    descent, _, sam = (run[-1] for run in runs.values())
+    assert 0.8 < descent.relative_sharpness < 1.4
+    assert 0.8 < sam.relative_sharpness < 1.4
+    assert sam.hessian_norm < 0.6 * descent.hessian_norm
+
+
 def test_quickstart_noise_replaces_the_share_asked_for():
     (_, clean), (_, test) = quickstart.load_digits(0.0, seed=1)
     (_, noisy), (_, same_test) = quickstart.load_digits(0.6, seed=1)

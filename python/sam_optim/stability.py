@@ -1,0 +1,232 @@
+"""The edge of stability: how large the Hessian may be for gradient descent and for SAM, and how large it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import sam_kernels
+
+from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
+from .errors import StepOrderError
+from .optimizer import SharpnessAwareOptimizer
+from .randomness import RandomState
+
+
+def edge_of_stability(lr: float, rho: float, gradient_norm: float) -> float:
+    """The largest Hessian norm at which SAM with plain gradient descent is stable (Long and Bartlett, arXiv 2309.12488).
+
+    ``|g| / (2 rho) (sqrt(1 + 8 rho / (lr |g|)) - 1)``, computed without cancellation. At rho 0 it is 2 / lr, the edge
+    of gradient descent; it falls with rho, and to 0 with the gradient.
+
+    Args:
+        lr: learning rate; above 0.
+        rho: radius of the perturbation; at least 0.
+        gradient_norm: |g| at the unperturbed weights; at least 0.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+    if not lr > 0.0 or not rho >= 0.0 or not gradient_norm >= 0.0:
+        raise ValueError(f"Invalid lr, rho or gradient_norm: {lr}, {rho}, {gradient_norm}")
+    if rho == 0.0:
+        return 2.0 / lr
+    if gradient_norm == 0.0:
+        return 0.0
+    return 4.0 / lr / (math.sqrt(1.0 + 8.0 * rho / (lr * gradient_norm)) + 1.0)
+
+
+class Stability(NamedTuple):
+    """What :meth:`StabilityMonitor.measure` found at the present weights.
+
+    Attributes:
+        loss: the loss.
+        gradient_norm: |g|.
+        eigenvalue: of the Hessian, the one of the largest magnitude, with its sign.
+        edge: SAM's edge of stability, see :func:`edge_of_stability`.
+        gradient_descent_edge: 2 / lr.
+        alignment: abs(cos) of the angle between g and the eigenvector.
+        perturbed_alignment: the same for g+, the gradient at w + rho g / |g|.
+        eigenvector: of that eigenvalue, a tensor for each parameter, of norm 1 together.
+    """
+
+    loss: float
+    gradient_norm: float
+    eigenvalue: float
+    edge: float
+    gradient_descent_edge: float
+    alignment: float
+    perturbed_alignment: float
+    eigenvector: list[Tensor]
+
+    @property
+    def hessian_norm(self) -> float:
+        """The Hessian's spectral norm."""
+        return abs(self.eigenvalue)
+
+    @property
+    def relative_sharpness(self) -> float:
+        """Hessian norm over the edge: training hovers around 1 at the edge of stability."""
+        return self.hessian_norm / self.edge if self.edge > 0.0 else math.inf
+
+
+class StabilityMonitor:
+    """Measures where training stands beside its edge of stability::
+
+        monitor = StabilityMonitor(model, optimizer, loss_fn)
+        if step % 100 == 0:
+            found = monitor.measure(batch)
+            print(found.eigenvalue, found.edge, found.perturbed_alignment)
+
+    The theory is that of full batches, without momentum and weight decay, with T = 1; give a batch as large as can be.
+    Eigenvalues come from SciPy's Lanczos solver on products of the Hessian with vectors; each costs about two gradients,
+    and a measurement some twenty to a hundred of them. The next one starts from the eigenvector of the last.
+
+    A measurement leaves everything as it was, bit for bit: weights, ``p.grad``, running statistics, random generators.
+
+    Args:
+        model: whose parameters the optimizer's are.
+        optimizer: any torch optimizer; ``lr``, and ``rho`` if it has one, are read from its groups.
+        loss_fn: called as ``loss_fn(model, batch)``; returns the loss, or a tuple or list whose first entry it is.
+        tolerance: relative accuracy of the eigenvalue.
+        statistics: names running statistics, see :func:`running_statistics`.
+
+    Raises:
+        ImportError: if SciPy is missing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: Callable[[nn.Module, Any], Any],
+        *,
+        tolerance: float = 1e-4,
+        statistics: StatisticsRule = running_statistics,
+    ) -> None:
+        try:
+            import scipy.sparse.linalg  # noqa: F401
+        except ImportError as error:
+            raise ImportError("StabilityMonitor needs SciPy: pip install 'sam-kernels[stability]'") from error
+        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.tolerance, self._statistics = tolerance, statistics
+        self._start: Any = None
+
+    def measure(self, batch: Any) -> Stability:
+        """Measures at the present weights.
+
+        Raises:
+            StepOrderError: in the middle of a step.
+            ValueError: if groups differ in lr or rho, for which there is no theory; or the gradient is not finite.
+        """
+        if isinstance(self.optimizer, SharpnessAwareOptimizer) and self.optimizer.is_step_begun:
+            raise StepOrderError("measure() was called in the middle of a step, while the weights are perturbed")
+        lr, rho = self._one_of("lr", None), self._one_of("rho", 0.0)
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        random = RandomState({p.device for p in params})
+        try:
+            with torch.enable_grad(), frozen_batch_norm(self.model, self._statistics):
+                loss, gradients = self._gradients(params, batch, graph=True)
+                flat = [g.detach() for g in gradients]
+                norm = math.sqrt(float(sam_kernels.gram([flat])[0, 0]))
+                if not math.isfinite(norm):
+                    raise ValueError("the gradient is not finite; there is no edge of stability to compare with")
+                eigenvalue, eigenvector = self._top_eigenpair(params, gradients)
+                del gradients
+                random.restore()
+                perturbed = self._perturbed_gradients(params, flat, rho, batch)
+        finally:
+            random.restore()
+        return Stability(
+            loss,
+            norm,
+            eigenvalue,
+            edge_of_stability(lr, rho, norm),
+            2.0 / lr,
+            _alignment(flat, eigenvector),
+            _alignment(perturbed, eigenvector),
+            eigenvector,
+        )
+
+    def _one_of(self, name: str, default: float | None) -> float:
+        values = {float(group[name] if default is None else group.get(name, default)) for group in self._groups()}
+        if len(values) != 1:
+            raise ValueError(
+                f"the groups differ in {name}: {sorted(values)}; the edge of stability is that of one {name}"
+            )
+        return values.pop()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.optimizer.param_groups if group["params"]]
+
+    def _gradients(self, params: Sequence[Tensor], batch: Any, graph: bool) -> tuple[float, list[Tensor]]:
+        output = self.loss_fn(self.model, batch)
+        loss = output[0] if isinstance(output, (tuple, list)) else output
+        gradients = torch.autograd.grad(loss, params, create_graph=graph, allow_unused=True)
+        return loss.item(), [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, params, strict=True)]
+
+    def _perturbed_gradients(
+        self, params: list[Tensor], gradients: list[Tensor], rho: float, batch: Any
+    ) -> list[Tensor]:
+        plan = sam_kernels.Plan(params)
+        snapshot = sam_kernels.Snapshot(plan)
+        try:
+            sam_kernels.ascent_(plan, [gradients], scale=rho, snapshot=snapshot)
+            return self._gradients(params, batch, graph=False)[1]
+        finally:
+            sam_kernels.restore_(plan, snapshot)
+
+    def _top_eigenpair(self, params: Sequence[Tensor], gradients: list[Tensor]) -> tuple[float, list[Tensor]]:
+        """The Hessian's eigenvalue of the largest magnitude and its eigenvector."""
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        size = sum(p.numel() for p in params)
+        curved = [i for i, g in enumerate(gradients) if g.requires_grad]
+        if not curved:  # a loss that is linear in the weights
+            return 0.0, [torch.full_like(p, size**-0.5) for p in params]
+
+        def product(vector: Any) -> Any:
+            parts = _split(torch.from_numpy(vector.reshape(-1)), params)
+            result = torch.autograd.grad(
+                [gradients[i] for i in curved],
+                params,
+                grad_outputs=[parts[i] for i in curved],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            return torch.cat(
+                [
+                    torch.zeros(p.numel(), dtype=torch.float64) if r is None else r.reshape(-1).double().cpu()
+                    for r, p in zip(result, params, strict=True)
+                ]
+            ).numpy()
+
+        if self._start is None or len(self._start) != size:
+            generator = torch.Generator().manual_seed(0)
+            self._start = torch.randn(size, generator=generator, dtype=torch.float64).numpy()
+        if size == 1:
+            value, vector = float(product(self._start * 0.0 + 1.0)[0]), self._start * 0.0 + 1.0
+        else:
+            operator = LinearOperator((size, size), matvec=product, dtype="float64")
+            values, vectors = eigsh(operator, k=1, which="LM", v0=self._start, tol=self.tolerance)
+            value, vector = float(values[0]), vectors[:, 0].copy()
+        self._start = vector
+        return value, _split(torch.from_numpy(vector), params)
+
+
+def _split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """A long vector as tensors of the parameters' shapes, types and devices."""
+    parts = vector.split([p.numel() for p in params])
+    return [part.view(p.shape).to(p) for part, p in zip(parts, params, strict=True)]
+
+
+def _alignment(a: list[Tensor], b: list[Tensor]) -> float:
+    """abs(cos) of the angle between two lists of tensors; 0 where one is zero."""
+    gram = sam_kernels.gram([a, b]).cpu()
+    lengths = (gram[0, 0] * gram[1, 1]).sqrt().item()
+    return abs(gram[0, 1].item()) / lengths if lengths > 0.0 else 0.0

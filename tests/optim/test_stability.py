@@ -1,0 +1,173 @@
+"""The edge of stability, and the monitor that measures where training stands beside it."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from sam_optim import SAM, StabilityMonitor, StepOrderError, edge_of_stability
+
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+
+
+class Quadratic(nn.Module):
+    """1/2 w' H w with a given H, in two parameters."""
+
+    def __init__(self, hessian, start):
+        super().__init__()
+        self.hessian = torch.tensor(hessian, dtype=torch.float64)
+        start = torch.tensor(start, dtype=torch.float64)
+        self.a, self.b = nn.Parameter(start[:1].clone()), nn.Parameter(start[1:].clone())
+
+    @property
+    def w(self):
+        return torch.cat([self.a, self.b])
+
+
+def quadratic_loss(model, batch):
+    return 0.5 * model.w @ model.hessian @ model.w
+
+
+def test_formula():
+    for lr, rho, norm in ((0.1, 0.05, 2.0), (0.5, 0.3, 0.01), (1e-3, 2.0, 100.0)):
+        literal = norm / (2 * rho) * (math.sqrt(1 + 8 * rho / (lr * norm)) - 1)
+        assert edge_of_stability(lr, rho, norm) == pytest.approx(literal, rel=1e-12)
+    assert edge_of_stability(0.1, 0.0, 3.0) == 20.0
+    assert edge_of_stability(0.1, 1e-18, 3.0) == pytest.approx(20.0)  # where the literal form is 0 / 0
+    assert edge_of_stability(0.1, 0.1, 0.0) == 0.0
+    for wrong in ((0.0, 0.1, 1.0), (0.1, -0.1, 1.0), (0.1, 0.1, math.nan)):
+        with pytest.raises(ValueError, match="Invalid"):
+            edge_of_stability(*wrong)
+
+
+def test_sam_settles_where_the_edge_is_the_curvature():
+    """On a quadratic SAM ends in a 2-cycle of radius lr rho h / (2 - lr h); there the edge is h exactly."""
+    lr, rho, h = 0.05, 0.1, 12.0
+    model = Quadratic([[h, 0.0], [0.0, 1.0]], [1.0, 0.3])
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=rho, lr=lr)
+    for _ in range(2000):
+        for _ in optimizer.each_pass():
+            quadratic_loss(model, None).backward()
+    assert abs(model.a.item()) == pytest.approx(lr * rho * h / (2 - lr * h), rel=1e-9)
+    assert abs(model.a.item()) == pytest.approx(0.0428571, abs=1e-7)
+    found = StabilityMonitor(model, optimizer, quadratic_loss).measure(None)
+    assert found.eigenvalue == pytest.approx(h, rel=1e-9)
+    assert found.edge == pytest.approx(h, rel=1e-9)
+    assert found.relative_sharpness == pytest.approx(1.0, rel=1e-9)
+    assert found.gradient_descent_edge == 2 / lr
+    assert found.alignment == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("diagonal", [[3.0, 1.0, -2.0], [2.0, 1.0, -5.0], [0.1, 0.2, 0.3]])
+def test_eigenvalue_with_its_sign(diagonal):
+    """In a rotated basis; the one of the largest magnitude, negative or not."""
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    hessian = basis @ torch.diag(torch.tensor(diagonal, dtype=torch.float64)) @ basis.T
+    model = Quadratic(hessian.tolist(), [1.0, 2.0, -1.0])
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    found = StabilityMonitor(model, optimizer, quadratic_loss).measure(None)
+    index = max(range(3), key=lambda i: abs(diagonal[i]))
+    assert found.eigenvalue == pytest.approx(diagonal[index], rel=1e-6)
+    assert found.hessian_norm == pytest.approx(abs(diagonal[index]), rel=1e-6)
+    top, w = basis[:, index], model.w.detach()
+    assert abs(torch.cat(found.eigenvector) @ top).item() == pytest.approx(1.0, rel=1e-6)
+    g = hessian @ w
+    g_plus = hessian @ (w + 0.5 * g / g.norm())
+    assert found.loss == pytest.approx(0.5 * (w @ g).item())
+    assert found.gradient_norm == pytest.approx(g.norm().item())
+    assert found.alignment == pytest.approx(abs(g @ top).item() / g.norm().item(), rel=1e-5)
+    assert found.perturbed_alignment == pytest.approx(abs(g_plus @ top).item() / g_plus.norm().item(), rel=1e-5)
+
+
+def test_a_network_against_its_whole_hessian():
+    model = make_net()
+    [batch] = batches(1)
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    found = StabilityMonitor(model, optimizer, lambda m, b: (loss_of(m, b), "more"), tolerance=1e-8).measure(batch)
+    gradients = torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(loss_of(model, batch), params, create_graph=True)]
+    )
+    rows = [torch.autograd.grad(entry, params, retain_graph=True) for entry in gradients]
+    hessian = torch.stack([torch.cat([r.reshape(-1) for r in row]) for row in rows])
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    assert found.eigenvalue == pytest.approx(max(eigenvalues.tolist(), key=abs), rel=1e-6)
+    assert found.edge == found.gradient_descent_edge == 20.0  # an optimizer without rho
+    assert found.alignment == pytest.approx(found.perturbed_alignment)
+
+
+def test_nothing_is_changed():
+    model = make_net(torch.float32, dropout=0.5, batch_norm=True)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    [batch] = batches(1, torch.float32)
+    loss_of(model, batch).backward()
+    kept = [p.grad for p in model.parameters()]
+    before = [*weights_of(model), *(g.clone() for g in kept), *(b.clone() for b in model.buffers())]
+    random = torch.get_rng_state()
+    monitor = StabilityMonitor(model, optimizer, loss_of)
+    with torch.no_grad():
+        found = [monitor.measure(batch) for _ in range(2)]
+    assert_same([*weights_of(model), *(p.grad for p in model.parameters()), *model.buffers()], before)
+    assert all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+    # The same draws, from another start of the solver.
+    assert found[0].loss == found[1].loss
+    assert found[0].eigenvalue == pytest.approx(found[1].eigenvalue, rel=1e-3)
+
+
+def test_an_exception_restores_the_weights():
+    model = make_net()
+    calls = []
+
+    def loss(model, batch):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyError("at the perturbed weights")
+        return loss_of(model, batch)
+
+    before = weights_of(model)
+    monitor = StabilityMonitor(model, SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1), loss)
+    with pytest.raises(KeyError):
+        monitor.measure(batches(1)[0])
+    assert_same(weights_of(model), before)
+
+
+def test_parameters_that_take_no_part():
+    """Frozen ones, unused ones, and a loss that is linear in the weights."""
+    model = make_net()
+    model.layers[0].bias.requires_grad_(False)
+    unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.SGD([*model.parameters(), unused], lr=0.1)
+    found = StabilityMonitor(model, optimizer, loss_of).measure(batches(1)[0])
+    assert math.isfinite(found.eigenvalue) and not found.eigenvector[-1].any()
+    found = StabilityMonitor(model, optimizer, lambda m, b: sum(p.sum() for p in m.parameters())).measure(None)
+    assert found.eigenvalue == 0.0
+    single = Quadratic([[3.0]], [2.0])
+    only = torch.optim.SGD([single.a], lr=0.1)
+    assert StabilityMonitor(single, only, quadratic_loss).measure(None).eigenvalue == pytest.approx(3.0)
+
+
+def test_what_is_refused(monkeypatch):
+    model = make_net()
+    weights = list(model.parameters())
+    [batch] = batches(1)
+    groups = [{"params": weights[:2], "rho": 0.1}, {"params": weights[2:]}]
+    optimizer = SAM(groups, torch.optim.SGD, rho=0.2, lr=0.1)
+    with pytest.raises(ValueError, match=r"differ in rho: \[0.1, 0.2\]"):
+        StabilityMonitor(model, optimizer, loss_of).measure(batch)
+    optimizer = SAM(weights, torch.optim.SGD, rho=0.2, lr=0.1)
+    loss_of(model, batch).backward()
+    optimizer.first_step()
+    with pytest.raises(StepOrderError, match="middle of a step"):
+        StabilityMonitor(model, optimizer, loss_of).measure(batch)
+    optimizer.restore()
+    with pytest.raises(ValueError, match="not finite"):
+        StabilityMonitor(model, optimizer, lambda m, b: loss_of(m, b) * float("inf")).measure(batch)
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    with pytest.raises(ImportError, match="stability"):
+        StabilityMonitor(model, optimizer, loss_of)
