@@ -19,10 +19,10 @@ from .randomness import RandomState
 
 
 def edge_of_stability(lr: float, rho: float, gradient_norm: float) -> float:
-    """The largest Hessian norm at which SAM with plain gradient descent is stable (Long and Bartlett, arXiv 2309.12488).
+    """The largest Hessian norm at which SAM with plain gradient descent is stable.
 
-    ``|g| / (2 rho) (sqrt(1 + 8 rho / (lr |g|)) - 1)``, computed without cancellation. At rho 0 it is 2 / lr, the edge
-    of gradient descent; it falls with rho, and to 0 with the gradient.
+    Long and Bartlett, arXiv 2309.12488: ``|g| / (2 rho) (sqrt(1 + 8 rho / (lr |g|)) - 1)``, computed here without
+    cancellation. At rho 0 it is 2 / lr, the edge of gradient descent; it falls with rho, and to 0 with the gradient.
 
     Args:
         lr: learning rate; above 0.
@@ -84,8 +84,8 @@ class StabilityMonitor:
             print(found.eigenvalue, found.edge, found.perturbed_alignment)
 
     The theory is that of full batches, without momentum and weight decay, with T = 1; give a batch as large as can be.
-    Eigenvalues come from SciPy's Lanczos solver on products of the Hessian with vectors; each costs about two gradients,
-    and a measurement some twenty to a hundred of them. The next one starts from the eigenvector of the last.
+    Eigenvalues come from SciPy's Lanczos solver on products of the Hessian with vectors; a product costs about two
+    gradients, a measurement some twenty to a hundred products. The next one starts from the eigenvector of the last.
 
     A measurement leaves everything as it was, bit for bit: weights, ``p.grad``, running statistics, random generators.
 
