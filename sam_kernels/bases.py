@@ -14,6 +14,8 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from .host import pick
+from .plan import Plan
+from .sharding import local_part
 
 TensorList = Sequence[Tensor | None]
 
@@ -62,6 +64,10 @@ class SGD:
         """The base of some of the tensors."""
         return SGD(self.settings, _pick(self.momentum_buffer, index), bytearray(self.first[i] for i in index))
 
+    def local(self, plan: Plan) -> SGD:
+        """The same with this rank's parts of DTensors."""
+        return SGD(self.settings, plan.local(self.momentum_buffer), self.first) if plan.shares else self
+
     @property
     def columns(self) -> tuple[TensorList, ...]:
         return (self.momentum_buffer,)
@@ -92,6 +98,14 @@ class Adam:
     def subset(self, index: Sequence[int]) -> Adam:
         """The base of some of the tensors."""
         return Adam(self.settings, *(_pick(column, index) for column in (*self.columns, self.step)))
+
+    def local(self, plan: Plan) -> Adam:
+        """The same with this rank's parts of DTensors."""
+        if not plan.shares:
+            return self
+        step = [local_part(entry) for entry in self.step]  # a scalar, which every rank has
+        exp_avg, exp_avg_sq, max_exp_avg_sq = (plan.local(column) for column in self.columns)
+        return Adam(self.settings, exp_avg, exp_avg_sq, max_exp_avg_sq, step)
 
     @property
     def columns(self) -> tuple[TensorList, ...]:

@@ -73,17 +73,17 @@ class Binder:
     def bind_params(self, plan: Plan, staging: Staging) -> Any:
         """The table with the weights' addresses as they are now."""
         table = self.table(plan)
-        odd = table.bind(self.native.WEIGHT, plan.params)
+        odd = table.bind(self.native.WEIGHT, plan.tensors)
         if odd:
             for index in odd:
-                param, layout = plan.params[index], plan.layouts[index]
+                param, layout = plan.tensors[index], plan.layouts[index]
                 if param.dtype != layout.dtype or param.device != layout.device or param.shape != layout.shape:
                     device = plan.device
                     plan.refresh()
                     if plan.device != device or plan.parts:
                         raise DeviceChangedError
                     return self.bind_params(plan, staging)
-            self._bind_odd(table, self.native.WEIGHT, plan, plan.params, odd, staging, written=True)
+            self._bind_odd(table, self.native.WEIGHT, plan, plan.tensors, odd, staging, written=True)
         return table
 
     def bind_lists(self, table: Any, plan: Plan, xs: Sequence[TensorList], staging: Staging) -> None:
@@ -152,7 +152,7 @@ class Binder:
         """Binds the tensors of a plan of the same layouts, which a launch writes beside the table's own."""
         key = self.name + " points"
         if plan.tables.get(key) is not points:
-            self._bind_own(table, self.native.POINT, points.params)
+            self._bind_own(table, self.native.POINT, points.tensors)
             plan.tables[key] = points
 
     def _bind_own(self, table: Any, column: int, tensors: list[Tensor]) -> None:
@@ -165,7 +165,7 @@ class Binder:
         if staging.results:
             staging.write_back()
         rows = table.written_rows()
-        increment_version(plan.params if rows is None else [plan.params[i] for i in rows])
+        increment_version(plan.tensors if rows is None else [plan.tensors[i] for i in rows])
 
 
 def dtype_code(dtype: torch.dtype) -> int:

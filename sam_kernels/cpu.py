@@ -161,7 +161,7 @@ def two_points_(
         torch.get_num_threads(),
     )
     _binder.finish(table, plan, staging)
-    increment_version(ascended.params)
+    increment_version(ascended.tensors)
     return _report(1, finite, matrix, found)
 
 

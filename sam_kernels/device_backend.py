@@ -204,7 +204,7 @@ class DeviceBackend(ABC):
             numbers.data_ptr(),
         )
         self._binder.finish(table, plan, staging)
-        increment_version(ascended.params)
+        increment_version(ascended.tensors)
         return self._report(numbers, 1)
 
     # ------------------------------------------------------------------ launches

@@ -4,10 +4,13 @@ Everywhere ``params`` is a :class:`Plan` or a list of tensors (from which a plan
 a list of one to three gradient lists, and a gradient list has an entry for each parameter: a tensor of the parameter's
 shape and device, or None. A tensor for which no list has an entry is left alone.
 
-Supported are float32, float64, bfloat16, float16, complex64 and complex128, in any mixture. ``scale`` is a number, or
-for each group a sequence of one number for each list; it multiplies the coefficients. A number may be a tensor of one
-element; one that lies on a GPU is read when the kernels run, and no operation waits for a GPU. No operation records
-gradients.
+Supported are float32, float64, bfloat16, float16, complex64 and complex128, in any mixture. Of DTensors (FSDP2, tensor
+parallelism) each rank works on its own part; operations with a Gram matrix are then collective, and take separate
+launches for it.
+
+``scale`` is a number, or for each group a sequence of one number for each list; it multiplies the coefficients. A
+number may be a tensor of one element; one that lies on a GPU is read when the kernels run, and no operation waits for a
+GPU. No operation records gradients.
 
 All operations raise :class:`UnsupportedTensorError` for tensors that no kernel can work on (sparse, integer, without
 memory), and ``ValueError`` for lists, shapes or devices that do not fit together; nothing has been changed then.
@@ -307,7 +310,13 @@ class _Part:
 def _parts(
     plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None, base: Base | None = None
 ) -> Iterator[_Part]:
-    """The arguments device by device. The snapshot's flags are brought home after each part, also on an exception."""
+    """The arguments device by device, of DTensors this rank's parts.
+
+    The snapshot's flags are brought home after each part, also on an exception.
+    """
+    if plan.shares:
+        xs = [plan.local(x) for x in xs]
+        base = None if base is None else base.local(plan)
     if not plan.parts:
         yield _Part(plan, xs, snapshot, base)
         return
@@ -324,7 +333,7 @@ def _parts(
 
 def _is_fused(plan: Plan, rule: RuleLike, backend: str | None) -> bool:
     """Whether one launch can take the Gram matrix, apply the rule and use its coefficients."""
-    return not plan.parts and (is_known(rule) or backend_for(plan.device, backend).knows(rule))
+    return not plan.parts and not plan.shares and (is_known(rule) or backend_for(plan.device, backend).knows(rule))
 
 
 def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) -> Any:
@@ -340,12 +349,20 @@ def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) ->
 def _gram(
     plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None, backend: str | None
 ) -> Tensor:
+    """Summed over devices, and over the ranks that hold parts of the tensors."""
+    if len(plan.shares) > 1:
+        matrices = []
+        for share, own in zip(plan.shares, plan.by_share, strict=True):
+            copies = None if snapshot is None else snapshot.subset(share.index)
+            lists = [pick(x, share.index) for x in xs]
+            matrices.append(_gram(own, lists, weighted, copies, backend))
+        return torch.stack([matrix.to(plan.device) for matrix in matrices]).sum(0)
     total: Tensor | None = None
     for part in _parts(plan, xs, snapshot):
         matrix = _launch(part.plan, backend, "gram", part.xs, weighted, part.snapshot)
         total = matrix if total is None else total + matrix.to(total.device)
     assert total is not None
-    return total
+    return plan.shares[0].sum(total) if plan.shares else total
 
 
 def _apply(rule: RuleLike, matrix: Tensor) -> tuple[LaunchReport, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import UnsupportedTensorError
 from .host import pick
+from .sharding import local_part, shares_of
 
 REAL_DTYPE = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *REAL_DTYPE)
@@ -96,10 +97,15 @@ class Plan:
     """A list of parameters, prepared for many launches.
 
     Args:
-        params: the tensors that launches change.
+        params: the tensors that launches change. Of a DTensor launches change this rank's part, and Gram matrices are
+            summed over the ranks that hold the others.
         groups: index of each tensor's group into the per-group arguments of the operations; all 0 by default.
         geometry: for each tensor None for T = 1, or eta >= 0 for ASAM's T(w) = ``|w|`` + eta.
         names: of the tensors, for messages.
+
+    Attributes:
+        tensors: the memory of the parameters: themselves, or this rank's parts of them.
+        shares: how DTensors among them are spread over ranks; empty if there are none.
 
     Raises:
         UnsupportedTensorError: for a tensor that no kernel can work on.
@@ -131,7 +137,12 @@ class Plan:
 
     def refresh(self) -> None:
         """Inspects the parameters anew, after one of them changed its dtype, device, shape or strides."""
-        self.layouts = [Layout.of(p, name) for p, name in zip(self.params, self.names, strict=True)]
+        self.shares = shares_of(self.params)
+        self._by_share: list[Plan] = []
+        self.tensors: list[Tensor] = self.params
+        if self.shares:
+            self.tensors = [local_part(p, name=name) for p, name in zip(self.params, self.names, strict=True)]
+        self.layouts = [Layout.of(p, name) for p, name in zip(self.tensors, self.names, strict=True)]
         self.tables: dict[str, Any] = {}
         devices = dict.fromkeys(layout.device for layout in self.layouts)
         self.device = next(iter(devices), torch.device("cpu"))
@@ -144,6 +155,34 @@ class Plan:
     def subset(self, index: Sequence[int]) -> Plan:
         """The plan of some of the tensors."""
         return Plan(*(pick(column, index) for column in (self.params, self.groups, self.geometry, self.names)))
+
+    def local(self, column: Sequence[Any]) -> Sequence[Any]:
+        """An entry for each parameter, as a launch takes it: of a DTensor this rank's part.
+
+        Raises:
+            UnsupportedTensorError: if it is not spread over ranks as its parameter is.
+        """
+        if not self.shares or not column:
+            return column
+        return [
+            local_part(entry, param, f"the gradient or state of {name}")
+            for entry, param, name in zip(column, self.params, self.names, strict=True)
+        ]
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether a DTensor has got another local tensor than it had."""
+        return bool(self.shares) and any(
+            local_part(p) is not own for p, own in zip(self.params, self.tensors, strict=True)
+        )
+
+    @property
+    def by_share(self) -> list[Plan]:
+        """A plan for each of the shares."""
+        if not self._by_share:
+            whole = len(self.shares) == 1
+            self._by_share = [self] if whole else [self.subset(share.index) for share in self.shares]
+        return self._by_share
 
     @property
     def parts(self) -> list[tuple[Plan, list[int]]]:

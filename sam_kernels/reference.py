@@ -71,7 +71,7 @@ def perturb_(
         restore_(plan, snapshot)
         for i in active:
             if not snapshot.taken[i]:
-                snapshot.tensors[i].copy_(plan.params[i])
+                snapshot.tensors[i].copy_(plan.tensors[i])
         # All copies are complete before the first weight changes, and say so.
         for i in active:
             snapshot.taken[i] = 1
@@ -79,7 +79,7 @@ def perturb_(
         direction = _combination(plan, xs, i, coefficients, scale)
         if direction is None:
             continue
-        weight = _real(plan.params[i])
+        weight = _real(plan.tensors[i])
         wide = _widened(weight)
         eta = plan.geometry[i]
         if eta is not None:
@@ -91,7 +91,7 @@ def perturb_(
 @torch.no_grad()
 def restore_(plan: Plan, snapshot: Snapshot) -> None:
     """w <- snapshot where one is held. The flags stay; the caller clears them."""
-    for i, param in enumerate(plan.params):
+    for i, param in enumerate(plan.tensors):
         if snapshot.taken[i]:
             param.copy_(snapshot.tensors[i])
 
@@ -99,7 +99,7 @@ def restore_(plan: Plan, snapshot: Snapshot) -> None:
 @torch.no_grad()
 def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
     """out <- sum_i c_i x_i; zero where no list has an entry."""
-    for i, out in enumerate(plan.params):
+    for i, out in enumerate(plan.tensors):
         total = _combination(plan, xs, i, coefficients, scale)
         _real(out).copy_(torch.zeros(()) if total is None else total)
 
@@ -153,7 +153,7 @@ def descent_(
             state = [column[i] for column in (*base.columns, base.steps) if column and column[i] is not None]
             before = [t.clone() for t in state if t is not None] if preview else []
             gradient = _combination(plan, xs, i, report.coefficients, scale, inverse_of(grad_scale))
-            weight = _real(plan.params[i])
+            weight = _real(plan.tensors[i])
             if gradient is None:
                 gradient = torch.zeros_like(_widened(weight))
             if isinstance(base, SGD):
@@ -182,7 +182,7 @@ def two_points_(
 
 
 def _unperturbed(plan: Plan, index: int, snapshot: Snapshot | None) -> Tensor:
-    return plan.params[index] if snapshot is None or not snapshot.taken[index] else snapshot.tensors[index]
+    return plan.tensors[index] if snapshot is None or not snapshot.taken[index] else snapshot.tensors[index]
 
 
 def _apply(rule: Rule, matrix: Tensor) -> LaunchReport:
@@ -211,7 +211,7 @@ def _combination(
     factor: float = 1.0,
 ) -> Tensor | None:
     """sum_i c_i x_i of one tensor, None if every coefficient is zero: an infinite entry times zero must not be NaN."""
-    wide = torch.float64 if plan.params[index].dtype in (torch.float64, torch.complex128) else torch.float32
+    wide = torch.float64 if plan.tensors[index].dtype in (torch.float64, torch.complex128) else torch.float32
     total: Tensor | None = None
     for i, x in enumerate(xs):
         c = torch.tensor(factor * float(coefficients[i]) * float(scale[plan.groups[index] * len(xs) + i]), dtype=wide)

@@ -43,7 +43,7 @@ class PlanCache:
         """
         params = list(chain.from_iterable(group["params"] for group in groups))
         key = [(len(g["params"]), g.get("adaptive"), g.get("eta"), g.get("perturb")) for g in groups]
-        if key == self._key and same_objects(params, self.plan.params):
+        if key == self._key and same_objects(params, self.plan.params) and not self.plan.has_moved:
             return self.plan
         if self.holds_copies:
             raise StepOrderError("parameters or their geometry were changed in the middle of a step")
@@ -82,7 +82,7 @@ class PlanCache:
             plan = self.plan
             own = Plan([layout.empty() for layout in plan.layouts], plan.groups, plan.geometry, plan.names)
             self._points[name] = own
-        return own, Snapshot.of(own, self.plan.params)
+        return own, Snapshot.of(own, self.plan.tensors)
 
     def forget_copies(self) -> None:
         """Discards the copies without restoring them."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from sam_kernels.sharding import is_distributed
+
 from .errors import InvalidSettingError
 from .passes import Gradients
 
@@ -75,7 +77,8 @@ class Isolated:
     """
 
     def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
-        if hasattr(model, "no_sync") or any(isinstance(m, nn.DataParallel) for m in model.modules()):
+        is_wrapped = hasattr(model, "no_sync") or any(isinstance(m, nn.DataParallel) for m in model.modules())
+        if is_wrapped or any(is_distributed(p) for p in params):
             raise InvalidSettingError(
                 f"passes cannot run side by side in a {type(model).__name__}, whose gradients are reduced by hooks; "
                 "use passes='sequential'"

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
+from sam_kernels.sharding import is_distributed
 
 from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
 from .capture import CapturedDraws, CapturedSteps, Recorder
@@ -113,6 +114,7 @@ class TrainStep:
         self._losses = {MEMORY: memory_loss or loss_fn}
         self._split = split or split_batch
         self._statistics = statistics
+        self._gathering: list[Any] = [m for m in model.modules() if hasattr(m, "set_reshard_after_backward")]
         self._choose_passes(passes)
         self._captured = self._make_captured() if capture else None
         self._validation_batches: Iterator[Any] | None = None
@@ -194,7 +196,7 @@ class TrainStep:
         return StreamLanes(self._one_cuda_device("passes='streams'"))
 
     def _make_captured(self) -> CapturedSteps:
-        if hasattr(self.model, "no_sync"):
+        if hasattr(self.model, "no_sync") or any(is_distributed(p) for p in self._params()):
             raise InvalidSettingError(f"capture=True cannot be used with {type(self.model).__name__}")
         if self.scaler is not None and self.scaler.is_enabled():
             raise InvalidSettingError("capture=True cannot be used with GradScaler; bfloat16 needs no scaling")
@@ -228,6 +230,11 @@ class TrainStep:
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}
+
+    def forget_gathered_weights(self) -> None:
+        """FSDP2's modules that keep whole weights after a backward pass would not see that the parts have changed."""
+        for module in self._gathering:
+            module.reshard()
 
     @property
     def has_statistics(self) -> bool:
@@ -274,6 +281,8 @@ class TrainStep:
                     buffer.copy_(value)
             self.optimizer.zero_grad()
             raise
+        finally:
+            self.forget_gathered_weights()
 
 
 _NOTHING = object()
@@ -356,6 +365,7 @@ class _Step:
     def _run(self, p: Pass, parts: list[tuple[float, Any]], share_of_step: float = 1.0) -> None:
         owner = self.owner
         keeps_result = p.data == TRAIN and not p.perturbed and not self._has_output
+        owner.forget_gathered_weights()
         with self._draws.of(p.data, p.perturbed), ExitStack() as stack:
             if not p.updates_statistics:
                 stack.enter_context(frozen_batch_norm(owner.model, owner._statistics))
@@ -385,9 +395,13 @@ class _Step:
         return output
 
     def _without_reduction(self, wanted: bool) -> AbstractContextManager[None]:
-        """DistributedDataParallel averages gradients over ranks with the last micro-batch alone."""
-        no_sync = getattr(self.owner.model, "no_sync", None)
-        return no_sync() if wanted and no_sync is not None else nullcontext()
+        """DistributedDataParallel and FSDP2 reduce gradients over ranks with the last micro-batch alone."""
+        model: Any = self.owner.model
+        if not wanted:
+            return nullcontext()
+        if hasattr(model, "set_requires_gradient_sync"):
+            return _without_sync(model)
+        return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
     def _of(self, parts: dict[str, list[tuple[float, Any]]], p: Pass) -> list[tuple[float, Any]]:
         name = p.data
@@ -469,6 +483,16 @@ class _Step:
 
 
 _FIXED = Fixed()
+
+
+@contextmanager
+def _without_sync(model: Any) -> Iterator[None]:
+    """FSDP2's modules keep their gradients to themselves within the block."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def _loss_of(output: Any) -> Tensor:

@@ -1,0 +1,239 @@
+"""What the ranks run: each compares training on its part with training of the whole model by one process."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import sam_kernels as sk
+from sam_optim import GSAM, MGSERSAM, SAM, AgnosticSAM, FriendlySAM, InvalidSettingError, SAMPa, TrainStep
+
+from ..optim.cases import Base, Method, batches
+
+# Sizes that two ranks cannot share out evenly: 5 and 1, where a rank has nothing at all.
+SIZES = (7, 5, 1)
+
+SGD = Base(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01})
+ADAMW = Base(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1})
+UNFUSED = Base(torch.optim.RMSprop, {"lr": 0.01}, fused=False)
+METHODS = [
+    (Method(SAM, {"rho": 0.1}), SGD),
+    (Method(SAM, {"rho": 0.1}), ADAMW),
+    (Method(SAM, {"rho": 0.1}), UNFUSED),
+    (Method(SAM, {"rho": 0.5, "adaptive": "weights"}), SGD),
+    (Method(GSAM, {"rho": 0.1}), SGD),
+    (Method(FriendlySAM, {"rho": 0.1}), ADAMW),
+    (Method(AgnosticSAM, {"rho_train": 0.1}), SGD),
+    (Method(SAMPa, {"rho": 0.1}), SGD),
+    (Method(MGSERSAM, {"rho": 0.1}), UNFUSED),
+]
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    first, second, third = SIZES
+    return nn.Sequential(nn.Linear(first, second), nn.Tanh(), nn.Linear(second, third)).double()
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]).squeeze(1) - batch[1]).pow(2).mean()
+
+
+def sharded(model: nn.Sequential, mesh: DeviceMesh, **options: Any) -> nn.Sequential:
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_close(model: nn.Module, wanted: nn.Module, **tolerance: float) -> None:
+    tolerance = tolerance or {"rtol": 1e-11, "atol": 1e-13}
+    for own, other in zip(model.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(whole(own.detach()), other.detach(), **tolerance)
+
+
+def of_rank(batch: tuple[Tensor, Tensor], rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    return batch[0].chunk(ranks)[rank], batch[1].chunk(ranks)[rank]
+
+
+def data(count: int) -> list[tuple[Tensor, Tensor]]:
+    return [(x, y.double()) for x, y in batches(count)]
+
+
+def train(step: TrainStep, rank: int, ranks: int, steps: int = 4) -> None:
+    for batch, other in zip(data(steps), data(2 * steps)[steps:], strict=True):
+        own, own_other = of_rank(batch, rank, ranks), of_rank(other, rank, ranks)
+        if isinstance(step.optimizer, MGSERSAM):
+            step(own, memory_batch=own_other)
+        else:
+            step(own, own_other)
+
+
+def fsdp_trains_like_one_process(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,))
+    for method, base in METHODS:
+        for options in ({}, {"reshard_after_forward": False}):
+            model, wanted = sharded(make_model(), mesh, **options), make_model()
+            optimizer = method.make(model, base)
+            train(TrainStep(model, optimizer, loss_of), rank, ranks)
+            train(TrainStep(wanted, method.make(wanted, base), loss_of), 0, 1)
+            assert_close(model, wanted)
+            for param in model.parameters():
+                entries = optimizer.base_optimizer.state[param]
+                assert all(isinstance(v, DTensor) for k, v in entries.items() if k != "step")
+
+
+def norms_are_global(rank: int, ranks: int) -> None:
+    """Also where the weights are gathered, kept whole and changed between the passes."""
+    model, wanted = sharded(make_model(), init_device_mesh("cpu", (ranks,))), make_model()
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_backward"):
+            module.set_reshard_after_backward(False)
+    [batch] = data(1)
+    steps = [
+        TrainStep(own, SAM(own.named_parameters(), torch.optim.SGD, rho=0.3, lr=0.1), loss_of)
+        for own in (model, wanted)
+    ]
+    for step, own in zip(steps, (of_rank(batch, rank, ranks), batch), strict=True):
+        step(own)
+    norms = [step.optimizer.last_step.ascent.norms for step in steps]
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-12, atol=0.0)
+    assert_close(model, wanted)
+
+
+def micro_batches_and_clipping(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,))
+    for options in ({"micro_batches": 3}, {"max_grad_norm": 0.1}):
+        model, wanted = sharded(make_model(), mesh), make_model()
+        for own, place in ((model, (rank, ranks)), (wanted, (0, 1))):
+            train(TrainStep(own, Method(SAM, {"rho": 0.1}).make(own, SGD), loss_of, **options), *place)
+        assert_close(model, wanted)
+    # Each part's own perturbation: that of all ranks' parts together.
+    model = sharded(make_model(), mesh)
+    step = TrainStep(
+        model,
+        Method(SAM, {"rho": 0.1}).make(model, SGD),
+        loss_of,
+        micro_batches=2,
+        perturbation="micro_batch",
+    )
+    train(step, rank, ranks)
+    total = torch.stack([whole(p.detach()).sum() for p in model.parameters()])
+    others = [torch.zeros_like(total) for _ in range(ranks)]
+    torch.distributed.all_gather(others, total)
+    assert all(torch.equal(other, total) for other in others)
+
+
+def exceptions_and_infinities(rank: int, ranks: int) -> None:
+    """A gradient that is not finite on one rank perturbs on none; restoring is exact."""
+    model = sharded(make_model(), init_device_mesh("cpu", (ranks,)))
+    optimizer = SAM(model.named_parameters(), torch.optim.SGD, rho=0.3, lr=0.1)
+    before = [p.to_local().clone() for p in model.parameters()]
+    [batch] = data(1)
+    loss_of(model, of_rank(batch, rank, ranks)).backward()
+    optimizer.first_step()
+    assert any(not torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+    optimizer.restore()
+    assert all(torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+    if rank == ranks - 1:
+        next(model.parameters()).grad.to_local().fill_(math.inf)
+    optimizer.first_step()
+    assert not optimizer.last_step.ascent.finite
+    assert all(torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+    optimizer.restore()
+    for option in ({"passes": "streams"}, {"capture": True}):
+        try:
+            TrainStep(model, SAMPa(model.parameters(), torch.optim.SGD, lr=0.1), loss_of, **option)
+        except InvalidSettingError:
+            continue
+        raise AssertionError(f"{option} was not refused")
+
+
+def two_dimensions(rank: int, ranks: int) -> None:
+    """Placements side by side: sharded along one or both dimensions of a mesh, replicated, and plain tensors."""
+    mesh = init_device_mesh("cpu", (2, ranks // 2))
+    generator = torch.Generator().manual_seed(0)
+    full = [torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(4)]
+    gradients = [torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(4)]
+    placements = [(Shard(0), Shard(1)), (Replicate(), Shard(0)), (Replicate(), Replicate())]
+
+    def spread(tensors: list[Tensor]) -> list[Tensor]:
+        own = [t.clone() for t in tensors]
+        return [*(distribute_tensor(t, mesh, p) for t, p in zip(own, placements, strict=False)), own[-1]]
+
+    params, xs = spread(full), [spread(gradients), spread(full)]
+    wanted, wanted_xs = [t.clone() for t in full], [gradients, full]
+    plan, whole_plan = (sk.Plan(tensors, geometry=[None, 0.1, None, 0.0]) for tensors in (params, wanted))
+    torch.testing.assert_close(sk.gram(xs, plan), sk.gram(wanted_xs, whole_plan), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(sk.gram(xs), sk.gram(wanted_xs), rtol=1e-12, atol=0.0)
+    for own_plan, own_xs in ((plan, xs), (whole_plan, wanted_xs)):
+        snapshot = sk.Snapshot(own_plan)
+        sk.ascent_(own_plan, own_xs, scale=0.3, snapshot=snapshot)
+        base = sk.SGD([sk.SGDSettings(0.1)], first=bytearray(4))
+        sk.descent_(own_plan, own_xs, base, rule=sk.Deflected(alpha=0.4), snapshot=snapshot)
+    for own, other in zip(params, wanted, strict=True):
+        torch.testing.assert_close(whole(own), other, rtol=1e-12, atol=1e-13)
+    wrong = distribute_tensor(full[0].clone(), mesh, (Shard(1), Shard(0)))
+    try:
+        sk.perturb_(plan, [[wrong, None, None, None]], [1.0])
+    except sk.UnsupportedTensorError as error:
+        assert "redistribute" in str(error)
+    else:
+        raise AssertionError("another placement was not refused")
+
+
+def checkpoints(rank: int, ranks: int) -> None:
+    """By torch.distributed.checkpoint's state dicts of the base optimizer, and by the optimizer's own."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    for method, base, own_dict in (
+        (Method(SAM, {"rho": 0.1}), ADAMW, False),
+        (Method(SAM, {"rho": 0.1}), SGD, True),
+        (Method(FriendlySAM, {"rho": 0.1}), SGD, True),
+    ):
+        model = sharded(make_model(), mesh)
+        optimizer = method.make(model, base)
+        train(TrainStep(model, optimizer, loss_of), rank, ranks)
+        weights = copy.deepcopy(model.state_dict())
+        if own_dict:
+            saved = copy.deepcopy(optimizer.state_dict())
+        else:
+            saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer.base_optimizer))
+        train(TrainStep(model, optimizer, loss_of), rank, ranks)
+
+        resumed = sharded(make_model(), mesh)
+        resumed.load_state_dict(weights)
+        optimizer = method.make(resumed, base)
+        if own_dict:
+            optimizer.load_state_dict(saved)
+        else:
+            set_optimizer_state_dict(resumed, optimizer.base_optimizer, saved)
+        train(TrainStep(resumed, optimizer, loss_of), rank, ranks)
+        for own, other in zip(resumed.parameters(), model.parameters(), strict=True):
+            assert torch.equal(own.to_local(), other.to_local())
+
+
+def data_parallel(rank: int, ranks: int) -> None:
+    """DistributedDataParallel: the step of the whole batch, and replicas that stay equal bit for bit."""
+    model, wanted = make_model(), make_model()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for own, place in ((wrapped, (rank, ranks)), (wanted, (0, 1))):
+        step = TrainStep(own, Method(SAM, {"rho": 0.1}).make(own, SGD), loss_of, micro_batches=2)
+        train(step, *place)
+    assert_close(model, wanted)
+    for param in model.parameters():
+        others = [torch.zeros_like(param) for _ in range(ranks)]
+        torch.distributed.all_gather(others, param.detach())
+        assert all(torch.equal(other, param) for other in others)

@@ -1,0 +1,35 @@
+"""Training on several ranks: FSDP2, tensor-parallel placements, DistributedDataParallel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from . import programs
+from .ranks import on_ranks
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        programs.fsdp_trains_like_one_process,
+        programs.norms_are_global,
+        programs.micro_batches_and_clipping,
+        programs.exceptions_and_infinities,
+        programs.checkpoints,
+        programs.data_parallel,
+    ],
+)
+def test_two_ranks(program):
+    on_ranks(2, program, 2)
+
+
+def test_three_ranks():
+    """Fewer rows than ranks in one layer, uneven parts in the other."""
+    on_ranks(3, programs.norms_are_global, 3)
+
+
+def test_a_mesh_of_two_dimensions():
+    on_ranks(4, programs.two_dimensions, 4)
