@@ -13,8 +13,12 @@ SOURCES := sam_kernels python benches tests examples setup.py csrc
 quickstart: $(VENV)/.built
 	$(BIN)/python -m sam_optim.quickstart
 
+# A process for each core. Their threads sleep while they wait: spinning, they would take the cores from each other.
+test test-wheel: export OMP_WAIT_POLICY := passive
+IN_PARALLEL := -n auto
+
 test: $(VENV)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # The tests that need a GPU, with a torch that has CUDA: make test-gpu BIN=/path/to/bin uses another environment.
 test-gpu:
@@ -56,7 +60,7 @@ test-wheel: wheel
 	build/torch-$(TORCH)/bin/pip install --quiet torch==$(TORCH) "$$(ls dist/*.whl)[test]"
 	build/torch-$(TORCH)/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
 	rm -rf build/tests-$(TORCH) && mkdir -p build/tests-$(TORCH) && cp -r tests build/tests-$(TORCH)/
-	cd build/tests-$(TORCH) && ../torch-$(TORCH)/bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir . tests
+	cd build/tests-$(TORCH) && ../torch-$(TORCH)/bin/python -m pytest $(IN_PARALLEL) -c $(CURDIR)/pyproject.toml --rootdir . tests
 
 clean:
 	rm -rf build dist *.egg-info .venv sam_kernels/*.so

@@ -42,7 +42,7 @@ def own_rule(gram):
         {"rule": sk.NormMatched(), "scale": [[1.0, 1.0], [0.5, 0.5]]},
         {"rule": own_rule},
     ],
-    ids=str,
+    ids=["scale", "scales of groups", "a rule", "a rule and scales", "a rule of one's own"],
 )
 def test_fused_equals_by_base(monkeypatch, arguments):
     monkeypatch.setattr(Combining, "arguments", arguments)
