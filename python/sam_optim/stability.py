@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sam_kernels
+from sam_kernels import UnsupportedTensorError
+from sam_kernels.sharding import is_distributed
 
 from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
 from .errors import StepOrderError
@@ -123,11 +125,14 @@ class StabilityMonitor:
         Raises:
             StepOrderError: in the middle of a step.
             ValueError: if groups differ in lr or rho, for which there is no theory; or the gradient is not finite.
+            UnsupportedTensorError: for DTensors; measure on a model that is not sharded.
         """
         if isinstance(self.optimizer, SharpnessAwareOptimizer) and self.optimizer.is_step_begun:
             raise StepOrderError("measure() was called in the middle of a step, while the weights are perturbed")
         lr, rho = self._one_of("lr", None), self._one_of("rho", 0.0)
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if any(is_distributed(p) for p in params):
+            raise UnsupportedTensorError("StabilityMonitor cannot measure DTensors; use a model that is not sharded")
         random = RandomState({p.device for p in params})
         try:
             with torch.enable_grad(), frozen_batch_norm(self.model, self._statistics):

@@ -13,7 +13,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import sam_kernels as sk
-from sam_optim import GSAM, MGSERSAM, SAM, AgnosticSAM, FriendlySAM, InvalidSettingError, SAMPa, TrainStep
+from sam_optim import (
+    GSAM,
+    MGSERSAM,
+    SAM,
+    AgnosticSAM,
+    FriendlySAM,
+    InvalidSettingError,
+    SAMPa,
+    StabilityMonitor,
+    TrainStep,
+)
 
 from ..optim.cases import Base, Method, batches
 
@@ -152,6 +162,12 @@ def exceptions_and_infinities(rank: int, ranks: int) -> None:
     assert not optimizer.last_step.ascent.finite
     assert all(torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
     optimizer.restore()
+    try:
+        StabilityMonitor(model, optimizer, loss_of).measure(of_rank(batch, rank, ranks))
+    except sk.UnsupportedTensorError as error:
+        assert "not sharded" in str(error)
+    else:
+        raise AssertionError("a sharded model was not refused")
     for option in ({"passes": "streams"}, {"capture": True}):
         try:
             TrainStep(model, SAMPa(model.parameters(), torch.optim.SGD, lr=0.1), loss_of, **option)
