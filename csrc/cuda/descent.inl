@@ -1,4 +1,4 @@
-// The kernels that know a base optimizer, for one of them; the file that includes this defines SAMK_IS_ADAM and SAMK_NAME(x).
+// The kernels that know a base optimizer, for one; the file that includes this defines SAMK_IS_ADAM and SAMK_NAME(x).
 #include "launch.h"
 #include "phases.cuh"
 

@@ -166,6 +166,8 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         if not self._container["in step()"]:
             self.descend_through(self.step, *lists, rule=rule, scale=scale)
             return
+        if len(lists) > 1 and rule == _FIXED and hasattr(self, "grad_scale"):
+            rule = _ones  # GradScaler has looked for infinities in p.grad alone
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
         descent = Descent(
@@ -636,6 +638,11 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             "plans": PlanCache(self.geometry_of, self.is_perturbed_group),
             "update": BaseUpdate(self.base_optimizer),
         }
+
+
+def _ones(gram: Tensor) -> Tensor:
+    """As :class:`Fixed`, but of a Gram matrix, which skips the update if a gradient list is not finite."""
+    return torch.ones_like(gram[0])
 
 
 def _call(closure: Closure) -> Any:

@@ -259,6 +259,25 @@ def test_grad_scaler_sees_an_infinity_in_either_gradient(method, infinite_pass):
     assert all(w.isfinite().all() for w in weights_of(model))
 
 
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], METHODS[3]], ids=str)
+def test_an_infinite_first_gradient_by_hand(method):
+    """GradScaler sees the second one alone, here finite: nothing is updated all the same."""
+    for base in (MOMENTUM, Base(torch.optim.RMSprop, {"lr": 0.01}, fused=False)):
+        model = make_net(torch.float32)
+        optimizer = method.make(model, base)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        before = weights_of(model)
+        for factor in (float("inf"), 1.0):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, batches(1, torch.float32)[0]) * factor).backward()
+            if factor != 1.0:
+                optimizer.first_step()
+        scaler.step(optimizer)
+        scaler.update()
+        assert not optimizer.last_step.updated
+        assert_same(weights_of(model), before)
+
+
 def test_rho_zero_is_the_base():
     for method in METHODS:
         if method.cls in (LookSAM, FriendlySAM, GSAM, StableSAM):
