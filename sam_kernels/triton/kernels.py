@@ -934,11 +934,11 @@ def points_elements(
     gradient = read(x, 0, count, X, FULL, BLOCK).to(ACC)
     copy = read(source, 0, count, W, FULL, BLOCK)
     own = copy.to(ACC)
+    updated, _ = updated_by_base(own, gradient, state_at, scalars, count, KIND, ACC, M, FULL, BLOCK)
+    write(weight, count, updated, W, FULL, BLOCK)
     scale = geometry(own, eta)
     ascended = (own + scale * scale * (coefficient * gradient)).to(W)
     write(point, count, tl.where(coefficient != 0.0, ascended, copy), W, FULL, BLOCK)
-    updated, _ = updated_by_base(own, gradient, state_at, scalars, count, KIND, ACC, M, FULL, BLOCK)
-    write(weight, count, updated, W, FULL, BLOCK)
 
 
 @triton.jit
