@@ -44,10 +44,13 @@ def test_kernels_for_nvidia():
     """16 bytes at a time, no local memory, no spills, nothing contracted."""
     rows = rows_of("sm_90")
     assert len(rows) > 30
+    is_old = output_of("tests.triton.compiled")["triton"].startswith(("3.6.", "3.7."))
+    odd = {"descent ADAM fp32/bf16 x2"} if is_old else set()
     for row in rows:
-        # Adam with a maximum, on 16-bit types, is the one that is short of registers.
-        is_tight = "AMSGRAD bf16" in row["name"]
-        assert not row["local"] and row["spills"] == 0 and row["stack"] <= (64 if is_tight else 0), row
+        # Adam with a maximum, on 16-bit types, is the one that is short of registers. And the compiler that comes with
+        # Triton 3.6 may keep one number of a kernel on the stack, though it has registers left.
+        allowed = 64 if "AMSGRAD bf16" in row["name"] else 8 if row["name"] in odd else 0
+        assert not row["local"] and row["spills"] == 0 and row["stack"] <= allowed, row
         assert row["fused"] == 0, row
         assert row["registers"] <= 224, row  # three lists in one launch; two programs to a multiprocessor otherwise
         lists = int(row["name"][-1]) if "x" in row["name"] else 0
