@@ -12,6 +12,9 @@ launches for it.
 number may be a tensor of one element; one that lies on a GPU is read when the kernels run, and no operation waits for a
 GPU. No operation records gradients.
 
+``snapshot`` may hold masters of weights in bfloat16 or float16, see :class:`Snapshot`: the operations that take one then
+start from the masters, as if copies were held, and round what they write into the weights.
+
 All operations raise :class:`UnsupportedTensorError` for tensors that no kernel can work on (sparse, integer, without
 memory), and ``ValueError`` for lists, shapes or devices that do not fit together; nothing has been changed then.
 """
@@ -106,7 +109,10 @@ def perturb_(
 
 
 def restore_(params: Params, snapshot: Snapshot, *, backend: str | None = None) -> None:
-    """w <- snapshot, bit for bit, for each tensor of which a copy is held; the snapshot is then empty."""
+    """w <- snapshot for each tensor of which a copy is held, bit for bit, or a master, rounded.
+
+    The snapshot is then empty but for masters.
+    """
     plan = _plan(params)
     for part in _parts(plan, [], snapshot):
         _launch(part.plan, backend, "restore_", part.snapshot)
@@ -181,7 +187,7 @@ def descent_(
     """[Gram matrix, rule,] combination, restoring and the base optimizer's update, in one launch.
 
     w <- base(snapshot, sum_i scale_i c_i x_i / grad_scale), with w itself where no copy is held. Tensors with a copy
-    but no entry in any list are restored. The snapshot is empty afterwards.
+    but no entry in any list are restored. The snapshot is empty afterwards, but for masters, which are updated.
 
     Args:
         base: the update and its state, see :mod:`sam_kernels.bases`.

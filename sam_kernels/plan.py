@@ -1,7 +1,8 @@
 """Plans and snapshots: what is known of a list of parameters before a launch.
 
 A :class:`Plan` is a cache and never changes a result; it also carries what is fixed for each tensor, its group and its
-geometry. A :class:`Snapshot` holds the copies that a perturbation takes and that restoring needs.
+geometry. A :class:`Snapshot` holds the copies that a perturbation takes and that restoring needs, or masters of weights
+whose type is too coarse to be trained in.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ from .sharding import local_part, shares_of
 
 REAL_DTYPE = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *REAL_DTYPE)
+
+# Types too coarse to hold a perturbation or an update that is small beside the weight, and that of their masters.
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+MASTER_DTYPE = torch.float32
+
+# Flags of a snapshot. Native code sets and clears the first, and starts from the copy where there is either.
+TAKEN, MASTER = 1, 2
+_WITHOUT_TAKEN = bytes(flag & ~TAKEN for flag in range(256))
 
 # Start of each tensor within a snapshot's buffer, in bytes: a cache line, and more than any vector load needs.
 _ALIGNMENT = 64
@@ -196,20 +205,30 @@ class Plan:
 class Snapshot:
     """Copies of a plan's tensors, bit for bit, in one buffer for each dtype and device.
 
-    ``taken`` has a byte for each tensor: 1 while the copy is valid and the tensor may hold something else. Kernels set
-    and clear the bytes themselves, so the flags are right wherever an exception strikes.
+    ``taken`` has a byte for each tensor: ``TAKEN`` while the copy is valid and the tensor may hold something else.
+    Kernels set and clear it themselves, so the flags are right wherever an exception strikes.
+
+    With ``masters``, a bfloat16 or float16 tensor has a float32 master in place of a copy, flagged ``MASTER`` for good:
+    the weight itself, of which the tensor is the rounding. Every operation starts from it, a descent updates it and
+    rounds it to the tensor, and restoring rounds it again; a perturbation leaves it and copies nothing.
+
+    Args:
+        plan: of the tensors; masters begin as their values.
+        masters: whether tensors of low precision have masters.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.taken = bytearray(len(plan))
+    def __init__(self, plan: Plan, masters: bool = False) -> None:
+        self.masters = masters
         self._allocate(plan)
 
+    @torch.no_grad()
     def _allocate(self, plan: Plan) -> None:
         self.layouts = list(plan.layouts)
         self.tensors: list[Tensor] = [torch.empty(0)] * len(plan)
+        dtypes = [self._dtype_for(layout) for layout in self.layouts]
         by_buffer: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for index, layout in enumerate(self.layouts):
-            by_buffer.setdefault((layout.dtype, layout.device), []).append(index)
+            by_buffer.setdefault((dtypes[index], layout.device), []).append(index)
         for (dtype, device), members in by_buffer.items():
             unit = _ALIGNMENT // dtype.itemsize
             starts, total = [], 0
@@ -221,6 +240,17 @@ class Snapshot:
             for index, start in zip(members, starts, strict=True):
                 layout = self.layouts[index]
                 self.tensors[index] = buffer.as_strided(layout.shape, layout.strides, start)
+        self.taken = bytearray(MASTER if dtypes[i] != self.layouts[i].dtype else 0 for i in range(len(plan)))
+        for index in self.with_master:
+            self.tensors[index].copy_(plan.tensors[index])
+
+    def _dtype_for(self, layout: Layout) -> torch.dtype:
+        return MASTER_DTYPE if self.masters and layout.dtype in LOW_PRECISION else layout.dtype
+
+    @property
+    def with_master(self) -> list[int]:
+        """The tensors that have one."""
+        return [index for index, flag in enumerate(self.taken) if flag & MASTER]
 
     @staticmethod
     def of(plan: Plan, tensors: Sequence[Tensor]) -> Snapshot:
@@ -229,15 +259,16 @@ class Snapshot:
         An operation on ``plan`` then starts from them, and leaves its results in the plan's own tensors.
 
         Args:
-            tensors: of the shapes and types of the plan's.
+            tensors: of the shapes of the plan's, and of their types or float32 for low precision.
         """
         view = Snapshot.__new__(Snapshot)
+        view.masters = False
         view.layouts = list(plan.layouts)
-        view.taken = bytearray(b"\x01" * len(plan))
+        view.taken = bytearray([TAKEN] * len(plan))
         view.tensors = []
         for tensor, layout in zip(tensors, plan.layouts, strict=True):
             tensor = tensor.detach()
-            view.tensors.append(tensor if layout.matches(tensor) else layout.empty().copy_(tensor))
+            view.tensors.append(tensor if layout.matches(tensor) else layout.empty(tensor.dtype).copy_(tensor))
         return view
 
     def fit(self, plan: Plan) -> None:
@@ -253,12 +284,36 @@ class Snapshot:
                 "parameters changed their dtype, device or shape while they were perturbed; "
                 "convert or move the model between steps"
             )
-        self.taken = bytearray(len(plan))
+        before = dict(zip(self.with_master, pick(self.tensors, self.with_master), strict=True))
         self._allocate(plan)
+        # A tensor that moved to another device or order of its elements has its master still, if it still fits.
+        for index in self.with_master:
+            if index in before and before[index].shape == self.layouts[index].shape:
+                self._adopt(index, plan.tensors[index], before[index])
+
+    def adopt(self, plan: Plan, masters: Sequence[Tensor | None]) -> None:
+        """Takes over masters from elsewhere, None for those to be left, wherever they round to the plan's tensors.
+
+        Elements that do not are set to the plan's: what a tensor holds was written by somebody who knew nothing of its
+        master. ``adopt(plan, snapshot.tensors)`` after such a write brings the masters up to date.
+        """
+        self.fit(plan)
+        for index in self.with_master:
+            master = masters[index]
+            if master is not None:
+                self._adopt(index, plan.tensors[index], master)
+
+    @torch.no_grad()
+    def _adopt(self, index: int, tensor: Tensor, master: Tensor) -> None:
+        own = self.tensors[index]
+        master = master.to(own)
+        same = master.to(tensor.dtype) == tensor
+        own.copy_(torch.where(same, master, tensor.to(own.dtype)))
 
     def subset(self, index: Sequence[int]) -> Snapshot:
         """A snapshot that shares the memory of some of the tensors, with flags of its own."""
         part = Snapshot.__new__(Snapshot)
+        part.masters = self.masters
         part.layouts = pick(self.layouts, index)
         part.taken = bytearray(pick(self.taken, index))
         part.tensors = pick(self.tensors, index)
@@ -266,8 +321,9 @@ class Snapshot:
 
     @property
     def is_taken(self) -> bool:
-        return 1 in self.taken
+        """Whether some tensor may hold something else than its copy or its master's rounding."""
+        return TAKEN in self.taken or TAKEN | MASTER in self.taken
 
     def discard(self) -> None:
-        """Forgets the copies without restoring them."""
-        self.taken[:] = bytes(len(self.taken))
+        """Forgets the copies without restoring them. Masters stay."""
+        self.taken[:] = self.taken.translate(_WITHOUT_TAKEN)

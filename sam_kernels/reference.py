@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
 from .host import inverse_of, is_set
-from .plan import Plan, Snapshot
+from .plan import TAKEN, Plan, Snapshot
 from .report import LaunchReport
 from .rules import Fixed, Rule, is_known
 from .scales import FlatScale, times
@@ -64,7 +64,8 @@ def perturb_(
 ) -> None:
     """snapshot <- w; w <- w + T(w)^2 sum_i c_i x_i, for each tensor that has an entry in some list.
 
-    Where a copy is held already, w is that copy; tensors with a copy but without an entry are restored.
+    Where a copy is held already, w is that copy; tensors with a copy but without an entry are restored. A master is a
+    copy that is always held, and is rounded to the tensor at the end.
     """
     active = [i for i in range(len(plan)) if any(x[i] is not None for x in xs)]
     if snapshot is not None:
@@ -74,23 +75,22 @@ def perturb_(
                 snapshot.tensors[i].copy_(plan.tensors[i])
         # All copies are complete before the first weight changes, and say so.
         for i in active:
-            snapshot.taken[i] = 1
+            snapshot.taken[i] |= TAKEN
     for i in active:
         direction = _combination(plan, xs, i, coefficients, scale)
         if direction is None:
             continue
-        weight = _real(plan.tensors[i])
-        wide = _widened(weight)
+        wide = _widened(_real(_unperturbed(plan, i, snapshot)))
         eta = plan.geometry[i]
         if eta is not None:
             operator = wide.abs() + eta
             direction = operator * operator * direction
-        weight.copy_(wide + direction)
+        _real(plan.tensors[i]).copy_(wide + direction)
 
 
 @torch.no_grad()
 def restore_(plan: Plan, snapshot: Snapshot) -> None:
-    """w <- snapshot where one is held. The flags stay; the caller clears them."""
+    """w <- snapshot where one is held, masters rounded. The flags stay; the caller clears them."""
     for i, param in enumerate(plan.tensors):
         if snapshot.taken[i]:
             param.copy_(snapshot.tensors[i])
@@ -133,8 +133,8 @@ def descent_(
 ) -> LaunchReport:
     """[Gram -> rule ->] combine -> restore -> base update. Skipping the update restores all the same.
 
-    A preview writes only weights of which a copy is held; the copies and the state stay as they are. ``coefficients``
-    multiply the scales.
+    Masters are updated, and rounded to the weights. A preview writes only weights of which a copy is held; copies,
+    masters and state stay as they are. ``coefficients`` multiply the scales.
     """
     skip_update = is_set(found_inf)
     if coefficients is not None:
@@ -154,12 +154,17 @@ def descent_(
             before = [t.clone() for t in state if t is not None] if preview else []
             gradient = _combination(plan, xs, i, report.coefficients, scale, inverse_of(grad_scale))
             weight = _real(plan.tensors[i])
+            updated = weight
+            if snapshot is not None and snapshot.tensors[i].dtype != plan.tensors[i].dtype:
+                updated = snapshot.tensors[i].clone() if preview else snapshot.tensors[i]
             if gradient is None:
                 gradient = torch.zeros_like(_widened(weight))
             if isinstance(base, SGD):
-                _sgd(base, i, base.settings[plan.groups[i]], weight, gradient)
+                _sgd(base, i, base.settings[plan.groups[i]], updated, gradient)
             else:
-                _adam(base, i, base.settings[plan.groups[i]], weight, gradient)
+                _adam(base, i, base.settings[plan.groups[i]], updated, gradient)
+            if updated is not weight:
+                weight.copy_(updated)
             for tensor, value in zip(state, before, strict=False):
                 tensor.copy_(value)  # type: ignore[union-attr]
     if snapshot is not None and not preview:

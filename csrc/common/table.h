@@ -22,6 +22,10 @@ enum Column : int {
     kColumns,
 };
 
+// Flags of a row's cell in the snapshot's column: it holds a copy of a weight that may be perturbed; it is the weight's
+// master, always there, of a wider type, and the weight is its rounding. Whichever is set, the weight itself is there.
+enum SnapshotFlag : uint8_t { kTaken = 1, kMaster = 2 };
+
 struct Cell {
     void* pointer = nullptr;  // may be null for an empty tensor
     DType dtype = DType::None;
@@ -40,6 +44,9 @@ struct Row {
             if (cells[kList + i].present()) return true;
         return false;
     }
+
+    // Only launches with a snapshot may ask: the column keeps what an earlier one has bound.
+    bool has_master() const { return cells[kSnapshot].present() && cells[kSnapshot].dtype != cells[kWeight].dtype; }
 };
 
 }  // namespace samk

@@ -27,7 +27,7 @@ struct Launch {
     // Write-only results bypass the cache where the launch is larger than the cache.
     bool streaming = false;
 
-    // ascent, perturb, restore, descent: which rows hold a snapshot
+    // ascent, perturb, restore, descent: SnapshotFlag of each row
     uint8_t* taken = nullptr;
     bool take_snapshot = false;
 

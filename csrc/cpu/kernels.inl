@@ -160,11 +160,23 @@ struct Combination {
 
 // ---------------------------------------------------------------- restore
 
+// `count` elements of the snapshot into another column: bit for bit, or a master's rounded.
+inline void restore_into(const Cell& target, const Row& row, int64_t offset, int64_t count, bool streaming) {
+    const Cell& snapshot = row.cells[kSnapshot];
+    if (!row.has_master()) {
+        copy_bytes(address(target, offset), address(snapshot, offset), count * size_of(target.dtype), streaming);
+        return;
+    }
+    float buffer[kTile];
+    for (int64_t start = 0; start < count; start += kTile) {
+        const int n = int(count - start < kTile ? count - start : kTile);
+        store(target, offset + start, n, load(snapshot, offset + start, n, buffer), streaming);
+    }
+}
+
 inline void restore_chunk(const Launch& launch, const Chunk& chunk) {
     const Row& row = launch.rows[chunk.row];
-    const int64_t bytes = int64_t(chunk.count) * size_of(row.cells[kWeight].dtype);
-    copy_bytes(address(row.cells[kWeight], chunk.offset), address(row.cells[kSnapshot], chunk.offset), bytes,
-               launch.streaming);
+    restore_into(row.cells[kWeight], row, chunk.offset, chunk.count, launch.streaming);
 }
 
 // ---------------------------------------------------------------- perturb
@@ -217,10 +229,10 @@ inline void perturb_chunks(const Launch& launch, int thread) {
     finish_streaming();
 }
 
-inline void mark_taken(Launch& launch, uint8_t value) {
+inline void mark_taken(Launch& launch, bool taken) {
     const std::vector<uint8_t>& active = launch.schedule->active;
     for (size_t r = 0; r < active.size(); ++r)
-        if (active[r]) launch.taken[r] = value;
+        if (active[r]) launch.taken[r] = uint8_t((launch.taken[r] & ~kTaken) | (taken ? kTaken : 0));
 }
 
 inline void restore_chunks(const Launch& launch, int thread) {
@@ -342,7 +354,7 @@ struct AdamUpdate {
     }
 };
 
-// w <- base(snapshot or w, combination of the lists), one pass.
+// w <- base(snapshot or w, combination of the lists), one pass; a master is updated and rounded to w.
 template <class T, class Update>
 inline void update_chunk(const Launch& launch, const Chunk& chunk) {
     const Row& row = launch.rows[chunk.row];
@@ -351,6 +363,7 @@ inline void update_chunk(const Launch& launch, const Chunk& chunk) {
     const bool restores = launch.taken && launch.taken[chunk.row];
     const Cell& source_cell = row.cells[restores ? kSnapshot : kWeight];
     const Cell& weight_cell = row.cells[kWeight];
+    const bool updates_master = restores && !launch.preview && row.has_master();
     const bool direct = restores && !launch.streaming && weight_cell.dtype == DTypeOf<T>::value;
     T source_buffer[kTile], out_buffer[kTile];
 
@@ -361,6 +374,7 @@ inline void update_chunk(const Launch& launch, const Chunk& chunk) {
         T* out = direct ? reinterpret_cast<T*>(address(weight_cell, offset)) : out_buffer;
         update.tile(row, offset, n, source, combination.at(offset, n), out);
         store(weight_cell, offset, n, out, restores && launch.streaming);
+        if (updates_master) store(row.cells[kSnapshot], offset, n, out);
     }
 }
 
@@ -428,8 +442,7 @@ inline void points_tiles(const Launch& launch, const Chunk& chunk) {
             for (int e = 0; e < n; ++e) out[e] = perturbed(source[e], coefficient * gradient[e], eta);
             store(row.cells[kPoint], offset, n, out, launch.streaming);
         } else {
-            copy_bytes(address(row.cells[kPoint], offset), address(row.cells[kSnapshot], offset),
-                       int64_t(n) * size_of(row.cells[kPoint].dtype), launch.streaming);
+            restore_into(row.cells[kPoint], row, offset, n, launch.streaming);
         }
         update.tile(row, offset, n, source, gradient, out);
         store(row.cells[kWeight], offset, n, out, launch.streaming);
@@ -445,8 +458,7 @@ inline void points_chunk(const Launch& launch, const Chunk& chunk) {
         return;
     }
     restore_chunk(launch, chunk);
-    copy_bytes(address(row.cells[kPoint], chunk.offset), address(row.cells[kSnapshot], chunk.offset),
-               int64_t(chunk.count) * size_of(row.cells[kPoint].dtype), launch.streaming);
+    restore_into(row.cells[kPoint], row, chunk.offset, chunk.count, launch.streaming);
 }
 
 inline void points_chunks(const Launch& launch, int thread) {
@@ -527,7 +539,7 @@ inline void run_gram(Launch& launch) {
 
 inline void run_perturb(Launch& launch) {
     on_threads(launch, [&](int thread) { perturb_chunks(launch, thread); });
-    if (launch.take_snapshot) mark_taken(launch, 1);
+    if (launch.take_snapshot) mark_taken(launch, true);
 }
 
 inline void run_restore(Launch& launch) {
@@ -542,7 +554,7 @@ inline void run_ascent(Launch& launch) {
     in_two_phases(
         launch, [&](int thread) { gram_chunks(launch, thread); }, [&] { finish_gram(launch); },
         [&](int thread) { perturb_chunks(launch, thread); });
-    if (launch.finite && launch.take_snapshot) mark_taken(launch, 1);
+    if (launch.finite && launch.take_snapshot) mark_taken(launch, true);
 }
 
 inline void run_descent(Launch& launch) {
@@ -559,7 +571,7 @@ inline void run_descent(Launch& launch) {
             },
             [&](int thread) { descent_chunks(launch, thread); });
     }
-    if (launch.taken && !launch.preview) mark_taken(launch, 0);
+    if (launch.taken && !launch.preview) mark_taken(launch, false);
 }
 
 inline void run_points(Launch& launch) {

@@ -80,6 +80,7 @@ struct Elements {
 };
 
 // All of a row's own columns are of type W, all its gradients of type G, and every address is a multiple of 16 bytes.
+// With float32 columns and 16-bit gradients the weights may be of the gradients' type: the rounding of masters.
 template <class W, class G>
 struct Uniform {
     using T = float;
@@ -101,7 +102,24 @@ struct Uniform {
     static SAMK_DEVICE void store(const Source& target, int index, const Own& values) {
         store_words<Own::kWords>(reinterpret_cast<W*>(target.pointer) + index, values.words);
     }
-    // From `source` to `target`, bit for bit; `values` are what was read from the source.
+    // Into weights, rounded if they have masters.
+    static SAMK_DEVICE void store_weights(const Source& target, int index, const Own& values) {
+        if constexpr (sizeof(G) < sizeof(W)) {
+            if (size_of(target.dtype) == int(sizeof(G))) {
+                Gradient rounded = {};
+#pragma unroll
+                for (int e = 0; e < N; ++e) rounded.set(e, values.get(e));
+                store_words<Gradient::kWords>(reinterpret_cast<G*>(target.pointer) + index, rounded.words);
+                return;
+            }
+        }
+        store(target, index, values);
+    }
+    // From the snapshot to weights; `values` are what was read from it.
+    static SAMK_DEVICE void restore(const Source& target, const Source&, int index, const Own& values) {
+        store_weights(target, index, values);
+    }
+    // From weights to the snapshot, bit for bit; `values` are what was read from them.
     static SAMK_DEVICE void copy(const Source& target, const Source&, int index, const Own& values) {
         store(target, index, values);
     }
@@ -142,6 +160,13 @@ struct Single {
             case DType::Float16: __stcs(place<uint16_t>(target, index), Rounded<Float16>::from(value).bits); break;
             case DType::None: break;
         }
+    }
+    static SAMK_DEVICE void store_weights(const Source& target, int index, const Own& own) { store(target, index, own); }
+    static SAMK_DEVICE void restore(const Source& target, const Source& source, int index, const Own& = {}) {
+        if (target.dtype == source.dtype)
+            copy(target, source, index);
+        else
+            store(target, index, own(source, index));
     }
     // Bit for bit: a conversion there and back would change the bits of a NaN.
     static SAMK_DEVICE void copy(const Source& target, const Source& source, int index, const Own& = {}) {

@@ -61,7 +61,7 @@ enum class Path : uint8_t {
     Float32,
     BFloat16,
     Float16,
-    Float32BFloat16,  // gradients in bfloat16, all else in float32
+    Float32BFloat16,  // gradients in bfloat16, all else in float32, or weights in bfloat16 with masters
     SingleFloat,      // any types, each column's looked up on the way, arithmetic in float
     SingleDouble,     // the same with arithmetic in double
 };

@@ -1,5 +1,6 @@
 #include "packing.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -14,9 +15,12 @@ constexpr size_t kGroupWords = sizeof(Group) / 8;
 bool is_vector_aligned(const Cell& cell) { return reinterpret_cast<uintptr_t>(cell.pointer) % 16 == 0; }
 
 Path path_of(const Operation& operation, const Row& row) {
-    DType own = DType::None, gradient = DType::None;
+    DType own = DType::None, gradient = DType::None, rounded = DType::None;
+    const auto& columns = operation.columns;
+    const bool has_master =
+        row.has_master() && std::find(columns.begin(), columns.end(), int(kSnapshot)) != columns.end();
     bool uniform = true, aligned = true, has_double = false;
-    for (const int column : operation.columns) {
+    for (const int column : columns) {
         const Cell& cell = row.cells[column];
         if (!cell.present() || column == kStep) continue;
         const bool is_list = column >= kList && column < kList + kMaxLists;
@@ -24,13 +28,18 @@ Path path_of(const Operation& operation, const Row& row) {
         if (seen == DType::None) seen = cell.dtype;
         uniform = uniform && seen == cell.dtype;
         aligned = aligned && is_vector_aligned(cell);
+        // Where there are masters, everything is read and written as they are, but for what rounds them.
+        if (has_master && (column == kWeight || column == kPoint)) {
+            rounded = cell.dtype;
+            continue;
+        }
         // The arithmetic is that of the weights' type; sums of products alone may run over float64 lists.
         has_double = has_double || (cell.dtype == DType::Float64 && (column == kWeight || !operation.reads_weights));
     }
     if (own == DType::None) own = gradient;
-    if (gradient == DType::None) gradient = own;
+    if (gradient == DType::None) gradient = has_master ? rounded : own;
     if (has_double) return Path::SingleDouble;
-    if (!aligned || !uniform) return Path::SingleFloat;
+    if (!aligned || !uniform || (has_master && rounded != gradient)) return Path::SingleFloat;
     if (own == DType::Float32 && gradient == DType::Float32) return Path::Float32;
     if (own == DType::BFloat16 && gradient == DType::BFloat16) return Path::BFloat16;
     if (own == DType::Float16 && gradient == DType::Float16) return Path::Float16;

@@ -219,21 +219,21 @@ SAMK_DEVICE void load_combination(const Work& work, int lists, int index, typena
 
 // ---------------------------------------------------------------- restore
 
-// Bit for bit.
-SAMK_DEVICE void copy_chunk(const Source& target, const Source& source, int count, bool aligned) {
+// Bit for bit, or a master's rounded.
+SAMK_DEVICE void restore_into(const Source& target, const Source& source, int count, bool aligned) {
     const int size = size_of(target.dtype);
     int done = 0;
-    if (aligned) {
+    if (aligned && target.dtype == source.dtype) {
         const int vectors = int(int64_t(count) * size / 16);
         for (int v = int(threadIdx.x); v < vectors; v += int(blockDim.x))
             __stcs(reinterpret_cast<uint4*>(target.pointer) + v, __ldcs(reinterpret_cast<const uint4*>(source.pointer) + v));
         done = vectors * (16 / size);
     }
-    for (int i = done + int(threadIdx.x); i < count; i += int(blockDim.x)) Single<float>::copy(target, source, i);
+    for (int i = done + int(threadIdx.x); i < count; i += int(blockDim.x)) Single<float>::restore(target, source, i);
 }
 
 SAMK_DEVICE void restore_chunk(const Work& work) {
-    copy_chunk(work.column(kWeight), work.column(kSnapshot), work.count, is_vector_path(work.path));
+    restore_into(work.column(kWeight), work.column(kSnapshot), work.count, is_vector_path(work.path));
 }
 
 SAMK_DEVICE void restore_phase(const Packed& p, Shared& shared) {
@@ -262,9 +262,9 @@ struct PerturbBody {
                 const T eta = T(work.eta);
 #pragma unroll
                 for (int e = 0; e < A::N; ++e) w.set(e, perturbed(T(w.get(e)), step[e], eta));
-                A::store(weight, i, w);
+                A::store_weights(weight, i, w);
             } else if (held) {
-                A::copy(weight, snapshot, i, w);
+                A::restore(weight, snapshot, i, w);
             }
         }
     }
@@ -355,7 +355,7 @@ struct AdamUpdate {
     }
 };
 
-// w <- base(snapshot or w, combination of the lists), one pass.
+// w <- base(snapshot or w, combination of the lists), one pass; a master is updated and rounded to w.
 template <template <class> class Update>
 struct UpdateBody {
     bool preview;
@@ -374,8 +374,11 @@ struct UpdateBody {
             load_combination<A>(work, lists, i, gradient);
 #pragma unroll
             for (int e = 0; e < A::N; ++e) w.set(e, U::template updated<A>(work, T(w.get(e)), gradient[e], state, e));
-            A::store(work.column(kWeight), i, w);
-            if (!preview) U::template store<A>(work, i, state);
+            A::store_weights(work.column(kWeight), i, w);
+            if (!preview) {
+                if (work.has_master()) A::store(work.column(kSnapshot), i, w);
+                U::template store<A>(work, i, state);
+            }
         }
     }
 };
@@ -452,15 +455,15 @@ struct PointsBody {
                 typename A::Own point = w;
 #pragma unroll
                 for (int e = 0; e < A::N; ++e) point.set(e, perturbed(T(w.get(e)), c * T(x.get(e)), eta));
-                A::store(work.column(kPoint), i, point);
+                A::store_weights(work.column(kPoint), i, point);
             } else {
-                A::copy(work.column(kPoint), work.unperturbed(), i, w);
+                A::restore(work.column(kPoint), work.unperturbed(), i, w);
             }
             typename U::template State<A> state;
             U::template load<A>(work, i, state);
 #pragma unroll
             for (int e = 0; e < A::N; ++e) w.set(e, U::template updated<A>(work, T(w.get(e)), T(x.get(e)), state, e));
-            A::store(work.column(kWeight), i, w);
+            A::store_weights(work.column(kWeight), i, w);
         }
     }
 };
@@ -478,7 +481,7 @@ SAMK_DEVICE void points_phase(const Packed& p, Shared& shared, const double* coe
             on_base<is_adam, PointsBody>(work);
         } else {
             restore_chunk(work);
-            copy_chunk(work.column(kPoint), work.column(kSnapshot), work.count, is_vector_path(work.path));
+            restore_into(work.column(kPoint), work.column(kSnapshot), work.count, is_vector_path(work.path));
         }
     });
 }

@@ -52,6 +52,7 @@ struct Work {
     SAMK_DEVICE Source column(int which) const { return {pointer[which], dtype[which]}; }
     SAMK_DEVICE bool held() const { return (flags & RowClass::kHeld) != 0; }
     SAMK_DEVICE bool has_gradient() const { return (flags & RowClass::kHasGradient) != 0; }
+    SAMK_DEVICE bool has_master() const { return held() && dtype[kSnapshot] != dtype[kWeight]; }
     // Where the weights themselves are, whatever they are perturbed to.
     SAMK_DEVICE Source unperturbed() const { return column(held() ? kSnapshot : kWeight); }
 };

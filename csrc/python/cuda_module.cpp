@@ -88,7 +88,7 @@ public:
         header.coefficients = reinterpret_cast<const double*>(coefficients);
         begin();
         launch_each(operation, header, kPerturbKernel);
-        if (holds) mark(holds, 1);
+        if (holds) mark(holds, true);
     }
 
     void restore(py::object taken) {
@@ -124,7 +124,7 @@ public:
             header.coefficients = header.report + kCoefficients;
             launch_each(operation, header, kPerturbKernel);
         }
-        if (holds) mark(holds, 1);
+        if (holds) mark(holds, true);
     }
 
     // With needs_gram the rule gives the coefficients; otherwise they are read from `coefficients`, ones if that is null.
@@ -165,7 +165,7 @@ public:
             launch_each(operation, header, alone);
         }
         if (counts && !preview) store_host_steps();
-        if (holds && !preview) mark(holds, 0);
+        if (holds && !preview) mark(holds, false);
     }
 
     // From the snapshot, all of whose copies are held: where the ascent along list 0 leads into the points' column, where

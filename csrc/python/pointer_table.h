@@ -84,7 +84,7 @@ public:
 
     bool has_step_on_device() const { return has_device_step(); }
 
-    void mark_rows(py::object taken, int value) const { mark(flags(taken), uint8_t(value)); }
+    void mark_rows(py::object taken, bool value) const { mark(flags(taken), value); }
 
     void check_complete(int lists, int base, const py::list& settings, py::object first) const {
         check_state(lists, read_sgd(BaseKind(base), settings), read_adam(BaseKind(base), settings), flags(first));

@@ -92,9 +92,9 @@ py::tuple TableBinding::bind_steps(const py::list& tensors, bool host_only) {
     return py::make_tuple(odd, some_on_host);
 }
 
-void TableBinding::mark(uint8_t* taken, uint8_t value) const {
+void TableBinding::mark(uint8_t* flags, bool taken) const {
     for (size_t r = 0; r < rows_.size(); ++r)
-        if (wanted_[r]) taken[r] = value;
+        if (wanted_[r]) flags[r] = uint8_t((flags[r] & ~kTaken) | (taken ? kTaken : 0));
 }
 
 bool TableBinding::has_device_step() const {
@@ -179,6 +179,12 @@ void TableBinding::check_groups(size_t groups, const char* what) const {
     for (const Row& row : rows_)
         if (row.group < 0 || size_t(row.group) >= groups)
             throw py::value_error(std::string("a tensor's group has no ") + what);
+}
+
+void TableBinding::check_masters(const uint8_t* holds) const {
+    for (size_t r = 0; holds && r < rows_.size(); ++r)
+        if (!holds[r] && rows_[r].has_master() && rows_[r].cells[kWeight].present())
+            throw py::value_error("a snapshot's tensor is of another type than its weight, and no master");
 }
 
 void TableBinding::check_points(const uint8_t* taken) const {

@@ -23,8 +23,8 @@ public:
                  const std::vector<int>& dtypes, const std::vector<int32_t>& groups, const std::vector<double>& etas);
 
     // Takes the pointers of a column from `tensors` (None leaves the cell empty). Returns the rows that need a closer
-    // look; their cells are empty until set() fills them. Weights must be of the type that the table was made for, as
-    // their snapshot is; lists and state may be of any.
+    // look; their cells are empty until set() fills them. Weights must be of the type that the table was made for;
+    // lists, state and masters may be of any.
     py::list bind(int column, const py::list& tensors);
 
     void set(int column, size_t row, uintptr_t pointer, int dtype);
@@ -49,14 +49,15 @@ protected:
     }
     // Those with something to add, and those that have been perturbed.
     void choose_with_gradient_or_copy(int lists, const uint8_t* holds) {
+        check_masters(holds);
         choose([&](size_t r, const Row& row) { return row.has_gradient(lists) || (holds && holds[r]); });
     }
 
     // One byte a row, shared with Python, so that a flag is up to date even if an interrupt follows the launch.
     uint8_t* flags(const py::object& bytes) const;
 
-    // Sets the flags of the rows that the last launch walked over.
-    void mark(uint8_t* taken, uint8_t value) const;
+    // Sets or clears kTaken of the rows that the last launch walked over.
+    void mark(uint8_t* flags, bool taken) const;
 
     // Whether a step count lies on the device.
     bool has_device_step() const;
@@ -73,6 +74,8 @@ protected:
     void check_length(size_t length) const;
     // Per-group arguments must reach every row's group.
     void check_groups(size_t groups, const char* what) const;
+    // What is held of another type than its weight must be its master.
+    void check_masters(const uint8_t* holds) const;
     // Every row must have a copy to start from and a place in the points' column.
     void check_points(const uint8_t* taken) const;
     // A missing pointer must never be walked over.

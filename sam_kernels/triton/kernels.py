@@ -8,8 +8,9 @@ and sums, so that equal coefficients give the same bits as in the other native b
 Loops whose bounds are known only when they run are ``while`` loops: the interpreter of Triton 3.6 cannot run others
 with the numpy of today, and the compiler makes the same of both.
 
-Names of compile-time parameters: ``W`` is the type of weights and copies, ``X`` the types of the gradient lists, ``M``
-those of the base optimizer's state, ``BLOCK`` the number of elements of a chunk.
+Names of compile-time parameters: ``W`` is the type of the weights, ``S`` that of their copies or masters, ``X`` the
+types of the gradient lists, ``M`` those of the base optimizer's state, ``BLOCK`` the number of elements of a chunk.
+Where S is not W, the copies are masters: always held, and what the weights are the rounding of.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def with_products(
     weight,
     eta,
     count,
-    W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     WEIGHTED: tl.constexpr,
     FULL: tl.constexpr,
@@ -259,7 +260,7 @@ def with_products(
             value = read(xs[i], part * LANES, tl.where(xs[i] == 0, 0, count), X[i], FULL, LANES)
             values = values + (value.to(tl.float64),)
         if WEIGHTED:
-            own = read(weight, part * LANES, tl.where(eta >= 0.0, count, 0), W, FULL, LANES).to(tl.float64)
+            own = read(weight, part * LANES, tl.where(eta >= 0.0, count, 0), S, FULL, LANES).to(tl.float64)
             scale = geometry(own, eta)
             scaled = ()
             for i in tl.static_range(len(X)):
@@ -281,7 +282,7 @@ def gram_of_virtual_block(
     partials,
     rows_at,
     chunks,
-    W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -306,11 +307,11 @@ def gram_of_virtual_block(
             if WEIGHTED:
                 # The geometry is that of the weights themselves, not of perturbed ones.
                 own = tl.where((flags & at.HELD) != 0, at.SNAPSHOT, at.WEIGHT)
-                weight = address_of(row, own, first, W)
+                weight = address_of(row, own, first, S)
             if are_aligned(weight, xs) & (count >= BLOCK):
-                sums = with_products(sums, xs, weight, eta, count, W, X, WEIGHTED, True, BLOCK, LANES)
+                sums = with_products(sums, xs, weight, eta, count, S, X, WEIGHTED, True, BLOCK, LANES)
             else:
-                sums = with_products(sums, xs, weight, eta, count, W, X, WEIGHTED, False, BLOCK, LANES)
+                sums = with_products(sums, xs, weight, eta, count, S, X, WEIGHTED, False, BLOCK, LANES)
         index += at.VIRTUAL_BLOCKS
     for pair in tl.static_range(len(sums)):
         tl.store(partials + v * len(sums) + pair, tl.sum(sums[pair]))
@@ -408,7 +409,7 @@ def gram_by_all(
     rows_at,
     chunks,
     RULE: tl.constexpr,
-    W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -419,7 +420,7 @@ def gram_by_all(
     slots = min(chunks, at.VIRTUAL_BLOCKS)
     v = tl.program_id(0)
     while v < slots:
-        gram_of_virtual_block(v, table, places, partials, rows_at, chunks, W, X, WEIGHTED, BLOCK, LANES)
+        gram_of_virtual_block(v, table, places, partials, rows_at, chunks, S, X, WEIGHTED, BLOCK, LANES)
         v += tl.num_programs(0)
     grid_barrier(scratch)
     return finish_gram(table, partials, slots, report, tl.program_id(0) == 0, RULE, len(X))
@@ -437,7 +438,7 @@ def gram_kernel(
     first_slot,
     RULE: tl.constexpr,
     FINISH: tl.constexpr,
-    W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -448,7 +449,7 @@ def gram_kernel(
     partials = partials_in(scratch)
     if v < chunks:
         own = partials + first_slot * (len(X) * (len(X) + 1) // 2)
-        gram_of_virtual_block(v, table, places, own, rows_at, chunks, W, X, WEIGHTED, BLOCK, LANES)
+        gram_of_virtual_block(v, table, places, own, rows_at, chunks, S, X, WEIGHTED, BLOCK, LANES)
     if FINISH:
         if is_last_program(scratch + at.GRAM_TICKET):
             finish_gram(table, partials, slots, report, True, RULE, len(X))
@@ -468,14 +469,15 @@ def perturb_elements(
     count,
     TAKE: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    own = read(tl.where(held, snapshot, weight), 0, count, W, FULL, BLOCK)
-    if TAKE:
+    own = read(tl.where(held, snapshot, weight), 0, count, S, FULL, BLOCK)
+    if TAKE and S == W:
         if not held:
-            write(snapshot, count, own, W, FULL, BLOCK)
+            write(snapshot, count, own, S, FULL, BLOCK)
     if some_count(coefficients):
         step = combination(coefficients, xs, count, eta.dtype, X, FULL, BLOCK)
         wide = own.to(eta.dtype)
@@ -493,6 +495,7 @@ def perturb_chunk(
     coefficients,
     TAKE: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -507,14 +510,14 @@ def perturb_chunk(
         weight = address_of(row, at.WEIGHT, first, W)
         snapshot = weight
         if TAKE:
-            snapshot = address_of(row, at.SNAPSHOT, first, W)
+            snapshot = address_of(row, at.SNAPSHOT, first, S)
         eta = number(tl.load(row + at.ETA)).to(ACC)
         xs = addresses_of(row, at.LIST, first, X)
         own = with_scales(table, row, coefficients, 1.0, xs, ACC)
         if are_aligned(weight | snapshot, xs) & (count >= BLOCK):
-            perturb_elements(weight, snapshot, held, xs, own, eta, count, TAKE, W, X, True, BLOCK)
+            perturb_elements(weight, snapshot, held, xs, own, eta, count, TAKE, W, S, X, True, BLOCK)
         else:
-            perturb_elements(weight, snapshot, held, xs, own, eta, count, TAKE, W, X, False, BLOCK)
+            perturb_elements(weight, snapshot, held, xs, own, eta, count, TAKE, W, S, X, False, BLOCK)
 
 
 @triton.jit(do_not_specialize=["given", "rows_at", "chunks"])
@@ -528,13 +531,14 @@ def perturb_kernel(
     REVERSE: tl.constexpr,
     TAKE: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # After a Gram matrix the cache still holds the gradients of the last chunks.
     index = chunks - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
     coefficients = given_coefficients(given, SOURCE, len(X))
-    perturb_chunk(table, rows_at, tl.load(places + index), coefficients, TAKE, W, X, BLOCK)
+    perturb_chunk(table, rows_at, tl.load(places + index), coefficients, TAKE, W, S, X, BLOCK)
 
 
 @triton.jit(do_not_specialize=["report", "rows_at", "chunks"])
@@ -548,36 +552,37 @@ def ascent_kernel(
     RULE: tl.constexpr,
     TAKE: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Gram matrix, rule and perturbation in one cooperative launch."""
-    _, coefficients = gram_by_all(table, places, scratch, report, rows_at, chunks, RULE, W, X, True, BLOCK, LANES)
+    _, coefficients = gram_by_all(table, places, scratch, report, rows_at, chunks, RULE, S, X, True, BLOCK, LANES)
     step = tl.program_id(0)
     while step < chunks:
-        perturb_chunk(table, rows_at, tl.load(places + chunks - 1 - step), coefficients, TAKE, W, X, BLOCK)
+        perturb_chunk(table, rows_at, tl.load(places + chunks - 1 - step), coefficients, TAKE, W, S, X, BLOCK)
         step += tl.num_programs(0)
 
 
 @triton.jit
-def restore_chunk(row, first, column, W: tl.constexpr, BLOCK: tl.constexpr):
-    """A column's chunk from its copy, bit for bit."""
+def restore_chunk(row, first, column, W: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
+    """A column's chunk from its copy, bit for bit, or from its master, rounded."""
     count = tl.load(row + at.NUMEL) - first
     weight = address_of(row, column, first, W)
-    snapshot = address_of(row, at.SNAPSHOT, first, W)
+    snapshot = address_of(row, at.SNAPSHOT, first, S)
     if ((weight | snapshot) % 16 == 0) & (count >= BLOCK):
-        write(weight, count, read(snapshot, 0, count, W, True, BLOCK), W, True, BLOCK)
+        write(weight, count, read(snapshot, 0, count, S, True, BLOCK), W, True, BLOCK)
     else:
-        write(weight, count, read(snapshot, 0, count, W, False, BLOCK), W, False, BLOCK)
+        write(weight, count, read(snapshot, 0, count, S, False, BLOCK), W, False, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows_at", "chunks"])
-def restore_kernel(table, places, rows_at, chunks, W: tl.constexpr, BLOCK: tl.constexpr):
+def restore_kernel(table, places, rows_at, chunks, W: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.load(places + tl.program_id(0))
     row = row_of(table, rows_at, place)
     if (tl.load(row + at.FLAGS) & at.HELD) != 0:
-        restore_chunk(row, first_of(place, BLOCK), at.WEIGHT, W, BLOCK)
+        restore_chunk(row, first_of(place, BLOCK), at.WEIGHT, W, S, BLOCK)
 
 
 @triton.jit(do_not_specialize=["given", "rows_at", "chunks"])
@@ -753,16 +758,19 @@ def update_elements(
     KIND: tl.constexpr,
     ACC: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     M: tl.constexpr,
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     gradient = combination(coefficients, xs, count, ACC, X, FULL, BLOCK)
-    own = read(source, 0, count, W, FULL, BLOCK).to(ACC)
+    own = read(source, 0, count, S, FULL, BLOCK).to(ACC)
     updated, new_state = updated_by_base(own, gradient, state_at, scalars, count, KIND, ACC, M, FULL, BLOCK)
     write(weight, count, updated, W, FULL, BLOCK)
     if not PREVIEW:
+        if S != W:
+            write(source, count, updated, S, FULL, BLOCK)
         for i in tl.static_range(len(M)):
             write(state_at[i], count, new_state[i], M[i], FULL, BLOCK)
 
@@ -778,6 +786,7 @@ def descent_chunk(
     PREVIEW: tl.constexpr,
     KIND: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -791,23 +800,25 @@ def descent_chunk(
     if skips_update | ((flags & at.HAS_GRADIENT) == 0):
         if COPIES:
             if held:
-                restore_chunk(row, first, at.WEIGHT, W, BLOCK)
+                restore_chunk(row, first, at.WEIGHT, W, S, BLOCK)
     elif held | (not PREVIEW):
         count = tl.load(row + at.NUMEL) - first
         weight = address_of(row, at.WEIGHT, first, W)
         source = weight
         if COPIES:
-            source = tl.where(held, address_of(row, at.SNAPSHOT, first, W), weight)
+            source = tl.where(held, address_of(row, at.SNAPSHOT, first, S), weight)
         xs = addresses_of(row, at.LIST, first, X)
         state_at = addresses_of(row, at.STATE, first, M)
         unscale = 1.0 / scalar(tl.load(table + at.GRAD_SCALE), tl.load(table + at.GRAD_SCALE_KIND))
         own = with_scales(table, row, coefficients, unscale, xs, ACC)
         scalars = base_scalars(table, row, flags, KIND, ACC)
         if are_aligned(weight | source, xs) & are_aligned(weight, state_at) & (count >= BLOCK):
-            update_elements(weight, source, xs, own, state_at, scalars, count, PREVIEW, KIND, ACC, W, X, M, True, BLOCK)
+            update_elements(
+                weight, source, xs, own, state_at, scalars, count, PREVIEW, KIND, ACC, W, S, X, M, True, BLOCK
+            )
         else:
             update_elements(
-                weight, source, xs, own, state_at, scalars, count, PREVIEW, KIND, ACC, W, X, M, False, BLOCK
+                weight, source, xs, own, state_at, scalars, count, PREVIEW, KIND, ACC, W, S, X, M, False, BLOCK
             )
 
 
@@ -860,6 +871,7 @@ def descent_kernel(
     COUNT: tl.constexpr,
     KIND: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -869,7 +881,7 @@ def descent_kernel(
     if tl.program_id(0) < chunks:
         index = chunks - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
         place = tl.load(places + index)
-        descent_chunk(table, rows_at, place, coefficients, skips, COPIES, PREVIEW, KIND, W, X, M, BLOCK)
+        descent_chunk(table, rows_at, place, coefficients, skips, COPIES, PREVIEW, KIND, W, S, X, M, BLOCK)
     if COUNT:
         count_steps(table, scratch, rows_at, rows, skips)
 
@@ -890,6 +902,7 @@ def rule_descent_kernel(
     COUNT: tl.constexpr,
     KIND: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -897,13 +910,13 @@ def rule_descent_kernel(
 ):
     """Gram matrix, rule and descent in one cooperative launch."""
     finite, coefficients = gram_by_all(
-        table, places, scratch, report, rows_at, chunks, RULE, W, X, WEIGHTED, BLOCK, LANES
+        table, places, scratch, report, rows_at, chunks, RULE, S, X, WEIGHTED, BLOCK, LANES
     )
     skips = must_skip(table, report, at.ONES) | (not finite)
     step = tl.program_id(0)
     while step < chunks:
         place = tl.load(places + chunks - 1 - step)
-        descent_chunk(table, rows_at, place, coefficients, skips, COPIES, PREVIEW, KIND, W, X, M, BLOCK)
+        descent_chunk(table, rows_at, place, coefficients, skips, COPIES, PREVIEW, KIND, W, S, X, M, BLOCK)
         step += tl.num_programs(0)
     if COUNT:
         count_steps(table, scratch, rows_at, rows, skips)
@@ -926,19 +939,20 @@ def points_elements(
     KIND: tl.constexpr,
     ACC: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     M: tl.constexpr,
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     gradient = read(x, 0, count, X, FULL, BLOCK).to(ACC)
-    copy = read(source, 0, count, W, FULL, BLOCK)
+    copy = read(source, 0, count, S, FULL, BLOCK)
     own = copy.to(ACC)
     updated, _ = updated_by_base(own, gradient, state_at, scalars, count, KIND, ACC, M, FULL, BLOCK)
     write(weight, count, updated, W, FULL, BLOCK)
     scale = geometry(own, eta)
     ascended = (own + scale * scale * (coefficient * gradient)).to(W)
-    write(point, count, tl.where(coefficient != 0.0, ascended, copy), W, FULL, BLOCK)
+    write(point, count, tl.where(coefficient != 0.0, ascended, copy.to(W)), W, FULL, BLOCK)
 
 
 @triton.jit
@@ -950,6 +964,7 @@ def points_chunk(
     stays,
     KIND: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -960,13 +975,13 @@ def points_chunk(
     first = first_of(place, BLOCK)
     flags = tl.load(row + at.FLAGS)
     if stays | ((flags & at.HAS_GRADIENT) == 0):
-        restore_chunk(row, first, at.WEIGHT, W, BLOCK)
-        restore_chunk(row, first, at.POINT, W, BLOCK)
+        restore_chunk(row, first, at.WEIGHT, W, S, BLOCK)
+        restore_chunk(row, first, at.POINT, W, S, BLOCK)
     else:
         count = tl.load(row + at.NUMEL) - first
         weight = address_of(row, at.WEIGHT, first, W)
         point = address_of(row, at.POINT, first, W)
-        source = address_of(row, at.SNAPSHOT, first, W)
+        source = address_of(row, at.SNAPSHOT, first, S)
         xs = addresses_of(row, at.LIST, first, X)
         state_at = addresses_of(row, at.STATE, first, M)
         eta = number(tl.load(row + at.ETA)).to(ACC)
@@ -974,11 +989,11 @@ def points_chunk(
         own = base_scalars(table, row, flags, KIND, ACC)
         if are_aligned(weight | point | source, xs) & are_aligned(weight, state_at) & (count >= BLOCK):
             points_elements(
-                weight, point, source, xs[0], c, eta, state_at, own, count, KIND, ACC, W, X[0], M, True, BLOCK
+                weight, point, source, xs[0], c, eta, state_at, own, count, KIND, ACC, W, S, X[0], M, True, BLOCK
             )
         else:
             points_elements(
-                weight, point, source, xs[0], c, eta, state_at, own, count, KIND, ACC, W, X[0], M, False, BLOCK
+                weight, point, source, xs[0], c, eta, state_at, own, count, KIND, ACC, W, S, X[0], M, False, BLOCK
             )
 
 
@@ -991,6 +1006,7 @@ def points_kernel(
     chunks,
     KIND: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -999,7 +1015,7 @@ def points_kernel(
     coefficients = given_coefficients(given, at.REPORT, 1)
     place = tl.load(places + chunks - 1 - tl.program_id(0))
     stays = must_skip(table, given, at.REPORT)
-    points_chunk(table, rows_at, place, coefficients, stays, KIND, W, X, M, BLOCK)
+    points_chunk(table, rows_at, place, coefficients, stays, KIND, W, S, X, M, BLOCK)
 
 
 @triton.jit(do_not_specialize=["report", "rows_at", "chunks"])
@@ -1013,15 +1029,16 @@ def rule_points_kernel(
     RULE: tl.constexpr,
     KIND: tl.constexpr,
     W: tl.constexpr,
+    S: tl.constexpr,
     X: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Gram matrix, rule and both points in one cooperative launch."""
-    finite, coefficients = gram_by_all(table, places, scratch, report, rows_at, chunks, RULE, W, X, True, BLOCK, LANES)
+    finite, coefficients = gram_by_all(table, places, scratch, report, rows_at, chunks, RULE, S, X, True, BLOCK, LANES)
     step = tl.program_id(0)
     while step < chunks:
         place = tl.load(places + chunks - 1 - step)
-        points_chunk(table, rows_at, place, coefficients, not finite, KIND, W, X, M, BLOCK)
+        points_chunk(table, rows_at, place, coefficients, not finite, KIND, W, S, X, M, BLOCK)
         step += tl.num_programs(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bases import AdamSettings, SGDSettings, TensorList
 from ..binding import dtype_code
-from ..plan import SUPPORTED_DTYPES, Plan
+from ..plan import SUPPORTED_DTYPES, TAKEN, Plan
 from . import layout as at
 
 _FLOAT64 = dtype_code(torch.float64)
@@ -83,10 +83,14 @@ class PointerTable:
 
     def select_gradients(self, lists: int, taken: bytearray | None) -> None:
         held = taken or bytes(len(self._layouts))
-        self._wanted = [self._has_gradient(row, lists) or held[row] == 1 for row in range(len(self._layouts))]
+        copies = self._dtypes[at.SNAPSHOT] if taken else []
+        for copy, weight, flag in zip(copies, self._dtypes[at.WEIGHT], held, strict=False):
+            if not flag and weight and copy not in (0, weight):
+                raise ValueError("a snapshot's tensor is of another type than its weight, and no master")
+        self._wanted = [self._has_gradient(row, lists) or held[row] != 0 for row in range(len(self._layouts))]
 
     def select_copies(self, taken: bytearray) -> None:
-        self._wanted = [flag == 1 for flag in taken]
+        self._wanted = [flag != 0 for flag in taken]
 
     def select_all(self) -> None:
         self._wanted = [True] * len(self._layouts)
@@ -137,10 +141,10 @@ class PointerTable:
     def has_step_on_device(self) -> bool:
         return any(self._is_step_on_device(row) for row in range(len(self._layouts)))
 
-    def mark_rows(self, taken: bytearray, value: int) -> None:
+    def mark_rows(self, flags: bytearray, taken: bool) -> None:
         for row, wanted in enumerate(self._wanted):
             if wanted:
-                taken[row] = value
+                flags[row] = flags[row] | TAKEN if taken else flags[row] & ~TAKEN
 
     def check_complete(self, lists: int, base: int, settings: Sequence[Any], first: bytearray | None) -> None:
         for row, group in enumerate(self._groups):

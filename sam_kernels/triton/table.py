@@ -45,13 +45,15 @@ class Bucket:
     """Tensors of the same types, which one launch can walk over.
 
     Attributes:
-        weights, lists, state: Triton's types of the columns; ``state`` is as long as the base optimizer's kind needs.
+        weights, copies, lists, state: Triton's types of the columns; ``copies`` differs from ``weights`` where the
+            copies are masters, ``state`` is as long as the base optimizer's kind needs.
         kind: of the base optimizer's update, 0 where there is none.
         places: a word for each chunk, on the device.
         chunks: their number.
     """
 
     weights: Any
+    copies: Any
     lists: tuple[Any, ...]
     state: tuple[Any, ...]
     kind: int
@@ -143,7 +145,7 @@ class Table:
         self._pointers.select_gradients(lists, None)
         self._pack(rule=rule)
         table = self._upload("gram", lists, taken if weighted else None)
-        self._launch_gram(table, self._buckets_of(lists, weights=weighted), lists, rule, weighted, report)
+        self._launch_gram(table, self._buckets_of(lists, taken, weights=weighted), lists, rule, weighted, report)
 
     def perturb(self, lists: int, scale: Sequence[float | Tensor], coefficients: int, taken: bytearray | None) -> None:
         self.launches = 0
@@ -151,24 +153,33 @@ class Table:
         self._pack(scale, lists=lists)
         table = self._upload("perturb", lists, taken)
         self._launch_perturb(
-            table, self._buckets_of(lists), taken, coefficients, at.NUMBERS if coefficients else at.ONES
+            table, self._buckets_of(lists, taken), taken, coefficients, at.NUMBERS if coefficients else at.ONES
         )
-        self._mark(taken, 1)
+        self._mark(taken, True)
 
     def restore(self, taken: bytearray) -> None:
         self.launches = 0
         self._pointers.select_copies(taken)
         self._pack()
         table = self._upload("restore", 0, taken)
-        for b in self._buckets_of(0):
-            self._launch(kernels.restore_kernel, b.chunks, table, b.places, self._rows_at, b.chunks, W=b.weights)
+        for b in self._buckets_of(0, taken):
+            self._launch(
+                kernels.restore_kernel,
+                b.chunks,
+                table,
+                b.places,
+                self._rows_at,
+                b.chunks,
+                W=b.weights,
+                S=b.copies,
+            )
 
     def combine(self, lists: int, scale: Sequence[float | Tensor], coefficients: int) -> None:
         self.launches = 0
         self._pointers.select_all()
         self._pack(scale, lists=lists)
         table = self._upload("combine", lists, None)
-        for b in self._buckets_of(lists):
+        for b in self._buckets_of(lists, None):
             self._launch(
                 kernels.combine_kernel,
                 b.chunks,
@@ -192,7 +203,7 @@ class Table:
     ) -> None:
         self.launches = 0
         self._pointers.select_gradients(lists, taken)
-        buckets = self._buckets_of(lists)
+        buckets = self._buckets_of(lists, taken)
         together = self._fits_one_launch(buckets)
         self._pack(scale, lists=lists, rule=rule)
         table = self._upload("ascent", lists, taken)
@@ -204,13 +215,14 @@ class Table:
                 RULE=self._function(rule),
                 TAKE=taken is not None,
                 W=b.weights,
+                S=b.copies,
                 X=b.lists,
                 LANES=self._lanes(b),
             )
         else:
             self._launch_gram(table, buckets, lists, rule, True, report)
             self._launch_perturb(table, buckets, taken, report, at.REPORT)
-        self._mark(taken, 1)
+        self._mark(taken, True)
 
     def descent(
         self,
@@ -235,7 +247,7 @@ class Table:
         self._pointers.select_gradients(lists, taken)
         if not skip_update:
             self._pointers.check_complete(lists, base, list(settings), first)
-        buckets = self._buckets_of(lists, kinds=tuple(self._kind(own) for own in settings))
+        buckets = self._buckets_of(lists, taken, kinds=tuple(self._kind(own) for own in settings))
         together = needs_gram and self._fits_one_launch(buckets)
         own_gram = needs_gram and not together
         self._pack(
@@ -263,6 +275,7 @@ class Table:
                 COUNT=counts_here,
                 KIND=b.kind,
                 W=b.weights,
+                S=b.copies,
                 X=b.lists,
                 M=b.state,
                 LANES=self._lanes(b),
@@ -290,6 +303,7 @@ class Table:
                     COUNT=counts_here and b is buckets[-1],
                     KIND=b.kind,
                     W=b.weights,
+                    S=b.copies,
                     X=b.lists,
                     M=b.state,
                     **constants,
@@ -297,7 +311,7 @@ class Table:
         if counts:
             self._pointers.count_steps()
         if not preview:
-            self._mark(taken, 0)
+            self._mark(taken, False)
 
     def points(
         self,
@@ -313,7 +327,7 @@ class Table:
         self.launches = 0
         self._pointers.select_gradients(1, taken)
         self._pointers.check_complete(1, base, list(settings), first)
-        buckets = self._buckets_of(1, kinds=tuple(self._kind(own) for own in settings))
+        buckets = self._buckets_of(1, taken, kinds=tuple(self._kind(own) for own in settings))
         self._pack(scale, lists=1, rule=rule, settings=settings, lr=lr)
         self._fill_bias_corrections(1, settings)
         table = self._upload("points", 1, taken, first)
@@ -325,6 +339,7 @@ class Table:
                 RULE=self._function(rule),
                 KIND=b.kind,
                 W=b.weights,
+                S=b.copies,
                 X=b.lists,
                 M=b.state,
                 LANES=self._lanes(b),
@@ -342,6 +357,7 @@ class Table:
                 b.chunks,
                 KIND=b.kind,
                 W=b.weights,
+                S=b.copies,
                 X=b.lists,
                 M=b.state,
             )
@@ -376,7 +392,7 @@ class Table:
                 first_slot,
                 RULE=self._function(rule),
                 FINISH=b is buckets[-1],
-                W=b.weights,
+                S=b.copies,
                 X=b.lists,
                 WEIGHTED=weighted,
                 LANES=self._lanes(b),
@@ -404,6 +420,7 @@ class Table:
                 REVERSE=source == at.REPORT,
                 TAKE=taken is not None,
                 W=b.weights,
+                S=b.copies,
                 X=b.lists,
             )
 
@@ -450,9 +467,9 @@ class Table:
             return torch.cuda.device(self._device)
         return nullcontext()
 
-    def _mark(self, taken: bytearray | None, value: int) -> None:
-        if taken is not None:
-            self._pointers.mark_rows(taken, value)
+    def _mark(self, flags: bytearray | None, taken: bool) -> None:
+        if flags is not None:
+            self._pointers.mark_rows(flags, taken)
 
     # ------------------------------------------------------------------ what a launch is compiled for
 
@@ -475,42 +492,54 @@ class Table:
             kind = kernels.NESTEROV if settings.nesterov else kernels.MOMENTUM
         return int(kind.value)
 
-    def _buckets_of(self, lists: int, weights: bool = True, kinds: tuple[int, ...] | None = None) -> list[Bucket]:
-        """The plan's tensors by what a launch is compiled for; at least one bucket."""
+    def _buckets_of(
+        self, lists: int, taken: bytearray | None, weights: bool = True, kinds: tuple[int, ...] | None = None
+    ) -> list[Bucket]:
+        """The plan's tensors by what a launch is compiled for; at least one bucket.
+
+        Args:
+            taken: None for launches without a snapshot.
+            weights: whether the launch reads them.
+            kinds: of the groups' updates, for launches that make them.
+        """
         codes: bytes = self._pointers.dtypes()
-        key = (lists, weights, kinds)
+        key = (lists, taken is None, weights, kinds)
         found = self._buckets.get(key)
         if found is None or found[0] != codes:
-            found = self._buckets[key] = (codes, self._make_buckets(codes, lists, weights, kinds))
+            found = self._buckets[key] = (codes, self._make_buckets(codes, lists, taken is not None, weights, kinds))
         return found[1]
 
-    def _make_buckets(self, codes: bytes, lists: int, weights: bool, kinds: tuple[int, ...] | None) -> list[Bucket]:
-        # A cell that is empty takes the type that it has in other rows whose weights are of the same type.
-        usual: dict[tuple[int, int], int] = {}
+    def _make_buckets(
+        self, codes: bytes, lists: int, copies: bool, weights: bool, kinds: tuple[int, ...] | None
+    ) -> list[Bucket]:
+        # A cell that is empty takes the type that it has in other rows whose weights and copies are of the same types.
+        usual: dict[tuple[int, int, int], int] = {}
         signatures = []
         for row in range(len(self._numels)):
             cells = codes[row * at.COLUMNS : (row + 1) * at.COLUMNS]
             own = cells[at.WEIGHT] if weights else 1
+            copy = (cells[at.SNAPSHOT] if weights and copies else 0) or own
             kind = 0 if kinds is None else kinds[self._groups[row]]
             columns = [*range(at.LIST, at.LIST + lists), *range(at.STATE, at.STATE + _STATES[kind])]
             if kinds is None:
                 columns = columns[:lists]
             for column in columns:
                 if cells[column]:
-                    usual.setdefault((own, column), cells[column])
-            signatures.append((own, kind, cells, columns))
+                    usual.setdefault((own, copy, column), cells[column])
+            signatures.append((own, copy, kind, cells, columns))
         members: dict[tuple[int, ...], list[int]] = {}
-        for row, (own, kind, cells, columns) in enumerate(signatures):
-            signature = (own, kind, *(cells[c] or usual.get((own, c), own) for c in columns))
+        for row, (own, copy, kind, cells, columns) in enumerate(signatures):
+            signature = (own, copy, kind, *(cells[c] or usual.get((own, copy, c), own) for c in columns))
             members.setdefault(signature, []).append(row)
-        members = members or {(1, kinds[0] if kinds else 0, *[1] * (lists + 3)): []}
+        members = members or {(1, 1, kinds[0] if kinds else 0, *[1] * (lists + 3)): []}
         buckets = []
-        for (own, kind, *rest), rows in members.items():
+        for (own, copy, kind, *rest), rows in members.items():
             places = self._places_of(tuple(rows))
             of_state = rest[lists : lists + _STATES[kind]] if kinds is not None else []
             buckets.append(
                 Bucket(
                     _TYPES[own],
+                    _TYPES[copy],
                     tuple(_TYPES[c] for c in rest[:lists]),
                     tuple(_TYPES[c] for c in of_state),
                     kind,

@@ -34,45 +34,50 @@ NUMBERS = {"report": "i64", "given": "i64"}  # others are i32
 def variants(full: bool) -> list[tuple[str, Any, dict[str, Any]]]:
     """Name, kernel and compile-time arguments of each kernel in the forms to look at."""
     found = []
-    pairs = [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")]
+    # Weights, their copies or masters and their state, gradients.
+    triples = [("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16"), ("fp32", "fp32", "bf16"), ("bf16", "fp32", "bf16")]
     if full:
-        pairs += [("fp16", "fp16"), ("fp64", "fp64")]
-    for own, gradient in pairs:
-        w, x = TYPES[own], TYPES[gradient]
+        triples += [("fp16", "fp16", "fp16"), ("fp64", "fp64", "fp64"), ("fp16", "fp32", "fp16")]
+    for own, copy, gradient in triples:
+        w, s, x = TYPES[own], TYPES[copy], TYPES[gradient]
+        has_master = own != copy
         lanes = {"LANES": min(Tuning().block, Tuning().threads * 16 // (x.primitive_bitwidth // 8))}
         for lists in (1, 2, 3) if full else (1, 3):
             xs = (x,) * lists
-            name = f"{own}/{gradient} x{lists}"
+            name = f"{own}/{gradient} x{lists}" + (f" {copy} masters" if has_master else "")
             rule = {"RULE": kernels.normalized}
-            gram = {"FINISH": True, "W": w, "X": xs, "WEIGHTED": False, **rule, **lanes}
-            found.append((f"gram {name}", kernels.gram_kernel, gram))
-            found.append((f"weighted gram {name}", kernels.gram_kernel, {**gram, "WEIGHTED": True}))
+            if not has_master:  # a Gram matrix does not ask whose type it is
+                gram = {"FINISH": True, "S": s, "X": xs, "WEIGHTED": False, **rule, **lanes}
+                found.append((f"gram {name}", kernels.gram_kernel, gram))
+                found.append((f"weighted gram {name}", kernels.gram_kernel, {**gram, "WEIGHTED": True}))
+                found.append((f"combine {name}", kernels.combine_kernel, {"SOURCE": 0, "W": w, "X": xs}))
             found.append(
                 (
                     f"perturb {name}",
                     kernels.perturb_kernel,
-                    {"SOURCE": 2, "REVERSE": True, "TAKE": True, "W": w, "X": xs},
+                    {"SOURCE": 2, "REVERSE": True, "TAKE": True, "W": w, "S": s, "X": xs},
                 )
             )
-            found.append((f"combine {name}", kernels.combine_kernel, {"SOURCE": 0, "W": w, "X": xs}))
-            found.append((f"ascent {name}", kernels.ascent_kernel, {"TAKE": True, "W": w, "X": xs, **rule, **lanes}))
-        found.append((f"restore {own}", kernels.restore_kernel, {"W": w}))
+            ascent = {"TAKE": True, "W": w, "S": s, "X": xs, **rule, **lanes}
+            found.append((f"ascent {name}", kernels.ascent_kernel, ascent))
+        found.append((f"restore {own}" + (" masters" if has_master else ""), kernels.restore_kernel, {"W": w, "S": s}))
         for kind, states in (("PLAIN", 0), ("MOMENTUM", 1), ("NESTEROV", 1), ("ADAM", 2), ("AMSGRAD", 3)):
             lists = (1, 2) if full or kind in ("MOMENTUM", "ADAM") else (1,)
             for count in lists:
-                name = f"{kind} {own}/{gradient} x{count}"
+                name = f"{kind} {own}/{gradient} x{count}" + (f" {copy} masters" if has_master else "")
                 constants = {
                     "COPIES": True,
                     "PREVIEW": False,
                     "COUNT": kind in ("ADAM", "AMSGRAD"),
                     "KIND": getattr(kernels, kind).value,
                     "W": w,
+                    "S": s,
                     "X": (x,) * count,
-                    "M": (w,) * states,
+                    "M": (s,) * states,
                 }
                 found.append((f"descent {name}", kernels.descent_kernel, {"SOURCE": 0, "REVERSE": False, **constants}))
                 if count == 1 and (full or kind in ("MOMENTUM", "ADAM")):
-                    points = {key: constants[key] for key in ("KIND", "W", "X", "M")}
+                    points = {key: constants[key] for key in ("KIND", "W", "S", "X", "M")}
                     found.append((f"points {name}", kernels.points_kernel, points))
                     points = {**points, "RULE": kernels.normalized, **lanes}
                     found.append((f"rule points {name}", kernels.rule_points_kernel, points))
