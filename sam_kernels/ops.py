@@ -12,8 +12,8 @@ launches for it.
 number may be a tensor of one element; one that lies on a GPU is read when the kernels run, and no operation waits for a
 GPU. No operation records gradients.
 
-``snapshot`` may hold masters of weights in bfloat16 or float16, see :class:`Snapshot`: the operations that take one then
-start from the masters, as if copies were held, and round what they write into the weights.
+``snapshot`` may hold masters of weights in bfloat16 or float16, see :class:`Snapshot`: the operations that take one
+then start from the masters, as if copies were held, and round what they write into the weights.
 
 All operations raise :class:`UnsupportedTensorError` for tensors that no kernel can work on (sparse, integer, without
 memory), and ``ValueError`` for lists, shapes or devices that do not fit together; nothing has been changed then.

@@ -24,6 +24,12 @@ SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16,
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 MASTER_DTYPE = torch.float32
 
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a weight's master and its optimizer's state are kept, where weights have masters."""
+    return MASTER_DTYPE if dtype in LOW_PRECISION else dtype
+
+
 # Flags of a snapshot. Native code sets and clears the first, and starts from the copy where there is either.
 TAKEN, MASTER = 1, 2
 _WITHOUT_TAKEN = bytes(flag & ~TAKEN for flag in range(256))
@@ -245,7 +251,7 @@ class Snapshot:
             self.tensors[index].copy_(plan.tensors[index])
 
     def _dtype_for(self, layout: Layout) -> torch.dtype:
-        return MASTER_DTYPE if self.masters and layout.dtype in LOW_PRECISION else layout.dtype
+        return wide_dtype(layout.dtype) if self.masters else layout.dtype
 
     @property
     def with_master(self) -> list[int]:
@@ -306,7 +312,7 @@ class Snapshot:
     @torch.no_grad()
     def _adopt(self, index: int, tensor: Tensor, master: Tensor) -> None:
         own = self.tensors[index]
-        master = master.to(own)
+        tensor, master = tensor.to(own.device), master.to(own)
         same = master.to(tensor.dtype) == tensor
         own.copy_(torch.where(same, master, tensor.to(own.dtype)))
 

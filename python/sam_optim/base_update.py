@@ -18,9 +18,11 @@ import sam_kernels
 from sam_kernels import SGD, Adam, AdamSettings, LaunchReport, Plan, SGDSettings, Snapshot
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import inverse_of, is_set, lookup, missing, pick, same_objects
+from sam_kernels.plan import wide_dtype
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
+from .errors import InvalidSettingError
 from .passes import Gradients
 
 _FIXED = Fixed()
@@ -62,21 +64,40 @@ class Outcome(NamedTuple):
 
 
 class BaseUpdate:
-    """Makes the last move of a step with a given base optimizer."""
+    """Makes the last move of a step with a given base optimizer.
 
-    def __init__(self, base_optimizer: Optimizer) -> None:
-        self.base_optimizer = base_optimizer
-        self._fused_state = FusedState(base_optimizer)
+    Args:
+        has_masters: whether weights in bfloat16 and float16 have masters. Then their state is in float32 too, and only
+            a base that the kernels know can serve: others would update the weights and know nothing of the masters.
+    """
+
+    def __init__(self, base_optimizer: Optimizer, has_masters: bool = False) -> None:
+        self.base_optimizer, self.has_masters = base_optimizer, has_masters
+        self._fused_state = FusedState(base_optimizer, has_masters)
+
+    def check_masters(self) -> None:
+        """Raises :class:`InvalidSettingError` if there are masters and the base cannot update them."""
+        if self.has_masters and not FusedState.supports(self.base_optimizer):
+            raise InvalidSettingError(
+                "master_weights needs torch.optim.SGD, Adam or AdamW as base_optimizer, not differentiable and with "
+                "betas, eps, momentum and weight_decay as numbers: other updates know nothing of masters"
+            )
 
     def descend(self, descent: Descent, by_base_itself: bool) -> Outcome:
         """Restores the weights and updates them.
 
         Args:
-            by_base_itself: never fuse.
+            by_base_itself: never fuse, unless there are masters.
         """
-        if not by_base_itself and FusedState.supports(self.base_optimizer):
+        self.check_masters()
+        if self.has_masters or (not by_base_itself and FusedState.supports(self.base_optimizer)):
             return self._fused(descent)
         return self._by_base(descent)
+
+    def widen_state(self, saved: dict[Tensor, dict[str, Any]] | None = None) -> None:
+        """Where there are masters: see :meth:`FusedState.widen`."""
+        if self.has_masters:
+            self._fused_state.widen(saved)
 
     def look_ahead(
         self, plan: Plan, snapshot: Snapshot, gradients: Gradients, overflow: bool | Tensor, backend: str | None
@@ -177,8 +198,8 @@ class BaseUpdate:
 class FusedState:
     """The settings and state tensors of ``torch.optim.SGD``, ``Adam`` or ``AdamW``, as the kernels want them."""
 
-    def __init__(self, base_optimizer: Optimizer) -> None:
-        self.base_optimizer = base_optimizer
+    def __init__(self, base_optimizer: Optimizer, has_masters: bool = False) -> None:
+        self.base_optimizer, self._has_masters = base_optimizer, has_masters
         self._params: list[Tensor] = []
         self._values: list[Any] = []
         self._states: list[dict[str, Any]] = []
@@ -244,7 +265,7 @@ class FusedState:
                 if momentum_of is None:
                     momentum_of = [s.momentum for s, g in zip(settings, groups, strict=True) for _ in g["params"]]
                 if momentum_of[index] != 0.0:
-                    buffers[index] = torch.zeros_like(params[index], requires_grad=False)
+                    buffers[index] = self._zeros(params[index])
                     first[index] = 1
                     created[index] = {"momentum_buffer": buffers[index]}
         return SGD(settings, buffers, first), created
@@ -285,10 +306,29 @@ class FusedState:
                 if key == "step":
                     column[index] = _new_step(params[index], groups[group_of[index]])
                 else:
-                    column[index] = torch.zeros_like(params[index], requires_grad=False)
+                    column[index] = self._zeros(params[index])
                 created.setdefault(index, {})[key] = column[index]
         maxima = columns.get("max_exp_avg_sq", [])
         return Adam(settings, columns["exp_avg"], columns["exp_avg_sq"], maxima, columns["step"]), created
+
+    def _zeros(self, param: Tensor) -> Tensor:
+        dtype = wide_dtype(param.dtype) if self._has_masters else param.dtype
+        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+
+    def widen(self, saved: dict[Tensor, dict[str, Any]] | None = None) -> None:
+        """Puts the state of weights that have masters into their masters' type.
+
+        Args:
+            saved: where to take it from; torch rounds state to its parameter's type when it is loaded.
+        """
+        state = self.base_optimizer.state
+        for param, entries in (state if saved is None else saved).items():
+            dtype = wide_dtype(param.dtype)
+            if dtype == param.dtype or param not in state:
+                continue
+            for key, value in entries.items():
+                if key != "step" and isinstance(value, Tensor) and value.is_floating_point():
+                    state[param][key] = value.detach().to(device=param.device, dtype=dtype, copy=saved is not None)
 
 
 def _has_dampening(base_optimizer: Optimizer) -> bool:

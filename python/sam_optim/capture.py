@@ -160,6 +160,7 @@ class CapturedSteps:
             self._warm += 1
             with self._recorder.warming_up():
                 return self._make_step(batches, None)
+        self._optimizer.catch_up()
         leaves, structure = tree_flatten(batches)
         key = (str(structure), tuple(map(_kind_of, leaves)), _settings_of(self._optimizer))
         found = self._recorded.get(key)
@@ -174,6 +175,7 @@ class CapturedSteps:
         outputs = found.replay()
         # A replay writes where nobody looks: autograd is told, and what the last step reports is to be read anew.
         increment_version([p for group in self._optimizer.param_groups for p in group["params"]])
+        self._optimizer.remember_writes()
         self._optimizer.report_again(found.report)
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)
 

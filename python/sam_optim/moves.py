@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sam_kernels
 from sam_kernels import LaunchReport
+from sam_kernels.plan import wide_dtype
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
@@ -159,7 +160,9 @@ class Moves:
     def add_to_weights(self, *lists: Gradients, scale: Scale) -> None:
         """w <- w + sum of scaled lists, plainly: no geometry, no copies, nothing of the base optimizer's."""
         plans: PlanCache = self._container["plans"]
-        sam_kernels.perturb_(plans.without_geometry, lists, [1.0] * len(lists), scale=scale, backend=self.backend)
+        sam_kernels.perturb_(plans.widened, lists, [1.0] * len(lists), scale=scale, backend=self.backend)
+        if plans.has_masters:
+            sam_kernels.restore_(plans.plan, plans.snapshot, backend=self.backend)
 
     def combine_into(self, state: list[Tensor | None], lists: Sequence[Gradients], coefficients: Any) -> None:
         """state <- the lists combined, where some list has an entry; entries of the state come into being as needed."""
@@ -167,7 +170,7 @@ class Moves:
         params = self._params()
         for i in index:
             if state[i] is None:
-                state[i] = torch.zeros_like(params[i], requires_grad=False)
+                state[i] = torch.zeros_like(params[i], dtype=self._state_dtype(params[i]), requires_grad=False)
         if index:
             out = [state[i] for i in index]
             chosen = [[x[i] for i in index] for x in lists]
@@ -186,7 +189,8 @@ class Moves:
         if starts_at_gradient:
             new = [i for i, g in enumerate(gradients) if g is not None and average[i] is None]
             for i in new:
-                average[i] = gradients[i].detach().clone()  # type: ignore[union-attr]
+                dtype = self._state_dtype(gradients[i])  # type: ignore[arg-type]
+                average[i] = gradients[i].detach().to(dtype, copy=True)  # type: ignore[union-attr]
             changed = [None if i in new else g for i, g in enumerate(gradients)] if new else gradients
         old: Gradients = [None if g is None else m for g, m in zip(changed, average, strict=True)]
         self.combine_into(average, [old, changed], [kept, 1.0 - kept])
@@ -201,6 +205,10 @@ class Moves:
         entries = state.setdefault(name, [])
         entries += [None] * (len(self._params()) - len(entries))
         return entries
+
+    def _state_dtype(self, like: Tensor) -> torch.dtype:
+        plans: PlanCache = self._container["plans"]
+        return wide_dtype(like.dtype) if plans.has_masters else like.dtype
 
     def has_method_state(self, name: str) -> bool:
         """Whether some parameter has an entry of this name."""

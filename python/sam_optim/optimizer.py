@@ -9,6 +9,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,9 @@ ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
 DescentHandler = Callable[[Sequence[Gradients], RuleLike, Scale], None]
 _FIXED = Fixed()
+
+# Where state dicts have the masters.
+_MASTERS = "master_weights"
 
 
 class _Run:
@@ -77,6 +81,10 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             first gradient is already in ``p.grad``. ``"every_pass"``, as in L-BFGS: the closure is called once for
             each pass, each time with the same random state.
         backend: name of the kernels' backend; by default the best there is.
+        master_weights: keep float32 masters of weights in bfloat16 and float16, and the base optimizer's state in
+            float32. Weights so coarse lose most of a perturbation and of a small update; with masters the model holds
+            the roundings of w and of w + e. The masters take the place of the copies that a perturbation needs
+            otherwise. For ``SGD``, ``Adam`` and ``AdamW``; part of ``state_dict()``.
         **base_kwargs: of the base optimizer's class.
 
     Attributes:
@@ -116,6 +124,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         *,
         closure_runs: ClosureRuns = "second_pass",
         backend: str | None = None,
+        master_weights: bool = False,
         **base_kwargs: Any,
     ) -> None:
         if closure_runs not in ("second_pass", "every_pass"):
@@ -128,8 +137,12 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         self.base_optimizer = base
         self.closure_runs = closure_runs
         self.backend = backend
+        self.master_weights = master_weights
         self._method_defaults = dict(method_defaults)
         self._reset_caches()
+        update: BaseUpdate = self._container["update"]
+        update.check_masters()
+        update.widen_state()
         # torch's constructor sets up hooks and profiling, and empties groups and state, which are the base's own.
         super().__init__([{"params": []}], {})
         base.param_groups, base.state = groups, state
@@ -252,7 +265,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             kept = run.waiting.kept
             self._refuse_no_gradient(gradients, run)
             if not run.receive(gradients):
-                self._container["run"] = None
+                self._end()
         except BaseException:
             torch.set_grad_enabled(grad_enabled)
             self.restore()
@@ -309,7 +322,8 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
                     self._refuse_no_gradient(gradients, run)
                     is_over = not run.receive(gradients)
                 if is_over:
-                    self._container["run"] = run = None
+                    run = None
+                    self._end()
         finally:
             self._container["side by side"] = False
             if run is not None and self._container["run"] is run:
@@ -430,11 +444,34 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
     def _begin(self) -> _Run | None:
         """Begins a step with the plan as it is; None if the method wants no gradient for it."""
         self._container["report"] = StepReport()
+        self.catch_up()
         try:
             run = self._container["run"] = _Run(self.passes())
         except StopIteration:
+            self._end()
             return None
         return run
+
+    def _end(self) -> None:
+        self._container["run"] = None
+        self.remember_writes()
+
+    def catch_up(self, *, unseen: bool = False) -> None:
+        """Lets master weights follow what somebody else has written into the weights since the last step.
+
+        Every step begins with it. Elements that still are their masters' roundings keep them.
+
+        Args:
+            unseen: look at all weights, also at those that seem unchanged. What is written through ``p.data`` cannot
+                be seen.
+        """
+        plans: PlanCache = self._container["plans"]
+        plans.catch_up(unseen)
+
+    def remember_writes(self) -> None:
+        """Tells :meth:`catch_up` that what was written into the weights so far was a step of this optimizer."""
+        plans: PlanCache = self._container["plans"]
+        plans.remember_writes()
 
     def _finish(self) -> None:
         run: _Run | None = self._container["run"]
@@ -485,8 +522,9 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         plans: PlanCache = self._container["plans"]
         if plans.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             plans.forget_copies()  # nothing has been done yet, so nothing is to be undone
-        else:
+        elif run is not None or plans.holds_copies:
             self.return_to_copies()
+            plans.remember_writes()
 
     @contextmanager
     def restore_on_error(self) -> Iterator[None]:
@@ -568,9 +606,22 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         """
         self._refuse_mid_step("state_dict() was called")
         state_dict = super().state_dict()
-        if self._container["method state"]:
-            state_dict["method_state"] = {name: list(v) for name, v in self._container["method state"].items()}
+        method_state = {name: list(v) for name, v in self._container["method state"].items()}
+        masters = self._masters()
+        if masters is not None:
+            method_state[_MASTERS] = masters
+        if method_state:
+            state_dict["method_state"] = method_state
         return state_dict
+
+    def _masters(self) -> list[Tensor | None] | None:
+        if not self.master_weights:
+            return None
+        self._params()
+        plans: PlanCache = self._container["plans"]
+        if not plans.has_waiting_masters:
+            plans.catch_up()
+        return plans.masters
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer or of the plain base optimizer.
@@ -592,9 +643,20 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         merged += state_dict["param_groups"][len(merged) :]
         self.base_optimizer.load_state_dict({**state_dict, "param_groups": merged})
         params = self._params()
+        method_state = dict(state_dict.get("method_state", {}))
+        plans: PlanCache = self._container["plans"]
+        plans.masters = method_state.pop(_MASTERS, None)
+        update: BaseUpdate = self._container["update"]
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        update.widen_state(
+            {p: state_dict["state"][k] for k, p in zip(keys, params, strict=True) if k in state_dict["state"]}
+        )
         self._container["method state"] = {
-            name: [None if v is None else v.to(p, copy=True) for v, p in zip(entries, params, strict=True)]
-            for name, entries in state_dict.get("method_state", {}).items()
+            name: [
+                None if v is None else v.to(device=p.device, dtype=self._state_dtype(p), copy=True)
+                for v, p in zip(entries, params, strict=True)
+            ]
+            for name, entries in method_state.items()
         }
         self._container["previous closure"] = None
         self._container["loads"] += 1
@@ -605,14 +667,16 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         self._refuse_mid_step("the optimizer was copied or pickled")
         dropped = ("_container", "step", "grad_scale", "found_inf")
         kept = {key: value for key, value in self.__dict__.items() if key not in dropped}
-        return {**kept, "method state": self._container["method state"]}
+        return {**kept, "method state": self._container["method state"], "masters": self._masters()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        method_state = state.pop("method state")
+        method_state, masters = state.pop("method state"), state.pop("masters")
         super().__setstate__(state)
         self._reset_caches()
         self._container["method state"] = method_state
+        plans: PlanCache = self._container["plans"]
+        plans.masters = masters
 
     def _params(self) -> list[Tensor]:
         """All parameters, group by group, as the kernels' plan of this moment holds them."""
@@ -635,8 +699,8 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             "method state": {},
             "previous closure": None,
             "descent handler": None,
-            "plans": PlanCache(self.geometry_of, self.is_perturbed_group),
-            "update": BaseUpdate(self.base_optimizer),
+            "plans": PlanCache(self.geometry_of, self.is_perturbed_group, self.master_weights),
+            "update": BaseUpdate(self.base_optimizer, self.master_weights),
         }
 
 

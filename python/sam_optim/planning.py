@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
+from torch import Tensor
+
 from sam_kernels import Plan, Snapshot
 from sam_kernels.host import same_objects
+from sam_kernels.plan import Layout
 
 from .construction import names_of
-from .errors import StepOrderError
+from .errors import InvalidSettingError, StepOrderError
 from .passes import Gradients
 
 Group = dict[str, Any]
@@ -22,17 +25,25 @@ class PlanCache:
     Args:
         geometry_of: from a group to T of each of its parameters, see :class:`sam_kernels.Plan`.
         is_perturbed: whether a group takes part in the perturbation.
+        has_masters: whether weights in bfloat16 and float16 have masters, see :class:`sam_kernels.Snapshot`.
     """
 
     def __init__(
-        self, geometry_of: Callable[[Group], Sequence[float | None]], is_perturbed: Callable[[Group], bool]
+        self,
+        geometry_of: Callable[[Group], Sequence[float | None]],
+        is_perturbed: Callable[[Group], bool],
+        has_masters: bool = False,
     ) -> None:
         self._geometry_of, self._is_perturbed = geometry_of, is_perturbed
+        self.has_masters = has_masters
+        self._waiting_masters: Sequence[Tensor | None] | None = None  # for a snapshot that is not made yet
+        self._known_writes: list[tuple[int, int]] = []
         self._key: list[Any] | None = None
         self._unperturbed: list[int] = []
         self._snapshot: Snapshot | None = None
         self._points: dict[str, Plan] = {}
         self._without_geometry: Plan | None = None
+        self._widened: Plan | None = None
         self.plan = Plan([])
 
     def update(self, groups: list[Group]) -> Plan:
@@ -47,16 +58,24 @@ class PlanCache:
             return self.plan
         if self.holds_copies:
             raise StepOrderError("parameters or their geometry were changed in the middle of a step")
+        masters = {id(p): m for p, m in zip(self.plan.params, self.masters or [], strict=False) if m is not None}
         self.plan = Plan(
             params,
             [number for number, group in enumerate(groups) for _ in group["params"]],
             list(chain.from_iterable(self._geometry_of(group) for group in groups)),
             list(chain.from_iterable(names_of(number, group) for number, group in enumerate(groups))),
         )
+        if self.has_masters and self.plan.shares:
+            raise InvalidSettingError(
+                "master_weights is not for DTensors: fully_shard with MixedPrecisionPolicy(param_dtype=torch.bfloat16) "
+                "keeps the shards, which the optimizer works on, in float32 by itself"
+            )
         flags = [self._is_perturbed(group) for group in groups for _ in group["params"]]
         self._unperturbed = [index for index, perturbed in enumerate(flags) if not perturbed]
         self._snapshot, self._key = None, key
-        self._points, self._without_geometry = {}, None
+        self._points, self._without_geometry, self._widened = {}, None, None
+        if masters:
+            self._waiting_masters = [masters.get(id(p)) for p in params]
         return self.plan
 
     @property
@@ -72,8 +91,75 @@ class PlanCache:
     def snapshot(self) -> Snapshot:
         """Where the plan's weights are copied to; allocated when first needed."""
         if self._snapshot is None:
-            self._snapshot = Snapshot(self.plan)
+            self._snapshot = Snapshot(self.plan, self.has_masters)
+            if self._waiting_masters is not None:
+                self._snapshot.adopt(self.plan, self._waiting_masters)
+                self._waiting_masters = None
         return self._snapshot
+
+    @property
+    def masters(self) -> list[Tensor | None] | None:
+        """The masters, None for parameters without; None altogether while there are none."""
+        if self._waiting_masters is not None:
+            return list(self._waiting_masters)
+        if self._snapshot is None or not self.has_masters:
+            return None
+        found: list[Tensor | None] = [None] * len(self.plan)
+        for index in self._snapshot.with_master:
+            found[index] = self._snapshot.tensors[index]
+        return found
+
+    @masters.setter
+    def masters(self, masters: Sequence[Tensor | None] | None) -> None:
+        # Weights may be loaded after the optimizer is: whether masters belong to them is looked at when a step begins.
+        self._waiting_masters, self._snapshot = (masters if self.has_masters else None), None
+        self._points, self._widened = {}, None
+
+    @property
+    def has_waiting_masters(self) -> bool:
+        """Whether masters were loaded that no step has compared to the weights yet."""
+        return self._waiting_masters is not None
+
+    def catch_up(self, unseen: bool = False) -> None:
+        """Brings masters up to date with weights that somebody else has written since :meth:`remember_writes`.
+
+        Args:
+            unseen: also with writes of which nothing can be seen but the values.
+        """
+        if not self.has_masters:
+            return
+        writes = self._writes()
+        if writes == self._known_writes and not unseen:
+            return
+        if any(
+            Layout.of(t, "a weight") != layout for t, layout in zip(self.plan.tensors, self.plan.layouts, strict=True)
+        ):
+            self.plan.refresh()
+        self.snapshot.adopt(self.plan, self.snapshot.tensors)
+        self._known_writes = writes
+
+    def remember_writes(self) -> None:
+        """What has been written into the weights so far was written by way of their masters."""
+        if self.has_masters:
+            self._known_writes = self._writes()
+
+    def _writes(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self.plan.tensors]
+
+    @property
+    def widened(self) -> Plan:
+        """The plan of the masters, and of the weights that have none, with T = 1 everywhere."""
+        if not self.has_masters:
+            return self.without_geometry
+        if self._widened is None:
+            self._widened = Plan(self._unperturbed_weights(), self.plan.groups, names=self.plan.names)
+        return self._widened
+
+    def _unperturbed_weights(self) -> list[Tensor]:
+        if not self.has_masters:
+            return self.plan.tensors
+        masters = set(self.snapshot.with_master)
+        return [self.snapshot.tensors[i] if i in masters else p for i, p in enumerate(self.plan.tensors)]
 
     def point(self, name: str) -> tuple[Plan, Snapshot]:
         """Memory for other weights than the model's: its plan, and the model's weights as what to start from."""
@@ -82,7 +168,7 @@ class PlanCache:
             plan = self.plan
             own = Plan([layout.empty() for layout in plan.layouts], plan.groups, plan.geometry, plan.names)
             self._points[name] = own
-        return own, Snapshot.of(own, self.plan.tensors)
+        return own, Snapshot.of(own, self._unperturbed_weights())
 
     def forget_copies(self) -> None:
         """Discards the copies without restoring them."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import sam_kernels as sk
@@ -174,6 +174,40 @@ def exceptions_and_infinities(rank: int, ranks: int) -> None:
         except InvalidSettingError:
             continue
         raise AssertionError(f"{option} was not refused")
+
+
+def mixed_precision(rank: int, ranks: int) -> None:
+    """Passes in bfloat16 on gathered copies; the shards are perturbed and updated in float32, nothing is lost."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(make_model().float(), init_device_mesh("cpu", (ranks,)), mp_policy=policy)
+    seen: list[torch.dtype] = []
+    model[0].register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+    rho = 1e-3  # spread over 46 weights: less than a rounding to bfloat16 of most of them
+    optimizer = SAM(model.named_parameters(), torch.optim.SGD, rho=rho, lr=0.1)
+    wanted = make_model().float()
+    reference = SAM(wanted.named_parameters(), torch.optim.SGD, rho=rho, lr=0.1)
+    before = [whole(p.detach()).clone() for p in model.parameters()]
+    [batch] = [(x.float(), y.float()) for x, y in data(1)]
+    for own, steps, part in ((model, optimizer, of_rank(batch, rank, ranks)), (wanted, reference, batch)):
+        loss_of(own, part).backward()
+        steps.first_step(zero_grad=True)
+        moved = [whole(p.detach()) - b for p, b in zip(own.parameters(), before, strict=True)]
+        length = torch.cat([m.flatten() for m in moved]).norm()
+        torch.testing.assert_close(length, torch.tensor(rho), rtol=1e-3, atol=0.0)
+        loss_of(own, part).backward()
+        steps.second_step(zero_grad=True)
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert_close(model, wanted, rtol=0.0, atol=5e-3)
+
+    masters = SAM(model.named_parameters(), torch.optim.SGD, rho=rho, lr=0.1, master_weights=True)
+    loss_of(model, of_rank(batch, rank, ranks)).backward()
+    try:
+        masters.first_step()
+    except InvalidSettingError as error:
+        assert "MixedPrecisionPolicy" in str(error)
+    else:
+        raise AssertionError("masters of a sharded model were not refused")
 
 
 def two_dimensions(rank: int, ranks: int) -> None:

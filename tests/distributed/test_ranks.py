@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
         programs.norms_are_global,
         programs.micro_batches_and_clipping,
         programs.exceptions_and_infinities,
+        programs.mixed_precision,
         programs.checkpoints,
         programs.data_parallel,
     ],
