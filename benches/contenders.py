@@ -30,6 +30,10 @@ FLOOR_BYTES = {
 }
 
 
+# The same for bfloat16 weights and gradients with float32 masters and state.
+MASTERS_FLOOR_BYTES = {"SGD momentum": 10 + 20, "AdamW": 10 + 28}
+
+
 class ForeachSAM:
     """SAM written with care in torch's foreach operations, the base optimizer fused by torch."""
 
@@ -59,6 +63,32 @@ class ForeachSAM:
         self.base.step()
 
 
+class ForeachMasters:
+    """The same for weights in bfloat16, with float32 masters that the base optimizer works on."""
+
+    def __init__(self, params: list[Tensor], base: type, rho: float, **settings: Any) -> None:
+        self.params, self.rho = params, rho
+        self.masters = [p.detach().float() for p in params]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        self.gradients = [master.grad for master in self.masters]
+        self.base = base(self.masters, fused=True, **settings)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        torch._foreach_copy_(self.gradients, [p.grad for p in self.params])
+        scale = self.rho / (torch.stack(torch._foreach_norm(self.gradients)).norm() + 1e-12)
+        torch._foreach_mul_(self.gradients, scale)
+        torch._foreach_add_(self.gradients, self.masters)
+        torch._foreach_copy_(self.params, self.gradients)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        torch._foreach_copy_(self.gradients, [p.grad for p in self.params])
+        self.base.step()
+        torch._foreach_copy_(self.params, self.masters)
+
+
 def _pytorch_optimizer(params: list[Tensor], base: type, rho: float, adaptive: bool, **settings: Any) -> Any:
     from pytorch_optimizer import SAM as PytorchOptimizerSAM  # noqa: N811
 
@@ -73,18 +103,36 @@ CONTENDERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def make_parameters(shapes: list[Shape]) -> list[Tensor]:
+def make_parameters(shapes: list[Shape], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Random parameters with random gradients; the same on every call."""
     generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
     return parameters
 
 
 def make_optimizer(contender: str, parameters: list[Tensor], method: str, base: str, **changes: Any) -> Any:
     cls, settings = BASES[base]
     return CONTENDERS[contender](parameters, cls, RHO, method == "ASAM", **{**settings, **changes})
+
+
+# How models in bfloat16 are trained with SAM: with masters, by hand and by ours, and without.
+IN_BFLOAT16 = ("sam-kernels", "foreach masters", "sam-kernels, no masters")
+
+
+def make_in_bfloat16(contender: str, parameters: list[Tensor], base: str, **changes: Any) -> Any:
+    cls, settings = BASES[base]
+    settings = {**settings, **changes}
+    if contender == "foreach masters":
+        return ForeachMasters(parameters, cls, RHO, **settings)
+    return SAM(parameters, cls, RHO, master_weights=contender == "sam-kernels", **settings)
+
+
+def in_bfloat16_call(contender: str, shapes: list[Shape], base: str) -> Callable[[], object]:
+    """The optimizer side of a step of weights in bfloat16."""
+    torch.set_num_threads(THREADS)
+    return step_of(make_in_bfloat16(contender, make_parameters(shapes, torch.bfloat16), base))
 
 
 def step_of(optimizer: Any) -> Callable[[], object]:

@@ -30,12 +30,14 @@ import sam_kernels
 from sam_kernels import cuda, triton
 
 from . import gpu_training
-from .contenders import BASES, CONTENDERS, RHO
+from .contenders import BASES, CONTENDERS, MASTERS_FLOOR_BYTES, RHO, ForeachMasters
 from .shapes import GPU_MODELS, Shape
 
 # Elements that a step reads and writes for each parameter, ascent and descent.
 ELEMENTS = {"SGD momentum": 5 + 5, "AdamW": 5 + 7}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Weights in bfloat16 that have masters in float32.
+WITH_MASTERS = "bfloat16, masters"
 
 # Ours: what a row is called, the backend, and how it launches.
 FORMS: list[tuple[str, Any, Any]] = [
@@ -100,6 +102,11 @@ class Timer:
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
+def floor_bytes(base: str, dtype: str) -> int:
+    """Bytes a parameter that a step has to move."""
+    return MASTERS_FLOOR_BYTES[base] if dtype == WITH_MASTERS else ELEMENTS[base] * DTYPES[dtype].itemsize
+
+
 def make_parameters(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Random parameters with random gradients; the same on every call."""
     generator = torch.Generator(device).manual_seed(0)
@@ -113,7 +120,9 @@ def step_of(contender: str, parameters: list[Tensor], base: str, **changes: Any)
     """The optimizer side of a step: both moves."""
     cls, settings = BASES[base]
     settings = {**settings, **changes}
-    if contender == "compiled SAM":
+    if contender == "foreach masters":
+        optimizer: Any = ForeachMasters(parameters, cls, RHO, **settings)
+    elif contender == "compiled SAM":
         optimizer = CONTENDERS["foreach SAM"](parameters, cls, RHO, False, **settings)
         optimizer.first_step = torch.compile(optimizer.first_step)
     else:
@@ -149,7 +158,19 @@ def peers(compiled: bool) -> Iterator[str]:
 
 
 def verify(shapes: list[Shape], base: str, device: torch.device) -> None:
-    """All contenders make the same step."""
+    """All contenders make the same step, those with masters to a rounding of the weights."""
+    expected: list[Tensor] = []
+    for name, contender, changes in [
+        ("reference", "sam-kernels", {"backend": "reference", "master_weights": True}),
+        ("foreach masters", "foreach masters", {}),
+        *((name, "sam-kernels", {**choice_of(b), "master_weights": True}) for name, b, _ in forms()),
+    ]:
+        parameters = make_parameters(shapes, torch.bfloat16, device)
+        step_of(contender, parameters, base, lr=0.1, **changes)()
+        expected = expected or [p.detach() for p in parameters]
+        for a, b in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(a.detach(), b, rtol=2.0**-7, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
     calls: list[tuple[str, str, dict[str, Any]]] = [(name, name, {}) for name in peers(compiled=False)]
     calls += [(name, "sam-kernels", choice_of(backend)) for name, backend, _ in forms()]
     calls += [("reference", "sam-kernels", {"backend": "reference"})]
@@ -175,13 +196,16 @@ def rows_of_model(model: str, timer: Timer, copy: float) -> Iterator[dict[str, A
     count = sum(torch.Size(shape).numel() for shape in shapes)
     for base in BASES:
         verify([shape for shape in shapes if torch.Size(shape).numel() < 10**7][:30], base, timer.device)
-        for dtype_name, dtype in DTYPES.items():
-            if count > 4e9 and dtype is torch.float32:
+        for dtype_name in (*DTYPES, WITH_MASTERS):
+            if count > 4e9 and dtype_name != "bfloat16":
                 continue  # 128 GB of weights, gradients, copies and state at the least
-            floor = ELEMENTS[base] * dtype.itemsize * count
+            dtype = DTYPES.get(dtype_name, torch.bfloat16)
+            more = {"master_weights": True} if dtype_name == WITH_MASTERS else {}
+            floor = floor_bytes(base, dtype_name) * count
             compiled = (model, base, dtype_name) == ("resnet50", "SGD momentum", "float32")
             rows = [(name, "sam-kernels", backend, tuning) for name, backend, tuning in forms()]
-            rows += [(name, name, None, None) for name in peers(compiled)]
+            others = ["foreach masters"] if more else peers(compiled)
+            rows += [(name, name, None, None) for name in others]
             for name, contender, backend, tuning in rows:
                 row = {"model": model, "parameters": count, "base": base, "dtype": dtype_name, "contender": name}
                 try:
@@ -189,7 +213,8 @@ def rows_of_model(model: str, timer: Timer, copy: float) -> Iterator[dict[str, A
                         backend.tuning = tuning
                     parameters = make_parameters(shapes, dtype, timer.device)
                     before = memory_mark(timer.device)
-                    row |= timer(step_of(contender, parameters, base, **choice_of(backend)))
+                    changes = {**choice_of(backend), **more} if contender == "sam-kernels" else {}
+                    row |= timer(step_of(contender, parameters, base, **changes))
                     row["extra_bytes"] = memory_peak(timer.device) - before
                     row["gb_per_second"] = floor / row["ms"] / 1e6
                     row["percent_of_copy"] = 100 * floor / (row["ms"] / 1e3) / copy

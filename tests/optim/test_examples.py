@@ -74,6 +74,18 @@ def test_edge_of_stability(monkeypatch, tmp_path, capsys):
     assert sam.hessian_norm < 0.6 * descent.hessian_norm
 
 
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="examples are not part of an installation")
+def test_bfloat16_weights(capsys):
+    """Masters keep what roundings lose, and train as float32 does."""
+    example = runpy.run_path(str(EXAMPLES / "bfloat16_weights.py"), run_name="example")
+    assert example["arriving_share"](10**6, 0.05, True) == pytest.approx(1.0, abs=0.02)
+    assert example["arriving_share"](10**6, 0.05, False) < 0.95
+    results = example["main"](["--epochs", "8", "--seeds", "1", "--largest", "100000"])
+    for found in results.values():
+        assert found["bfloat16, masters"][0] == pytest.approx(found["float32"][0], abs=6.0)
+    assert "100,000" in capsys.readouterr().out
+
+
 def test_quickstart_noise_replaces_the_share_asked_for():
     (_, clean), (_, test) = quickstart.load_digits(0.0, seed=1)
     (_, noisy), (_, same_test) = quickstart.load_digits(0.6, seed=1)
