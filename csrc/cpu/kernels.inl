@@ -117,6 +117,14 @@ inline void finish_gram(Launch& launch) {
 
 // ---------------------------------------------------------------- combination of lists
 
+template <class T, class X>
+inline void add_scaled(const X* SAMK_RESTRICT x, T c, T* SAMK_RESTRICT sum, int n, bool started) {
+    if (!started)
+        for (int e = 0; e < n; ++e) sum[e] = c * T(to_float(x[e]));
+    else
+        for (int e = 0; e < n; ++e) sum[e] += c * T(to_float(x[e]));
+}
+
 // sum_i c_i x_i over the lists that this row has, c_i as T; the lists' own memory where there is nothing to compute.
 template <class T>
 struct Combination {
@@ -144,12 +152,12 @@ struct Combination {
             // A coefficient of zero leaves its list out, so that an infinite entry cannot become NaN.
             if (!cell.present() || coefficients[i] == T(0)) continue;
             const T c = coefficients[i];
-            const T* SAMK_RESTRICT x = load(cell, offset, n, buffers[1]);
-            if (!started && c == T(1) && lists == 1) return x;
-            if (!started)
-                for (int e = 0; e < n; ++e) sum[e] = c * x[e];
+            if (!started && c == T(1) && lists == 1) return load(cell, offset, n, buffers[1]);
+            // bfloat16 is converted on the way: a pass over the tile less.
+            if (cell.dtype == DType::BFloat16)
+                add_scaled(reinterpret_cast<const BFloat16*>(address(cell, offset)), c, sum, n, started);
             else
-                for (int e = 0; e < n; ++e) sum[e] += c * x[e];
+                add_scaled(load(cell, offset, n, buffers[1]), c, sum, n, started);
             started = true;
         }
         if (!started)

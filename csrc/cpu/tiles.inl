@@ -28,6 +28,26 @@ inline void round_to(Float16* SAMK_RESTRICT out, const float* SAMK_RESTRICT sour
                          _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     for (; i < n; ++i) out[i] = Rounded<Float16>::from(source[i]);
 }
+
+// Rounded<BFloat16>, in the lower halves of 32-bit elements.
+inline __m256i rounded_to_bfloat16(__m256 values) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
+}
+
+inline void round_to(BFloat16* SAMK_RESTRICT out, const float* SAMK_RESTRICT source, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m256i low = rounded_to_bfloat16(_mm256_loadu_ps(source + i));
+        const __m256i high = rounded_to_bfloat16(_mm256_loadu_ps(source + i + 8));
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), packed);
+    }
+    for (; i < n; ++i) out[i] = Rounded<BFloat16>::from(source[i]);
+}
 #endif
 
 inline char* address(const Cell& cell, int64_t offset) {
