@@ -29,7 +29,7 @@ class UnifiedSAM(SharpnessAwareOptimizer):
     def passes(self) -> Passes:
         g = yield Pass()
         self.ascend(g, rule=self.rule, scale=[[group["rho"]] for group in self.param_groups])
-        g_plus = yield Pass(perturbed=True)
+        g_plus = yield Pass(perturbed=True, last=True)
         self.descend(g_plus)
 
 

@@ -41,7 +41,7 @@ class SAGM(SharpnessAwareOptimizer):
         g = yield Pass(kept=True)  # the update needs it again
         group = self.param_groups[0]
         self.ascend(g, rule=TritonRule(sagm_kernel, sagm, (group["rho"], group["alpha"])))
-        g_plus = yield Pass(perturbed=True)
+        g_plus = yield Pass(perturbed=True, last=True)
         self.descend(g, g_plus, scale=0.5)
 
 

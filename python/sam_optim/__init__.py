@@ -10,6 +10,7 @@ from .batch_norm import (
 )
 from .continual import ReservoirMemory, dark_experience_loss
 from .errors import InvalidSettingError, StepOrderError
+from .hugging_face import SharpnessAwareTrainerMixin
 from .mgser import MGSERSAM
 from .moves import StepReport
 from .optimizer import SharpnessAwareOptimizer
@@ -40,6 +41,7 @@ __all__ = [
     "RhoFollowsLR",
     "SAMPa",
     "SharpnessAwareOptimizer",
+    "SharpnessAwareTrainerMixin",
     "Stability",
     "StabilityMonitor",
     "StableSAM",

@@ -85,7 +85,7 @@ class AgnosticSAM(SAM):
         if self.smoothing > 0.0:
             g_val = self.moving_average("validation_gradient", g_val, self.smoothing)
         self.ascend(g_train, g_val, rule=rule, scale=[[rho, -rho_val] for rho, rho_val in self._both_radii()])
-        g_plus = yield Pass(perturbed=True)
+        g_plus = yield Pass(perturbed=True, last=True)
         self.descend(g_plus)
 
     def _both_radii(self) -> list[tuple[float | Tensor, float | Tensor]]:

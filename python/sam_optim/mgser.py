@@ -69,7 +69,7 @@ class MGSERSAM(SAM):
         self.ascend(g_task, g_memory, rule=rule, scale=[[rho, rho] for [rho] in self._radii()])
         g_task_plus, g_memory_plus = yield [
             Pass(perturbed=True, kept=True),
-            Pass(MEMORY, perturbed=True, kept=True, may_be_empty=True),
+            Pass(MEMORY, perturbed=True, kept=True, may_be_empty=True, last=True),
         ]
         self.refuse_grad_scaler("it would look for infinities in the gradients of the last pass alone")
         weights = [[1.0, 1.0, self.mu]] * len(self.param_groups)

@@ -177,7 +177,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
                 self._container["descent handler"] = handler
             return
         if not self._container["in step()"]:
-            self.descend_through(self.step, *lists, rule=rule, scale=scale)
+            self.descend_through(self._container["step call"] or self.step, *lists, rule=rule, scale=scale)
             return
         if len(lists) > 1 and rule == _FIXED and hasattr(self, "grad_scale"):
             rule = _ones  # GradScaler has looked for infinities in p.grad alone
@@ -274,14 +274,34 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             self.zero_grad()
         return self.waiting
 
-    def each_pass(self) -> Iterator[Pass]:
+    def begin(self) -> Pass | None:
+        """Begins a step, for drivers that hand each gradient over by :meth:`advance`.
+
+        Returns:
+            The pass whose gradient the method wants first; None if it wants none for this step, which is over then.
+
+        Raises:
+            StepOrderError: if a step is already begun (the weights are then restored).
+        """
+        self._refuse_second_begin("begin()")
+        self._params()
+        self._begin()
+        return self.waiting
+
+    def each_pass(self, step: Callable[[], object] | None = None) -> Iterator[Pass]:
         """Makes a step of any method in a loop whose body runs forward and backward for the pass it is given::
 
             for p in optimizer.each_pass():
                 x, y = train_batch if p.data == "train" else validation_batch
                 loss_fn(model(x), y).backward()
 
-        Gradients are cleared after each pass. If the body raises, or is left by break, the weights are restored.
+        Gradients are cleared after each pass. If the body raises, or is left by break, the weights are restored. To
+        clip, do it after the backward of the pass that is ``last``.
+
+        Args:
+            step: what makes the update, called when the last pass is through; by default this optimizer's ``step()``.
+                For wrappers whose own step() must be called, ``accelerated_optimizer.step``, and for GradScaler,
+                ``lambda: scaler.step(optimizer)``.
 
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored).
@@ -294,7 +314,11 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         try:
             while waiting is not None:
                 yield waiting
-                waiting = self.advance(zero_grad=True)
+                self._container["step call"] = step
+                try:
+                    waiting = self.advance(zero_grad=True)
+                finally:
+                    self._container["step call"] = None
         finally:
             # A body that was left early leaves this step under way; another step is none of this loop's business.
             if self.is_step_begun and self._container["run"].passes is passes:
@@ -692,6 +716,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         self._container = {
             "run": None,
             "in step()": False,
+            "step call": None,
             "side by side": False,
             "in place": False,
             "loads": 0,

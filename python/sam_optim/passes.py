@@ -28,6 +28,9 @@ class Pass:
         may_be_empty: there may be no such batch; the pass then leaves no gradients.
         kept: the method reads this gradient again after later passes, so that ``p.grad`` must not be written into
             before the step ends. Whoever runs the passes takes the gradients away from the parameters.
+        last: no pass follows in this step: what ``p.grad`` holds then, the base optimizer's update is made from, alone
+            or with gradients of earlier passes. Methods have to say so for drivers that leave the update to somebody
+            else's ``step()``.
         weights: where to take the gradient: a tensor for each parameter; None for where the model's weights are. Only
             of passes yielded together, to a driver that runs them side by side.
     """
@@ -36,6 +39,7 @@ class Pass:
     perturbed: bool = False
     kept: bool = False
     may_be_empty: bool = False
+    last: bool = False
     weights: Sequence[Tensor] | None = None
 
     @property

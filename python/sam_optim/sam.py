@@ -77,7 +77,7 @@ class SAM(SharpnessAwareOptimizer):
     def passes(self) -> Passes:
         g = yield Pass()
         self.ascend(g, rule=self._rule, scale=self._radii())
-        g_plus = yield Pass(perturbed=True)
+        g_plus = yield Pass(perturbed=True, last=True)
         self.descend(g_plus)
 
     def _radii(self) -> list[list[float | Tensor]]:

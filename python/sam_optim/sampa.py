@@ -72,7 +72,7 @@ class SAMPa(SAM):
     def passes(self) -> Passes:
         if not self.has_method_state(_Y_GRADIENT):
             if self.warm_start == "gradient":
-                self._keep((yield Pass(kept=True)))
+                self._keep((yield Pass(kept=True, last=True)))
             else:
                 self._keep([torch.zeros_like(p, requires_grad=False) for p in self._params()])
             return
@@ -81,13 +81,13 @@ class SAMPa(SAM):
             tilde, ahead = self.two_points(g_y, rule=self._rule, scale=self._radii())
             g_tilde, g_y_next = yield [
                 Pass(PREVIOUS, perturbed=True, kept=True, weights=tilde),
-                Pass(kept=True, weights=ahead),
+                Pass(kept=True, last=True, weights=ahead),
             ]
         else:
             self.ascend(g_y, rule=self._rule, scale=self._radii())
             g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
             self.look_ahead(g_y)
-            g_y_next = yield Pass(kept=True)
+            g_y_next = yield Pass(kept=True, last=True)
         self.refuse_grad_scaler(
             "its look-ahead takes the gradient of the step before, scaled as it was then, for the base optimizer's step"
         )

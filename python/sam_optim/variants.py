@@ -41,7 +41,7 @@ class GSAM(SAM):
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())
-        g_plus = yield Pass(perturbed=True)
+        g_plus = yield Pass(perturbed=True, last=True)
         self.descend(g_plus, g, rule=Deflected(alpha=self.alpha))
 
 
@@ -57,7 +57,7 @@ class StableSAM(SAM):
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())
-        g_plus = yield Pass(perturbed=True)
+        g_plus = yield Pass(perturbed=True, last=True)
         self.descend(g_plus, g, rule=NormMatched())
 
 
@@ -99,7 +99,7 @@ class WSAM(SAM):
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())
-        g_plus = yield Pass(perturbed=True, kept=self.decouple)
+        g_plus = yield Pass(perturbed=True, kept=self.decouple, last=True)
         weight = self.gamma / (1.0 - self.gamma)
         if not self.decouple:
             self.descend(g, g_plus, scale=[[1.0 - weight, weight]] * len(self.param_groups))
@@ -157,7 +157,7 @@ class FriendlySAM(SAM):
             average = [None if x is None else m for x, m in zip(g, self.method_state("average"), strict=True)]
             self.ascend(g, average, rule=self._difference, scale=[[rho, rho] for [rho] in self._radii()])
         self.moving_average("average", g, self.lmbda, starts_at_gradient=True)
-        g_plus = yield Pass(perturbed=True)
+        g_plus = yield Pass(perturbed=True, last=True)
         self.refuse_grad_scaler("it averages gradients over steps, whose scales differ")
         self.descend(g_plus)
 
@@ -211,12 +211,12 @@ class LookSAM(SAM):
         if step % self.k == 0 or not self.has_method_state("direction"):
             g = yield Pass(kept=True)
             self.ascend(g, rule=self._rule, scale=self._radii())
-            g_plus = yield Pass(perturbed=True, kept=True)
+            g_plus = yield Pass(perturbed=True, kept=True, last=True)
             if self.k > 1:
                 self._keep_direction(g_plus, g)
             self.descend(g_plus)
         else:
-            g = yield Pass()
+            g = yield Pass(last=True)
             self.descend(g, list(self.method_state("direction")), rule=self._reuse)
         for group in self.param_groups:
             group["looksam_step"] = step + 1

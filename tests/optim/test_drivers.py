@@ -124,7 +124,7 @@ def test_advance_tells_the_next_pass():
     batch = batches(1)[0]
     loss_of(model, batch).backward()
     assert optimizer.waiting is None
-    assert optimizer.advance(zero_grad=True) == Pass(perturbed=True) == optimizer.waiting
+    assert optimizer.advance(zero_grad=True) == Pass(perturbed=True, last=True) == optimizer.waiting
     loss_of(model, batch).backward()
     assert optimizer.advance() is None
     assert not optimizer.is_step_begun

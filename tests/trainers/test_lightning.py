@@ -1,0 +1,139 @@
+"""Lightning: automatic optimization by closures for every pass, manual optimization by each_pass()."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from sam_optim import GSAM, SAM, SAMPa
+
+from ..optim.cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
+METHODS = [Method(SAM, {"rho": 0.1}), Method(GSAM, {"rho": 0.1})]
+STEPS, SIZE = 5, 12
+
+
+class Automatic(lightning.LightningModule):
+    def __init__(self, method, dtype=torch.float64):
+        super().__init__()
+        self.net, self.method = make_net(dtype), method
+
+    def training_step(self, batch, index):
+        return loss_of(self.net, batch)
+
+    def configure_optimizers(self):
+        optimizer = self.method.make(self.net, SGD, closure_runs="every_pass")
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: 1.0)}
+
+
+class Manual(Automatic):
+    """With accumulation over two micro-batches, and clipping."""
+
+    accumulation, clip = 1, 0.0
+
+    def __init__(self, method, dtype=torch.float64):
+        super().__init__(method, dtype)
+        self.automatic_optimization = False
+        self.window = []
+
+    def training_step(self, batch, index):
+        self.window.append(batch)
+        if len(self.window) < self.accumulation:
+            return
+        for p in self.optimizers().each_pass():
+            for part in self.window:
+                self.manual_backward(loss_of(self.net, part) / self.accumulation)
+            if p.last and self.clip:
+                torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
+        self.window = []
+
+
+def fit(module, dtype=torch.float64, **options):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    data = [torch.cat(column) for column in zip(*batches(STEPS, dtype), strict=True)]
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        barebones=False,
+        **options,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(*data), batch_size=SIZE // getattr(module, "accumulation", 1)))
+    return weights_of(module.net)
+
+
+def by_hand(method, clip=0.0, accumulation=1):
+    model = make_net()
+    optimizer = method.make(model, SGD)
+    for x, y in batches(STEPS):
+        for p in optimizer.each_pass():
+            for part in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
+                (loss_of(model, part) / accumulation).backward()
+            if p.last and clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_automatic_optimization(method):
+    assert_same(fit(Automatic(method)), by_hand(method))
+
+
+def test_automatic_optimization_clips():
+    """Every pass's gradient, which changes nothing in the first of SAM's."""
+    got = fit(Automatic(METHODS[0]), gradient_clip_val=0.05)
+    for a, b in zip(got, by_hand(METHODS[0], clip=0.05), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [*METHODS, Method(SAMPa, {"rho": 0.1})], ids=str)
+def test_manual_optimization(method):
+    if method.cls is SAMPa:
+        model = make_net()
+        optimizer = method.make(model, SGD)
+        previous = None
+        for batch in batches(STEPS):
+            for p in optimizer.each_pass():
+                loss_of(model, previous if p.data == "previous" else batch).backward()
+            previous = batch
+
+        class Module(Manual):
+            before = None
+
+            def training_step(self, batch, index):
+                for p in self.optimizers().each_pass():
+                    self.manual_backward(loss_of(self.net, self.before if p.data == "previous" else batch))
+                self.before = batch
+
+        assert_same(fit(Module(method)), weights_of(model))
+        return
+    assert_same(fit(Manual(method)), by_hand(method))
+
+
+def test_manual_optimization_accumulates_and_clips():
+    module = Manual(METHODS[0])
+    module.accumulation, module.clip = 2, 0.05
+    assert_same(fit(module), by_hand(METHODS[0], clip=0.05, accumulation=2))
+
+
+def test_first_and_second_step_in_manual_optimization():
+    class Module(Manual):
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            self.manual_backward(loss_of(self.net, batch))
+            optimizer.first_step(zero_grad=True)
+            self.manual_backward(loss_of(self.net, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert_same(fit(Module(METHODS[0])), by_hand(METHODS[0]))

@@ -1,0 +1,283 @@
+"""SharpnessAwareTrainerMixin: Hugging Face's Trainer makes the steps that a loop by hand makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sam_optim import (
+    GSAM,
+    SAM,
+    WSAM,
+    AgnosticSAM,
+    InvalidSettingError,
+    LookSAM,
+    Pass,
+    SAMPa,
+    SharpnessAwareTrainerMixin,
+    StepOrderError,
+)
+from sam_optim.hugging_face import MicroBatch, sharpness_aware
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
+SIZE, MICRO = 48, 4
+
+
+class SharpnessAwareTrainer(SharpnessAwareTrainerMixin, transformers.Trainer):
+    """In the order of the data set."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class InOrder(transformers.Trainer):
+    _get_train_sampler = SharpnessAwareTrainer._get_train_sampler
+
+
+def make_model(dropout=0.0):
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_dropout=dropout,
+        attn_implementation="eager",
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def dataset():
+    generator = torch.Generator().manual_seed(2)
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(32, (SIZE, 9), generator=generator).unbind()]
+
+
+def arguments(folder, **options):
+    options = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 1, **options}
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=MICRO,
+        num_train_epochs=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        lr_scheduler_type="constant",
+        **options,
+    )
+
+
+def weights_of(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_close(a, b):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-5)
+
+
+def train(cls, folder, optimizer_of, model=None, **options):
+    model = make_model() if model is None else model
+    optimizer = optimizer_of(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(getattr(optimizer, "base_optimizer", optimizer), lambda step: 1.0)
+    trainer = cls(model, arguments(folder, **options), train_dataset=dataset(), optimizers=(optimizer, scheduler))
+    trainer.train()
+    return weights_of(model), trainer
+
+
+def by_hand(optimizer_of, accumulation, clip=0.0):
+    model = make_model()
+    optimizer = optimizer_of(model)
+    data = torch.stack([entry["input_ids"] for entry in dataset()])
+    previous = None
+    for window in data.split(MICRO * accumulation):
+        for p in optimizer.each_pass():
+            source = previous if p.data == "previous" else window
+            for ids in source.split(MICRO):
+                (model(input_ids=ids, labels=ids).loss / accumulation).backward()
+            if p.last and clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+        previous = window
+    return weights_of(model)
+
+
+MAKERS = {
+    "SAM": lambda m: SAM(m.parameters(), torch.optim.AdamW, rho=0.1, **ADAMW),
+    "SAM, RMSprop": lambda m: SAM(m.parameters(), torch.optim.RMSprop, rho=0.1, lr=1e-3),
+    "GSAM": lambda m: GSAM(m.parameters(), torch.optim.AdamW, rho=0.1, **ADAMW),
+    "WSAM": lambda m: WSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1),
+    "LookSAM": lambda m: LookSAM(m.parameters(), torch.optim.SGD, rho=0.1, k=2, lr=0.1),
+    "SAMPa": lambda m: SAMPa(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_steps_as_by_hand(tmp_path, name, accumulation):
+    got, _ = train(SharpnessAwareTrainer, tmp_path, MAKERS[name], gradient_accumulation_steps=accumulation)
+    assert_close(got, by_hand(MAKERS[name], accumulation))
+
+
+def test_the_trainer_clips_the_last_gradient(tmp_path):
+    got, _ = train(SharpnessAwareTrainer, tmp_path, MAKERS["SAM"], max_grad_norm=0.1, gradient_accumulation_steps=2)
+    assert_close(got, by_hand(MAKERS["SAM"], 2, clip=0.1))
+
+
+def test_same_dropout_in_all_passes(tmp_path):
+    """With rho next to nothing SAM is its base, whatever dropout draws; and later steps draw as without SAM."""
+    results = []
+    for cls, make in (
+        (SharpnessAwareTrainer, lambda m: SAM(m.parameters(), torch.optim.SGD, rho=1e-9, lr=0.1)),
+        (InOrder, lambda m: torch.optim.SGD(m.parameters(), lr=0.1)),
+    ):
+        weights, _ = train(cls, tmp_path, make, model=make_model(dropout=0.3), gradient_accumulation_steps=2)
+        results.append(weights)
+    assert_close(*results)
+
+
+def test_other_optimizers_train_as_ever(tmp_path):
+    def make(model):
+        return torch.optim.AdamW(model.parameters(), **ADAMW)
+
+    a, _ = train(SharpnessAwareTrainer, tmp_path, make)
+    b, _ = train(InOrder, tmp_path, make)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_trainers_own_groups(tmp_path):
+    """optimizer_cls_and_kwargs: decay for weights, none for norms."""
+    model = make_model()
+    settings = {"base_optimizer": torch.optim.AdamW, "rho": 0.05, "lr": 1e-2}
+    trainer = SharpnessAwareTrainer(
+        model, arguments(tmp_path, weight_decay=0.1), train_dataset=dataset(), optimizer_cls_and_kwargs=(SAM, settings)
+    )
+    before = weights_of(model)
+    trainer.train()
+    optimizer = sharpness_aware(trainer.optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all(group["rho"] == 0.05 for group in optimizer.param_groups)
+    assert all(not torch.equal(a, b) for a, b in zip(weights_of(model), before, strict=True))
+    assert not optimizer.is_step_begun
+
+
+def test_resume(tmp_path):
+    straight, _ = train(SharpnessAwareTrainer, tmp_path / "a", MAKERS["SAM"])
+    model = make_model()
+    options = {"max_steps": 6}
+    stopped, trainer = train(SharpnessAwareTrainer, tmp_path / "b", MAKERS["SAM"], model=model, **options)
+    trainer._save_checkpoint(model, trial=None)
+    other = make_model()
+    optimizer = MAKERS["SAM"](other)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    again = SharpnessAwareTrainer(
+        other, arguments(tmp_path / "b"), train_dataset=dataset(), optimizers=(optimizer, scheduler)
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "b/checkpoint-6"))
+    assert all(torch.equal(x, y) for x, y in zip(weights_of(other), straight, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(stopped, straight, strict=True))
+
+
+@pytest.mark.parametrize("failing", [3, 4, 5, 6])
+def test_exceptions_leave_the_weights(tmp_path, failing):
+    """In either pass, of the second step of two micro-batches and two passes each."""
+    model, calls = make_model(), 0
+
+    def count(module, inputs):
+        nonlocal calls
+        calls += 1
+        if calls == failing + 4:
+            raise KeyboardInterrupt
+
+    steps = []
+    model.register_forward_pre_hook(count)
+
+    class Recording(SharpnessAwareTrainer):
+        def training_step(self, *args):
+            if not self._window:
+                steps.append(weights_of(model))
+            return super().training_step(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Recording, tmp_path, MAKERS["SAM"], model=model, gradient_accumulation_steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(model), steps[-1], strict=True))
+
+
+def test_a_callback_that_fails_between_passes_and_step_leaves_the_weights(tmp_path):
+    class Failing(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            raise ValueError("a callback's own")
+
+    model = make_model()
+    before = weights_of(model)
+    optimizer = MAKERS["SAM"](model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = SharpnessAwareTrainer(
+        model, arguments(tmp_path), train_dataset=dataset(), optimizers=(optimizer, scheduler), callbacks=[Failing()]
+    )
+    with pytest.raises(ValueError, match="own"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(model), before, strict=True))
+
+
+def test_methods_that_want_other_batches(tmp_path):
+    def make(model):
+        return AgnosticSAM(model.parameters(), torch.optim.SGD, rho_train=0.1, lr=0.1)
+
+    model = make_model()
+    before = weights_of(model)
+    with pytest.raises(StepOrderError, match="validation batch"):
+        train(SharpnessAwareTrainer, tmp_path, make, model=model)
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(model), before, strict=True))
+
+    class WithValidation(SharpnessAwareTrainer):
+        def batches_for(self, data, window):
+            if data != "validation":
+                return super().batches_for(data, window)
+            ids = torch.stack([entry["input_ids"] for entry in dataset()[:MICRO]])
+            return [MicroBatch({"input_ids": ids, "labels": ids}, window[0].more)]
+
+    got, _ = train(WithValidation, tmp_path, make)
+    model = make_model()
+    optimizer = make(model)
+    data = torch.stack([entry["input_ids"] for entry in dataset()])
+    for window in data.split(MICRO):
+        for p in optimizer.each_pass():
+            ids = window if p.data == "train" else data[:MICRO]
+            model(input_ids=ids, labels=ids).loss.backward()
+    assert_close(got, weights_of(model))
+
+
+def test_methods_that_do_not_say_which_pass_is_the_last(tmp_path):
+    class Silent(SAM):
+        def passes(self):
+            g = yield Pass()
+            self.ascend(g, rule=self._rule, scale=self._radii())
+            g_plus = yield Pass(perturbed=True)
+            self.descend(g_plus)
+
+    with pytest.raises(StepOrderError, match="last=True"):
+        train(SharpnessAwareTrainer, tmp_path, lambda m: Silent(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1))
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_what_hides_parameters_is_refused(tmp_path, monkeypatch, kind):
+    model = make_model()
+    optimizer = MAKERS["SAM"](model)
+    trainer = SharpnessAwareTrainer(model, arguments(tmp_path), train_dataset=dataset(), optimizers=(optimizer, None))
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", accelerate_kind(kind))
+    with pytest.raises(InvalidSettingError, match="does not see the whole"):
+        trainer._refuse_what_hides_parameters(optimizer)
+
+
+def accelerate_kind(name):
+    from accelerate.utils import DistributedType
+
+    return DistributedType[name]
