@@ -22,6 +22,7 @@ from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
 from .base_update import BaseUpdate, Descent
+from .compiling import prepare, untraced
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .moves import Moves, StepReport
@@ -130,6 +131,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         if closure_runs not in ("second_pass", "every_pass"):
             raise InvalidSettingError(f"Invalid closure_runs: {closure_runs!r}; it is 'second_pass' or 'every_pass'")
         base = make_base(params, base_optimizer, base_kwargs)
+        prepare()
         groups, state = base.param_groups, base.state
         for group in groups:
             self._complete_group(group, method_defaults)
@@ -246,6 +248,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
 
     # ------------------------------------------------------------------ drivers
 
+    @untraced
     def advance(self, zero_grad: bool = False) -> Pass | None:
         """Hands ``p.grad`` to the method as the gradient it waits for; begins a step if none is begun.
 
@@ -283,7 +286,11 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored).
         """
-        self._refuse_second_begin("begin()")
+        return self._begin_for("begin()")
+
+    @untraced
+    def _begin_for(self, action: str) -> Pass | None:
+        self._refuse_second_begin(action)
         self._params()
         self._begin()
         return self.waiting
@@ -306,10 +313,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored).
         """
-        self._refuse_second_begin("each_pass()")
-        self._params()
-        self._begin()
-        waiting = self.waiting
+        waiting = self._begin_for("each_pass()")
         passes = None if waiting is None else self._container["run"].passes
         try:
             while waiting is not None:
@@ -438,12 +442,12 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
             self._container["in step()"] = False
 
     def _run_closures(self, closures: dict[str, Closure | None], closure_runs: ClosureRuns) -> Any:
-        devices = {param.device for param in self._params()}
+        devices = {param.device for group in self.param_groups for param in group["params"]}
         before: dict[str, RandomState] = {}  # the first pass on each batch
         losses: list[Any] = []
         if not self.is_step_begun:
             if closure_runs == "every_pass":
-                self._begin()
+                self._begin_for("step()")
             else:
                 self.advance(zero_grad=True)
         waiting = self.waiting
@@ -535,6 +539,7 @@ class SharpnessAwareOptimizer(Moves, Optimizer):
         report: StepReport = self._container["report"]
         return report
 
+    @untraced
     def restore(self) -> None:
         """Abandons a step under way: the weights are as they were before it, bit for bit. Otherwise does nothing."""
         run: _Run | None = self._container["run"]

@@ -1,0 +1,43 @@
+"""Where ``torch.compile`` stops: the optimizer's own work is done by kernels that it cannot look into."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_REASON = "sam_optim: the optimizer's part of a step is made by its own kernels"
+_waiting: list[Callable[[], None]] = []
+
+
+def untraced(method: Method) -> Method:
+    """A method that runs as it is when a compiled function calls it: one break in the graph, and no warning.
+
+    It needs :func:`prepare` first, which imports the compiler; importing this package does not.
+    """
+    run: Callable[..., Any] = method
+
+    def prepared() -> None:
+        nonlocal run
+        run = torch.compiler.disable(method, reason=_REASON)
+
+    _waiting.append(prepared)
+
+    @functools.wraps(method)
+    def untraced_method(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    return untraced_method  # type: ignore[return-value]
+
+
+def prepare() -> None:
+    """To be called before anything can be compiled that calls an untraced method.
+
+    It imports the compiler; torch's own optimizers do so too when they are made.
+    """
+    while _waiting:
+        _waiting.pop()()
