@@ -9,10 +9,13 @@ from .batch_norm import (
     running_statistics,
 )
 from .continual import ReservoirMemory, dark_experience_loss
+from .directions import MomentumSAM, UnifiedSAM, VaSSO
 from .errors import InvalidSettingError, StepOrderError
+from .groups import perturb_normalization_only
 from .hugging_face import SharpnessAwareTrainerMixin
 from .mgser import MGSERSAM
 from .moves import StepReport
+from .occasional import AESAM, IntervalSAM, RandomizedSAM
 from .optimizer import SharpnessAwareOptimizer
 from .passes import Pass, Passes
 from .randomness import RandomState
@@ -21,22 +24,27 @@ from .sampa import SAMPa
 from .schedules import LambdaRho, RhoFollowsLR
 from .stability import Stability, StabilityMonitor, edge_of_stability
 from .train_step import TrainStep, split_batch
-from .variants import GSAM, WSAM, FriendlySAM, LookSAM, StableSAM
+from .variants import CRSAM, GSAM, WSAM, FriendlySAM, LookSAM, StableSAM
 
 __all__ = [
+    "AESAM",
     "ASAM",
+    "CRSAM",
     "GSAM",
     "MGSERSAM",
     "SAM",
     "WSAM",
     "AgnosticSAM",
     "FriendlySAM",
+    "IntervalSAM",
     "InvalidSettingError",
     "LambdaRho",
     "LookSAM",
+    "MomentumSAM",
     "Pass",
     "Passes",
     "RandomState",
+    "RandomizedSAM",
     "ReservoirMemory",
     "RhoFollowsLR",
     "SAMPa",
@@ -48,12 +56,15 @@ __all__ = [
     "StepOrderError",
     "StepReport",
     "TrainStep",
+    "UnifiedSAM",
+    "VaSSO",
     "dark_experience_loss",
     "disable_running_stats",
     "edge_of_stability",
     "enable_running_stats",
     "freeze_in_perturbed_passes",
     "frozen_batch_norm",
+    "perturb_normalization_only",
     "running_statistics",
     "split_batch",
 ]

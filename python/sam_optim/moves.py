@@ -67,6 +67,11 @@ class Moves:
     def _params(self) -> list[Tensor]:
         """All parameters, group by group, as the kernels' plan of this moment holds them."""
 
+    def gram(self, *lists: Gradients) -> Tensor:
+        """The Gram matrix of gradient lists, float64, shape (k, k), with T = 1 and of all ranks' parts together."""
+        plans: PlanCache = self._container["plans"]
+        return sam_kernels.gram(lists, plans.without_geometry, backend=self.backend)
+
     def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> None:
         """Perturbs the weights along a combination of gradient lists, keeping their copies."""
         plans: PlanCache = self._container["plans"]

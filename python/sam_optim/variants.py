@@ -168,6 +168,50 @@ class FriendlySAM(SAM):
         return torch.stack([unit, -self.sigma * unit])
 
 
+class CRSAM(SAM):
+    """Curvature-regularised SAM (Wu et al. 2024, arXiv 2312.13555), with gradients on both sides of w.
+
+    ::
+
+        g+ at w + e, g- at w - e
+        w <- base_optimizer(w, g+ + gamma (g+ + g- - 2 g) + beta (g+ - g-))
+
+    This is what the authors' code does; the paper divides the terms by differences of losses. Three passes: drive it by
+    ``each_pass()``, closures or ``TrainStep``.
+
+    Args:
+        gamma: weight of the change of the gradient's change, which stands for the Hessian's trace; at least 0.
+        beta: weight of the gradient's change, which stands for its norm; at least 0.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        gamma: float = 0.1,
+        beta: float = 0.01,
+        *,
+        closure_runs: str = "every_pass",
+        **kwargs: Any,
+    ) -> None:
+        for name, value in (("gamma", gamma), ("beta", beta)):
+            if not value >= 0.0:
+                raise InvalidSettingError(f"Invalid {name}: {value}; it must be at least 0")
+        self.gamma, self.beta = gamma, beta
+        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+
+    def passes(self) -> Passes:
+        g = yield Pass(kept=True)
+        self.ascend(g, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True, kept=True)
+        self.ascend(g, rule=self._rule, scale=[[-rho] for [rho] in self._radii()])
+        g_minus = yield Pass(perturbed=True, kept=True, last=True)
+        weights = [1.0 + self.gamma + self.beta, self.gamma - self.beta, -2.0 * self.gamma]
+        self.descend(g_plus, g_minus, g, scale=[weights] * len(self.param_groups))
+
+
 class LookSAM(SAM):
     """LookSAM (Liu et al. 2022, arXiv 2203.02714, algorithm 1): SAM every k steps, and its direction reused between.
 

@@ -14,12 +14,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import sam_kernels as sk
 from sam_optim import (
+    AESAM,
+    CRSAM,
     GSAM,
     MGSERSAM,
     SAM,
     AgnosticSAM,
     FriendlySAM,
     InvalidSettingError,
+    MomentumSAM,
     SAMPa,
     StabilityMonitor,
     TrainStep,
@@ -42,6 +45,9 @@ METHODS = [
     (Method(FriendlySAM, {"rho": 0.1}), ADAMW),
     (Method(AgnosticSAM, {"rho_train": 0.1}), SGD),
     (Method(SAMPa, {"rho": 0.1}), SGD),
+    (Method(AESAM, {"rho": 0.1}), SGD),
+    (Method(MomentumSAM, {"rho": 0.1}), ADAMW),
+    (Method(CRSAM, {"rho": 0.1}), SGD),
     (Method(MGSERSAM, {"rho": 0.1}), UNFUSED),
 ]
 

@@ -128,11 +128,13 @@ def test_own_method():
     for adaptive_base in ({"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}):
         with torch.no_grad():
             weight.copy_(torch.tensor([3.0, 1.0]))
-        optimizer = module["UnifiedSAM"]([weight], torch.optim.SGD, rho=0.5, k=0.5, **adaptive_base)
+        optimizer = module["MongeSAM"]([weight], torch.optim.SGD, rho=0.5, **adaptive_base)
         for step in (optimizer.first_step, optimizer.second_step):
             (0.5 * torch.tensor([1.0, 4.0]) * weight**2).sum().backward()
             step(zero_grad=True)
-        assert weight.tolist() == pytest.approx([2.61, 0.12], abs=1e-12)
+        assert weight.tolist() == pytest.approx(
+            [3 - 0.1 * (3 + 0.3 / 26**0.5), 1 - 0.4 * (1 + 0.4 / 26**0.5)], abs=1e-12
+        )
 
 
 @pytest.mark.skipif(not EXAMPLES.is_dir(), reason="examples are not part of an installation")

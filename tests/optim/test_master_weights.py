@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sam_optim import (
+    CRSAM,
     GSAM,
     MGSERSAM,
     SAM,
@@ -18,9 +19,12 @@ from sam_optim import (
     FriendlySAM,
     InvalidSettingError,
     LookSAM,
+    MomentumSAM,
     SAMPa,
     StableSAM,
     TrainStep,
+    UnifiedSAM,
+    VaSSO,
 )
 from sam_optim.side_by_side import OneLane
 
@@ -39,6 +43,10 @@ VARIANTS = [
     Method(StableSAM, {"rho": 0.1}),
     Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5}),
     Method(SAMPa, {"rho": 0.1}),
+    Method(UnifiedSAM, {"rho": 0.1}),
+    Method(VaSSO, {"rho": 0.1, "theta": 0.4}),
+    Method(MomentumSAM, {"rho": 0.1}),
+    Method(CRSAM, {"rho": 0.1}),
 ]
 
 

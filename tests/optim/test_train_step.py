@@ -86,7 +86,7 @@ def test_a_method_from_elsewhere():
     specification = importlib.util.spec_from_file_location("own_method", path)
     example = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(example)
-    method = example.UnifiedSAM
+    method = example.MongeSAM
     results = []
     for by_hand in (True, False):
         model = make_net()

@@ -7,12 +7,15 @@ import torch
 from torch import nn
 
 from sam_optim import (
+    CRSAM,
     GSAM,
     SAM,
     WSAM,
     AgnosticSAM,
+    IntervalSAM,
     InvalidSettingError,
     LookSAM,
+    MomentumSAM,
     Pass,
     SAMPa,
     SharpnessAwareTrainerMixin,
@@ -115,6 +118,9 @@ MAKERS = {
     "GSAM": lambda m: GSAM(m.parameters(), torch.optim.AdamW, rho=0.1, **ADAMW),
     "WSAM": lambda m: WSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1),
     "LookSAM": lambda m: LookSAM(m.parameters(), torch.optim.SGD, rho=0.1, k=2, lr=0.1),
+    "CR-SAM": lambda m: CRSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1),
+    "Momentum-SAM": lambda m: MomentumSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9),
+    "IntervalSAM": lambda m: IntervalSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, every=2),
     "SAMPa": lambda m: SAMPa(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9),
 }
 

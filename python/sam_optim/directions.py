@@ -1,0 +1,153 @@
+"""Methods that perturb along something else than the batch's normalised gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .construction import BaseOptimizer
+from .errors import InvalidSettingError, StepOrderError
+from .passes import Gradients, Pass, Passes
+from .sam import SAM
+
+
+class UnifiedSAM(SAM):
+    """Between the plain and the normalised perturbation: e = rho (1 - k + k / abs(g)) g.
+
+    k = 0 is USAM (Andriushchenko & Flammarion 2022, arXiv 2206.06232), k = 1 is SAM, and what lies between is Unified
+    SAM (2025, arXiv 2503.02225). With ``adaptive`` the norm is that in ASAM's geometry.
+
+    Args:
+        k: from 0 to 1.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`; a plain perturbation wants a smaller rho
+            the larger the gradients are.
+
+    GradScaler is refused with k below 1: the perturbation has the gradient's scale.
+    """
+
+    def __init__(
+        self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, k: float = 0.5, **kwargs: Any
+    ) -> None:
+        if not 0.0 <= k <= 1.0:
+            raise InvalidSettingError(f"Invalid k: {k}; it must lie between 0 and 1")
+        self.k = k
+        self.takes_scaled_gradients = k == 1.0
+        super().__init__(params, base_optimizer, rho, **kwargs)
+
+    def passes(self) -> Passes:
+        g = yield Pass()
+        self.ascend(g, rule=self._mixed, scale=self._radii())
+        g_plus = yield Pass(perturbed=True, last=True)
+        if not self.takes_scaled_gradients:
+            self.refuse_grad_scaler("its perturbation has the gradient's scale")
+        self.descend(g_plus)
+
+    def _mixed(self, gram: Tensor) -> Tensor:
+        return 1.0 - self.k + self.k / (gram.diagonal().sqrt() + self._rule.epsilon)
+
+
+class VaSSO(SAM):
+    """Variance-suppressed SAM (Li & Giannakis 2023, arXiv 2309.15639): perturbs along an average of gradients.
+
+    ::
+
+        d <- (1 - theta) d + theta g        e = rho d / |d|
+
+    d begins at zero; it is state of the method, and part of ``state_dict()``.
+
+    Args:
+        theta: weight of the new gradient, above 0 and at most 1, where the method is SAM.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+
+    GradScaler is refused: the average would mix gradients of different scales.
+    """
+
+    takes_scaled_gradients = False
+    perturbs_micro_batches = False
+
+    def __init__(
+        self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, theta: float = 0.9, **kwargs: Any
+    ) -> None:
+        if not 0.0 < theta <= 1.0:
+            raise InvalidSettingError(f"Invalid theta: {theta}; it must be above 0 and at most 1")
+        self.theta = theta
+        super().__init__(params, base_optimizer, rho, **kwargs)
+
+    def passes(self) -> Passes:
+        g = yield Pass()
+        direction = self.moving_average("direction", g, 1.0 - self.theta)
+        self.ascend(direction, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True, last=True)
+        self.refuse_grad_scaler("it averages gradients over steps, whose scales differ")
+        self.descend(g_plus)
+
+
+class MomentumSAM(SAM):
+    """Momentum-SAM (Becker et al. 2024, arXiv 2401.12033): SAM's second gradient alone, at w - rho v / abs(v).
+
+    v is the base optimizer's momentum: SGD's ``momentum_buffer``, or ``exp_avg`` of Adam and its kin. So a step takes
+    one pass. The authors leave the model at the perturbed weights between steps and take the perturbation away to
+    evaluate and to save; here it is taken away when a step ends, and the model always holds w itself. Until there is
+    momentum, steps are the base optimizer's.
+
+    Args:
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`; the base must keep a momentum.
+
+    Drive it by closures, ``each_pass()`` or ``TrainStep``: the perturbation comes before the only backward pass.
+    """
+
+    perturbs_micro_batches = False
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float,
+        *,
+        closure_runs: str = "every_pass",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+        if not {"momentum", "betas"} & set(self.base_optimizer.defaults):
+            base = type(self.base_optimizer).__name__
+            raise InvalidSettingError(f"MomentumSAM perturbs along the base optimizer's momentum, and {base} has none")
+
+    def advance(self, zero_grad: bool = False) -> Pass | None:
+        """As for all methods, but only of a step that is begun.
+
+        Raises:
+            StepOrderError: if none is: the gradient would have been taken before the perturbation.
+        """
+        if not self.is_step_begun:
+            raise StepOrderError(
+                "MomentumSAM perturbs before its only backward pass: drive it by each_pass(), TrainStep, or "
+                "step(closure) with closure_runs='every_pass'"
+            )
+        return super().advance(zero_grad)
+
+    def passes(self) -> Passes:
+        momentum = self._momentum()
+        if any(v is not None for v in momentum):
+            self.ascend(momentum, rule=self._rule, scale=[[_negative(rho)] for [rho] in self._radii()])
+        g_plus = yield Pass(last=True)
+        self.descend(g_plus)
+
+    def _momentum(self) -> Gradients:
+        state = self.base_optimizer.state
+        found: Gradients = []
+        for p in self._params():
+            own = state.get(p, {})
+            v = own.get("momentum_buffer")
+            found.append(own.get("exp_avg") if v is None else v)
+        return found
+
+    def validate_group(self, group: dict[str, Any]) -> None:
+        super().validate_group(group)
+        if group.get("momentum") == 0.0:
+            raise InvalidSettingError("Invalid momentum: 0; MomentumSAM perturbs along the base optimizer's momentum")
+
+
+def _negative(rho: float | Tensor) -> float | Tensor:
+    return torch.neg(rho) if isinstance(rho, Tensor) else -rho

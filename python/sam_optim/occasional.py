@@ -1,0 +1,188 @@
+"""SAM in some of the steps, and the base optimizer in the others: who wants most of SAM for less than two gradients."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from .construction import BaseOptimizer
+from .errors import InvalidSettingError
+from .passes import Gradients, Pass, Passes
+from .sam import SAM
+
+
+class _OccasionalSAM(SAM):
+    """Steps with one pass, and steps with two. They are counted in each group's ``occasional_step``.
+
+    Drive it by ``each_pass()``, closures or ``TrainStep``.
+    """
+
+    perturbs_micro_batches = False
+    is_capturable = False
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        *,
+        closure_runs: str = "every_pass",
+        **kwargs: Any,
+    ) -> None:
+        self._more_settings = {"occasional_step": 0, **self._more_settings}
+        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+
+    @property
+    def step_number(self) -> int:
+        """Of the step under way, or of the next; from 0."""
+        return int(self.param_groups[0]["occasional_step"])
+
+    @abstractmethod
+    def is_sharpness_aware(self, step: int) -> bool:
+        """Whether the step with this number is one of SAM's."""
+
+    def passes(self) -> Passes:
+        if self.is_sharpness_aware(self.step_number):
+            yield from super().passes()
+        else:
+            g = yield Pass(last=True)
+            self.descend(g)
+        self._count()
+
+    def _count(self) -> None:
+        step = self.step_number
+        for group in self.param_groups:
+            group["occasional_step"] = step + 1
+
+    def _is_plain_step(self) -> bool:
+        return super()._is_plain_step() or not self.last_step.ascent
+
+
+class IntervalSAM(_OccasionalSAM):
+    """SAM in every k-th step from a given one on; the steps between are the base optimizer's, bit for bit.
+
+    Args:
+        every: SAM's share of the steps is one in so many; at least 1.
+        start: number of the first step that may be SAM's, counted from 0; at least 0. SAM late in training alone does
+            nearly as well as SAM throughout in some settings (Zhou et al. 2024, arXiv 2410.10373).
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        every: int = 2,
+        start: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if every < 1:
+            raise InvalidSettingError(f"Invalid every: {every}; it must be at least 1")
+        if start < 0:
+            raise InvalidSettingError(f"Invalid start: {start}; it must be at least 0")
+        self.every, self.start = every, start
+        super().__init__(params, base_optimizer, rho, **kwargs)
+
+    def is_sharpness_aware(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % self.every == 0
+
+
+class RandomizedSAM(_OccasionalSAM):
+    """SAM in steps that a coin chooses (Zhao et al. 2022, arXiv 2203.09962, RST with its weight at 1).
+
+    The coin depends on seed and step alone, so all ranks toss alike and a resumed run goes on as it would have.
+
+    Args:
+        probability: of a step to be SAM's, from 0 to 1; a tensor or a number that a schedule may change,
+            ``optimizer.probability``.
+        seed: of the coin.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        probability: float = 0.5,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if not 0.0 <= probability <= 1.0:
+            raise InvalidSettingError(f"Invalid probability: {probability}; it must lie between 0 and 1")
+        self.probability, self.seed = probability, seed
+        super().__init__(params, base_optimizer, rho, **kwargs)
+
+    def is_sharpness_aware(self, step: int) -> bool:
+        # Seeds that differ in little give generators whose first numbers are alike.
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
+        return torch.rand((), generator=torch.Generator().manual_seed(mixed)).item() < self.probability
+
+
+class AESAM(_OccasionalSAM):
+    """SAM where the gradient is large (Jiang et al. 2023, arXiv 2304.14647, AE-SAM).
+
+    ::
+
+        mean     <- decay mean + (1 - decay) |g|^2
+        variance <- decay variance + (1 - decay) (|g|^2 - mean)^2
+        SAM if |g|^2 >= mean + c sqrt(variance), else the base optimizer with g
+
+    Mean and variance are in the first group, ``aesam_mean`` and ``aesam_variance``, and part of ``state_dict()``; the
+    mean begins at the first gradient's. The decision waits for the GPU.
+
+    Args:
+        c: how far above the mean; the authors let it fall from 1 to -1 over training: set ``optimizer.c``.
+        decay: of the averages, from 0 to below 1.
+        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+
+    GradScaler is refused: squared norms of different scales cannot be compared. So are trainers that call ``step()``
+    by themselves: whether a pass is the last is known only after it.
+    """
+
+    takes_scaled_gradients = False
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        c: float = 0.0,
+        decay: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise InvalidSettingError(f"Invalid decay: {decay}; it must be at least 0 and below 1")
+        self.c, self.decay = float(c), decay
+        self._more_settings = {"aesam_mean": None, "aesam_variance": 0.0}
+        super().__init__(params, base_optimizer, rho, **kwargs)
+
+    def is_sharpness_aware(self, step: int) -> bool:
+        raise NotImplementedError("known when the gradient is")
+
+    def passes(self) -> Passes:
+        g = yield Pass()
+        self.refuse_grad_scaler("it compares norms of gradients over steps, whose scales differ")
+        if self._is_large(g):
+            self.ascend(g, rule=self._rule, scale=self._radii())
+            g = yield Pass(perturbed=True, last=True)
+        self.descend(g)
+        self._count()
+
+    def _is_large(self, g: Gradients) -> bool:
+        squared = float(self.gram(g)[0, 0])
+        if not math.isfinite(squared):
+            return False
+        mean, variance = self.param_groups[0]["aesam_mean"], self.param_groups[0]["aesam_variance"]
+        if mean is None:
+            mean = squared
+        else:
+            mean = self.decay * mean + (1.0 - self.decay) * squared
+            variance = self.decay * variance + (1.0 - self.decay) * (squared - mean) ** 2
+        for own in self.param_groups:
+            own["aesam_mean"], own["aesam_variance"] = mean, variance
+        return bool(squared >= mean + self.c * variance**0.5)

@@ -1,0 +1,350 @@
+"""Unified SAM, VaSSO, Momentum-SAM, CR-SAM, SAM in some steps, and SAM-ON, against their formulas in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sam_optim import (
+    AESAM,
+    CRSAM,
+    SAM,
+    IntervalSAM,
+    InvalidSettingError,
+    MomentumSAM,
+    RandomizedSAM,
+    StepOrderError,
+    TrainStep,
+    UnifiedSAM,
+    VaSSO,
+    perturb_normalization_only,
+)
+
+from .cases import BASES, Base, Method, assert_same, batches, by_every_pass_closure, loss_of, make_net, weights_of
+from .test_variants import MOMENTUM, PLAIN, Oracle
+
+METHODS = [
+    Method(UnifiedSAM, {"rho": 0.1, "k": 0.3}),
+    Method(UnifiedSAM, {"rho": 0.1, "k": 0.0}),
+    Method(VaSSO, {"rho": 0.1, "theta": 0.4}),
+    Method(MomentumSAM, {"rho": 0.1}),
+    Method(CRSAM, {"rho": 0.1, "gamma": 0.3, "beta": 0.2}),
+    Method(IntervalSAM, {"rho": 0.1, "every": 3, "start": 1}),
+    Method(RandomizedSAM, {"rho": 0.1, "probability": 0.5, "seed": 4}),
+    Method(AESAM, {"rho": 0.1, "c": 0.2}),
+]
+WITH_MOMENTUM = [b for b in BASES if {"exp_avg", "betas"} & set(b.settings) or b.settings.get("momentum", 0) > 0]
+WITH_MOMENTUM += [base for base in BASES if base.cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam)]
+
+
+class FamilyOracle(Oracle):
+    """The methods written out on one long vector."""
+
+    def step(self, batch):
+        w = self.weights.clone()
+        s, name = self.method.settings, self.method.cls.__name__
+        rho = s["rho"]
+        number, self.number = self.number, self.number + 1
+        if name == "MomentumSAM":
+            state = [self.base.state.get(p, {}) for p in self.model.parameters()]
+            buffers = [entries.get("momentum_buffer", entries.get("exp_avg")) for entries in state]
+            if buffers[0] is None:
+                self.update(self.gradient(w, batch))
+                return
+            v = torch.cat([b.reshape(-1) for b in buffers])
+            self.update(self.gradient(w - rho * v / v.norm(), batch))
+            return
+        g = self.gradient(w, batch)
+        if name == "AESAM":
+            squared = g.dot(g).item()
+            mean, variance = squared, 0.0
+            if self.kept is not None:
+                mean = 0.9 * self.kept[0] + 0.1 * squared
+                variance = 0.9 * self.kept[1] + 0.1 * (squared - mean) ** 2
+            self.kept = mean, variance
+            sharp = squared >= mean + s["c"] * variance**0.5
+        elif name == "IntervalSAM":
+            sharp = number >= s["start"] and (number - s["start"]) % s["every"] == 0
+        elif name == "RandomizedSAM":
+            sharp = self.method.make(make_net(), PLAIN).is_sharpness_aware(number)
+        else:
+            sharp = True
+        if not sharp:
+            self.update(g)
+            return
+        d = g / g.norm()
+        if name == "UnifiedSAM":
+            d = (1 - s["k"] + s["k"] / g.norm()) * g
+        elif name == "VaSSO":
+            average = s["theta"] * g + (0.0 if self.kept is None else (1 - s["theta"]) * self.kept)
+            self.kept, d = average, average / average.norm()
+        p = self.gradient(w + rho * d, batch)
+        if name == "CRSAM":
+            m = self.gradient(w - rho * d, batch)
+            p = p + s["gamma"] * (p + m - 2 * g) + s["beta"] * (p - m)
+        self.update(p)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "wanted"),
+    [
+        (UnifiedSAM, {"k": 0.5}, (2.61, 0.12)),
+        (UnifiedSAM, {"k": 0.0, "rho": 0.1}, (2.67, 0.44)),
+        (UnifiedSAM, {"k": 1.0}, (2.67, 0.44)),
+        (VaSSO, {}, (2.67, 0.44)),
+        (CRSAM, {}, (2.6694, 0.4368)),
+        (CRSAM, {"gamma": 0.0, "beta": 0.0}, (2.67, 0.44)),
+        (IntervalSAM, {}, (2.67, 0.44)),
+        (IntervalSAM, {"start": 1}, (2.7, 0.6)),
+        (RandomizedSAM, {"probability": 1.0}, (2.67, 0.44)),
+        (RandomizedSAM, {"probability": 0.0}, (2.7, 0.6)),
+        (AESAM, {}, (2.67, 0.44)),
+    ],
+)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_toy_problem(method, settings, wanted, backend):
+    settings = {"rho": 0.5, **settings}
+    weights = [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (3.0, 1.0)]
+    optimizer = method(weights, torch.optim.SGD, lr=0.1, backend=backend, **settings)
+    for _ in optimizer.each_pass():
+        (0.5 * (weights[0] ** 2 + 4 * weights[1] ** 2)).sum().backward()
+    got = [w.item() for w in weights]
+    assert got == pytest.approx(wanted, abs=2e-10)
+
+
+def test_momentum_sam_on_the_toy_problem():
+    """From (3, 1) with momentum 0.5: v = (3, 4), then w~ = w - 0.5 (0.6, 0.8)."""
+    weight = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = MomentumSAM([weight], torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.5)
+    seen = []
+    for _ in range(2):
+        for _ in optimizer.each_pass():
+            seen.append(weight.detach().clone())
+            (0.5 * torch.tensor([1.0, 4.0]) * weight**2).sum().backward()
+    assert seen[0].tolist() == [3.0, 1.0]
+    assert seen[1].tolist() == pytest.approx([2.7 - 0.3, 0.6 - 0.4], abs=1e-12)
+    # v = 0.5 (3, 4) + (2.4, 0.8)
+    assert weight.tolist() == pytest.approx([2.7 - 0.39, 0.6 - 0.28], abs=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("base", BASES, ids=str)
+def test_trajectory(method, base):
+    if method.cls is MomentumSAM and base not in WITH_MOMENTUM:
+        pytest.skip("no momentum")
+    oracle, model = FamilyOracle(method, base), make_net()
+    step = TrainStep(model, method.make(model, base), loss_of)
+    for batch in batches(8):
+        oracle.step(batch)
+        step(batch)
+        got = torch.nn.utils.parameters_to_vector(model.parameters())
+        torch.testing.assert_close(got, oracle.weights, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_however_it_is_driven(method):
+    results = []
+    for way in ("TrainStep", "each_pass", "closure"):
+        model = make_net()
+        optimizer = method.make(model, MOMENTUM)
+        step = TrainStep(model, optimizer, loss_of)
+        for batch in batches(6):
+            if way == "TrainStep":
+                step(batch)
+            elif way == "closure":
+                optimizer.closure_runs = "every_pass"
+                by_every_pass_closure(optimizer, model, batch)
+            else:
+                for _ in optimizer.each_pass():
+                    loss_of(model, batch).backward()
+        results.append(weights_of(model))
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_resuming(method):
+    results = []
+    for stops in (False, True):
+        model = make_net()
+        optimizer = method.make(model, MOMENTUM)
+        step = TrainStep(model, optimizer, loss_of)
+        for number, batch in enumerate(batches(9)):
+            if stops and number == 4:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = method.make(model, MOMENTUM)
+                optimizer.load_state_dict(saved)
+                step = TrainStep(model, optimizer, loss_of)
+            step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_exceptions_restore(method):
+    model = make_net()
+    optimizer = method.make(model, MOMENTUM)
+    step = TrainStep(model, optimizer, loss_of)
+    for batch in batches(4):
+        step(batch)
+    before = weights_of(model)
+    for _ in optimizer.each_pass():
+        loss_of(model, batch).backward()
+        break
+    assert_same(weights_of(model), before)
+
+
+def test_occasional_steps_between_are_the_bases_bit_for_bit():
+    """And take one pass."""
+    for cls, settings in ((IntervalSAM, {"every": 100, "start": 1}), (RandomizedSAM, {"probability": 0.0})):
+        model, plain, calls = make_net(), make_net(), []
+        optimizer = Method(cls, {"rho": 0.1, **settings}).make(model, MOMENTUM)
+        base = MOMENTUM.cls(plain.parameters(), **MOMENTUM.settings)
+        step = TrainStep(model, optimizer, lambda m, b, calls=calls: (calls.append(None), loss_of(m, b))[1])
+        for batch in batches(1):
+            step(batch)
+            loss_of(plain, batch).backward()
+            base.step()
+        assert_same(weights_of(model), weights_of(plain))
+        assert len(calls) == 1
+
+
+def test_the_coin_is_fair_and_the_same_everywhere():
+    tosses = []
+    for seed in (0, 0, 1):
+        optimizer = RandomizedSAM(make_net().parameters(), torch.optim.SGD, probability=0.3, seed=seed, lr=0.1)
+        tosses.append([optimizer.is_sharpness_aware(step) for step in range(2000)])
+    assert tosses[0] == tosses[1] != tosses[2]
+    assert 500 < sum(tosses[0]) < 700
+    # Neighbouring tosses have nothing to do with each other.
+    both = sum(a and b for a, b in zip(tosses[0], tosses[0][1:], strict=False))
+    assert 120 < both < 240
+
+
+def test_aesam_follows_the_gradient():
+    model = make_net()
+    calm = AESAM(model.parameters(), torch.optim.SGD, lr=0.0, c=10.0)
+    passes = []
+    for batch in batches(3) * 4:
+        passes.append(sum(1 for _ in _driven(calm, model, batch)))
+    assert passes[0] == 2 and set(passes[1:]) == {1}
+    calm.c = -10.0
+    assert sum(1 for _ in _driven(calm, model, batch)) == 2
+
+
+def _driven(optimizer, model, batch):
+    for p in optimizer.each_pass():
+        loss_of(model, batch).backward()
+        yield p
+
+
+def test_momentum_sam_refuses_what_comes_too_late():
+    model = make_net()
+    optimizer = MomentumSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    before = weights_of(model)
+    loss_of(model, batches(1)[0]).backward()
+    for call in (optimizer.first_step, optimizer.step, lambda: optimizer.step(lambda: 0.0, closure_runs="second_pass")):
+        with pytest.raises(StepOrderError):
+            call()
+        assert_same(weights_of(model), before)
+
+
+def test_momentum_sam_updates_statistics_and_draws_anew():
+    """Its only pass is the one that is trained on."""
+    model = make_net(batch_norm=True)
+    optimizer = MomentumSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    step = TrainStep(model, optimizer, loss_of)
+    for batch in batches(3):
+        step(batch)
+    assert int(model.layers[1].num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[2], METHODS[7]], ids=str)
+def test_grad_scaler_is_refused(method):
+    model = make_net(torch.float32)
+    with pytest.raises(InvalidSettingError, match="GradScaler"):
+        TrainStep(model, method.make(model, MOMENTUM), loss_of, scaler=torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("method", [METHODS[3], METHODS[4], METHODS[5]], ids=str)
+def test_grad_scaler(method):
+    results = []
+    for scaled in (True, False):
+        model = make_net(torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if scaled else None
+        step = TrainStep(model, method.make(model, MOMENTUM), loss_of, scaler=scaler)
+        for batch in batches(5, torch.float32):
+            step(batch)
+        results.append(weights_of(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x * self.gain
+
+
+def test_normalization_only():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 3))
+    model.append(nn.LayerNorm(3)).append(Custom())
+    groups = perturb_normalization_only(model)
+    assert [name for name, _ in groups[0]["params"]] == [
+        "1.weight",
+        "1.bias",
+        "2.weight",
+        "2.bias",
+        "5.weight",
+        "5.bias",
+    ]
+    assert groups[1]["perturb"] is False
+    assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(list(model.parameters()))
+    assert "6.gain" in [name for name, _ in perturb_normalization_only(model, Custom)[0]["params"]]
+    with pytest.raises(ValueError, match="no parameter"):
+        perturb_normalization_only(nn.Linear(2, 2))
+
+    chosen = {name for name, _ in groups[0]["params"]}
+    optimizer = SAM(groups, torch.optim.SGD, rho=0.5, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(5, 3, 4, 4)).square().sum().backward()
+    optimizer.first_step()
+    moved = {name: not torch.equal(p, b) for (name, p), b in zip(model.named_parameters(), before, strict=True)}
+    assert {name for name, did in moved.items() if did} <= chosen
+    length = sum(((p - b) ** 2).sum() for p, b in zip(model.parameters(), before, strict=True)).sqrt()
+    assert length.item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_wrong_settings():
+    params = [nn.Parameter(torch.zeros(2))]
+    for cls, settings in (
+        (UnifiedSAM, {"k": 1.5}),
+        (VaSSO, {"theta": 0.0}),
+        (CRSAM, {"gamma": -1.0}),
+        (CRSAM, {"beta": -1.0}),
+        (IntervalSAM, {"every": 0}),
+        (IntervalSAM, {"start": -1}),
+        (RandomizedSAM, {"probability": 1.1}),
+        (AESAM, {"decay": 1.0}),
+        (MomentumSAM, {"momentum": 0.0, "rho": 0.1}),
+    ):
+        with pytest.raises(InvalidSettingError, match=next(iter(settings))):
+            cls(params, torch.optim.SGD, lr=0.1, **settings)
+    with pytest.raises(InvalidSettingError, match="Adagrad has none"):
+        MomentumSAM(params, torch.optim.Adagrad, rho=0.1, lr=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS[:5], ids=str)
+def test_adaptive(method):
+    model = make_net()
+    step = TrainStep(
+        model, method.make(model, Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), adaptive=True), loss_of
+    )
+    losses = [step(batch).item() for batch in batches(1) * 12]
+    assert losses[-1] < losses[0]
