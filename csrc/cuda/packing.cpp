@@ -24,15 +24,12 @@ Path path_of(const Operation& operation, const Row& row) {
         const Cell& cell = row.cells[column];
         if (!cell.present() || column == kStep) continue;
         const bool is_list = column >= kList && column < kList + kMaxLists;
-        DType& seen = is_list ? gradient : own;
+        // Where there are masters, everything is read and written as they are, but for what rounds them.
+        const bool is_rounding = has_master && (column == kWeight || column == kPoint);
+        DType& seen = is_list ? gradient : is_rounding ? rounded : own;
         if (seen == DType::None) seen = cell.dtype;
         uniform = uniform && seen == cell.dtype;
         aligned = aligned && is_vector_aligned(cell);
-        // Where there are masters, everything is read and written as they are, but for what rounds them.
-        if (has_master && (column == kWeight || column == kPoint)) {
-            rounded = cell.dtype;
-            continue;
-        }
         // The arithmetic is that of the weights' type; sums of products alone may run over float64 lists.
         has_double = has_double || (cell.dtype == DType::Float64 && (column == kWeight || !operation.reads_weights));
     }

@@ -196,6 +196,15 @@ public:
 
     int launches() const { return launches_; }
 
+    // How the rows of the last launch were read, for tests: in vectors, or element by element.
+    py::list paths() const {
+        static const char* const names[] = {"float32", "bfloat16", "float16", "float32, bfloat16", "single float", "single double"};
+        py::list result;
+        for (uint32_t row = 0; row < packed_.header.rows; ++row)
+            result.append(names[int(packed_.row_class(packed_.start(row).row_class).path)]);
+        return result;
+    }
+
 private:
     // ------------------------------------------------------------ arguments
 
@@ -365,7 +374,8 @@ PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
         .def("ascent", &Table::ascent)
         .def("descent", &Table::descent)
         .def("points", &Table::points)
-        .def_property_readonly("launches", &Table::launches, "Kernel launches of the last operation.");
+        .def_property_readonly("launches", &Table::launches, "Kernel launches of the last operation.")
+        .def_property_readonly("paths", &Table::paths, "How the rows of the last launch were read.");
 
     module.def("why_unusable", &why_unusable, "Empty if the kernels can run on a device, else why they cannot.");
     module.def("launch_count", &launch_count, "Launches of an operation over tensors with that many columns.");

@@ -128,3 +128,35 @@ def test_launches_on_host_counted_steps_know_the_outcome(shim):
     before = problem.copy()
     descent(problem, problem.adam(), "cuda-shim", found_inf=torch.tensor(1.0))
     assert same(problem.tensors(), before.tensors())
+
+
+def paths_of(backend, weights, gradients, state=None, masters=False, offset=0):
+    """How each of an ascent's and of a descent's rows are read."""
+    params = [torch.randn(40).to(weights) for _ in range(2)]
+    xs = [[torch.randn(40 + offset)[offset:].to(gradients) for _ in params]]
+    if offset:
+        xs[0] = [torch.empty(48, dtype=gradients)[offset : 40 + offset].copy_(x) for x in xs[0]]
+    buffers = [torch.zeros(40, dtype=state or weights) for _ in params]
+    plan = sk.Plan(params)
+    snapshot = sk.Snapshot(plan, masters)
+    sk.ascent_(plan, xs, scale=0.1, snapshot=snapshot, backend=backend.name)
+    table = plan.tables[backend.name]
+    seen = list(table.paths)
+    base = sk.SGD([sk.SGDSettings(0.1, 0.9)], buffers, bytearray(2))
+    sk.descent_(plan, xs, base, snapshot=snapshot, backend=backend.name)
+    return {*seen, *table.paths}
+
+
+def test_paths(shim):
+    """What is read 16 bytes at a time. Everything else is slower, and right as well: results alone do not tell."""
+    fp32, bf16, fp16, fp64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    assert paths_of(shim, fp32, fp32) == {"float32"}
+    assert paths_of(shim, bf16, bf16) == {"bfloat16"}
+    assert paths_of(shim, fp16, fp16) == {"float16"}
+    assert paths_of(shim, fp32, bf16) == {"float32, bfloat16"}
+    assert paths_of(shim, bf16, bf16, state=fp32, masters=True) == {"float32, bfloat16"}
+    assert paths_of(shim, fp16, fp16, state=fp32, masters=True) == {"single float"}
+    assert paths_of(shim, bf16, fp32, state=fp32, masters=True) == {"single float"}
+    assert paths_of(shim, bf16, bf16, state=bf16, masters=True) == {"float32, bfloat16", "single float"}
+    assert paths_of(shim, fp64, fp64) == {"single double"}
+    assert paths_of(shim, fp32, fp32, offset=1) == {"single float"}
