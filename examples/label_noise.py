@@ -57,6 +57,8 @@ FAMILY: dict[str, Any] = {
     "CR-SAM": CRSAM,
 }
 RHOS = (0.05, 0.1, 0.2, 0.4, 0.8)
+# Momentum-SAM perturbs along -v, where the loss falls at first, and wants larger radii.
+MOMENTUM_RHOS = (0.2, 0.4, 0.8, 1.6, 3.2)
 ALL = {**METHODS, **FAMILY}
 BATCH, LR, MOMENTUM = 64, 0.05, 0.9
 
@@ -108,15 +110,16 @@ def choose_rho(name: str, noise: float, epochs: int, seeds: int) -> float:
     """The rho with the best mean accuracy on a held-out third of the noisy training set."""
     if ALL[name] is None:
         return 0.0
-    scores = dict.fromkeys(RHOS, 0.0)
+    radii = MOMENTUM_RHOS if name == "Momentum-SAM" else RHOS
+    scores = dict.fromkeys(radii, 0.0)
     for seed in range(1000, 1000 + seeds):
         (images, labels), _ = load_digits(noise, seed)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         held_out, kept = order[: len(order) // 3], order[len(order) // 3 :]
-        for rho in RHOS:
+        for rho in radii:
             sets = (images[kept], labels[kept]), (images[held_out], labels[held_out])
             scores[rho] += train(name, rho, *sets, epochs, seed).accuracy
-    return max(RHOS, key=lambda rho: scores[rho])
+    return max(radii, key=lambda rho: scores[rho])
 
 
 def main() -> None:
