@@ -10,7 +10,8 @@ SOURCES := sam_kernels python benches tests examples setup.py csrc
 
 .PHONY: quickstart test test-gpu sanitize bench bench-gpu lint format wheel test-wheel clean
 
-quickstart: $(VENV)/.built
+# Once everything is built, with that; before, with what it needs itself, which is there in a minute.
+quickstart: $(if $(wildcard $(VENV)/.built),$(VENV)/.built,$(VENV)/.quickstart)
 	$(BIN)/python -m sam_optim.quickstart
 
 # A process for each core. Their threads sleep while they wait: spinning, they would take the cores from each other.
@@ -65,7 +66,14 @@ test-wheel: wheel
 clean:
 	rm -rf build dist *.egg-info .venv sam_kernels/*.so
 
-$(VENV)/.installed: requirements/develop.txt
+# The CPU's kernels alone: those for GPUs take a minute to compile, and the quickstart runs on the CPU.
+$(VENV)/.quickstart: requirements/quickstart.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/quickstart.txt
+	SAM_KERNELS_CUDA_ARCHS=none $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/.installed: requirements/develop.txt requirements/quickstart.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements/develop.txt
 	touch $@
