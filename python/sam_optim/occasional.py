@@ -15,10 +15,7 @@ from .sam import SAM
 
 
 class _OccasionalSAM(SAM):
-    """Steps with one pass, and steps with two. They are counted in each group's ``occasional_step``.
-
-    Drive it by ``each_pass()``, closures or ``TrainStep``.
-    """
+    """Steps with one pass, and steps with two: driven by ``each_pass()``, closures or ``TrainStep``."""
 
     perturbs_micro_batches = False
     is_capturable = False
@@ -32,8 +29,16 @@ class _OccasionalSAM(SAM):
         closure_runs: str = "every_pass",
         **kwargs: Any,
     ) -> None:
-        self._more_settings = {"occasional_step": 0, **self._more_settings}
         super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+
+    def _is_plain_step(self) -> bool:
+        return super()._is_plain_step() or not self.last_step.ascent
+
+
+class _ScheduledSAM(_OccasionalSAM):
+    """Of which a step's number tells what it is. Steps are counted in each group's ``occasional_step``."""
+
+    _more_settings: dict[str, Any] = {"occasional_step": 0}  # noqa: RUF012
 
     @property
     def step_number(self) -> int:
@@ -50,18 +55,12 @@ class _OccasionalSAM(SAM):
         else:
             g = yield Pass(last=True)
             self.descend(g)
-        self._count()
-
-    def _count(self) -> None:
         step = self.step_number
         for group in self.param_groups:
             group["occasional_step"] = step + 1
 
-    def _is_plain_step(self) -> bool:
-        return super()._is_plain_step() or not self.last_step.ascent
 
-
-class IntervalSAM(_OccasionalSAM):
+class IntervalSAM(_ScheduledSAM):
     """SAM in every k-th step from a given one on; the steps between are the base optimizer's, bit for bit.
 
     Args:
@@ -91,7 +90,7 @@ class IntervalSAM(_OccasionalSAM):
         return step >= self.start and (step - self.start) % self.every == 0
 
 
-class RandomizedSAM(_OccasionalSAM):
+class RandomizedSAM(_ScheduledSAM):
     """SAM in steps that a coin chooses (Zhao et al. 2022, arXiv 2203.09962, RST with its weight at 1).
 
     The coin depends on seed and step alone, so all ranks toss alike and a resumed run goes on as it would have.
@@ -145,6 +144,7 @@ class AESAM(_OccasionalSAM):
     """
 
     takes_scaled_gradients = False
+    _more_settings: dict[str, Any] = {"aesam_mean": None, "aesam_variance": 0.0}  # noqa: RUF012
 
     def __init__(
         self,
@@ -158,11 +158,7 @@ class AESAM(_OccasionalSAM):
         if not 0.0 <= decay < 1.0:
             raise InvalidSettingError(f"Invalid decay: {decay}; it must be at least 0 and below 1")
         self.c, self.decay = float(c), decay
-        self._more_settings = {"aesam_mean": None, "aesam_variance": 0.0}
         super().__init__(params, base_optimizer, rho, **kwargs)
-
-    def is_sharpness_aware(self, step: int) -> bool:
-        raise NotImplementedError("known when the gradient is")
 
     def passes(self) -> Passes:
         g = yield Pass()
@@ -171,7 +167,6 @@ class AESAM(_OccasionalSAM):
             self.ascend(g, rule=self._rule, scale=self._radii())
             g = yield Pass(perturbed=True, last=True)
         self.descend(g)
-        self._count()
 
     def _is_large(self, g: Gradients) -> bool:
         squared = float(self.gram(g)[0, 0])

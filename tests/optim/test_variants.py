@@ -107,16 +107,20 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("base", BASES, ids=str)
-def test_trajectory(method, base):
-    oracle, model = Oracle(method, base), make_net()
+def assert_trajectory(oracle, method, base):
+    model = make_net()
     step = TrainStep(model, method.make(model, base), loss_of)
-    for batch in batches(7):
+    for batch in batches(8):
         oracle.step(batch)
         step(batch)
         got = torch.nn.utils.parameters_to_vector(model.parameters())
         torch.testing.assert_close(got, oracle.weights, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("base", BASES, ids=str)
+def test_trajectory(method, base):
+    assert_trajectory(Oracle(method, base), method, base)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -153,23 +157,26 @@ def test_however_it_is_driven(method):
         assert_same(results[0], other)
 
 
+def assert_resumes(method):
+    results = []
+    for stops in (False, True):
+        model = make_net()
+        optimizer = method.make(model, MOMENTUM)
+        step = TrainStep(model, optimizer, loss_of)
+        for number, batch in enumerate(batches(9)):
+            if stops and number == 4:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = method.make(model, MOMENTUM)
+                optimizer.load_state_dict(saved)
+                step = TrainStep(model, optimizer, loss_of)
+            step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_resuming(method):
-    wanted, model = make_net(), make_net()
-    step = TrainStep(wanted, method.make(wanted, MOMENTUM), loss_of)
-    for batch in batches(8):
-        step(batch)
-    optimizer = method.make(model, MOMENTUM)
-    step = TrainStep(model, optimizer, loss_of)
-    for batch in batches(8)[:4]:
-        step(batch)
-    saved = copy.deepcopy(optimizer.state_dict())
-    optimizer = method.make(model, MOMENTUM)
-    optimizer.load_state_dict(saved)
-    step = TrainStep(model, optimizer, loss_of)
-    for batch in batches(8)[4:]:
-        step(batch)
-    assert_same(weights_of(model), weights_of(wanted))
+    assert_resumes(method)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
