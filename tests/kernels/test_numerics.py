@@ -198,3 +198,14 @@ def test_more_than_two_to_the_31_elements():
     assert weight[-1].item() == 6.0
     assert weight[0].item() == 8.0
     assert torch.count_nonzero(weight).item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_nan_stays_one_when_it_is_rounded(target, dtype):
+    """Also those whose bits a rounding would carry over into the sign; in whole vectors and in tails."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, -0x3FFFFF], dtype=torch.int32)
+    values = bits.repeat(8)[:37].contiguous().view(torch.float32).to(target.device)
+    assert values.isnan().all()
+    out = torch.zeros(37, dtype=dtype, device=target.device)
+    sk.combine_([out], [[values]], [1.0], backend=target.name)
+    assert out.isnan().all()
