@@ -22,8 +22,12 @@ test: $(VENV)/.built
 	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # The tests that need a GPU, with a torch that has CUDA: make test-gpu BIN=/path/to/bin uses another environment.
+# Processes share the GPU, because most of the time goes into compiling several hundred Triton kernels; tests marked
+# "alone" follow, with the GPU to themselves.
+GPU_PROCESSES ?= 8
 test-gpu:
-	$(BIN)/python -m pytest tests -m gpu
+	$(BIN)/python -m pytest tests -m "gpu and not alone" -n $(GPU_PROCESSES); shared=$$?; \
+	$(BIN)/python -m pytest tests -m "gpu and alone" && exit $$shared
 
 # Looks for invalid accesses, races and wrong barriers in a program that runs every CUDA kernel.
 sanitize:

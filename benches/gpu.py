@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -157,31 +158,51 @@ def peers(compiled: bool) -> Iterator[str]:
         yield "compiled SAM"
 
 
-def verify(shapes: list[Shape], base: str, device: torch.device) -> None:
-    """All contenders make the same step, those with masters to a rounding of the weights."""
-    expected: list[Tensor] = []
-    for name, contender, changes in [
-        ("reference", "sam-kernels", {"backend": "reference", "master_weights": True}),
-        ("foreach masters", "foreach masters", {}),
-        *((name, "sam-kernels", {**choice_of(b), "master_weights": True}) for name, b, _ in forms()),
-    ]:
-        parameters = make_parameters(shapes, torch.bfloat16, device)
-        step_of(contender, parameters, base, lr=0.1, **changes)()
-        expected = expected or [p.detach() for p in parameters]
-        for a, b in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(a.detach(), b, rtol=2.0**-7, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+def wrong(shapes: list[Shape], base: str, device: torch.device, masters: bool) -> dict[str, str]:
+    """Of the contenders that do not make the reference's step, what they do instead.
 
-    calls: list[tuple[str, str, dict[str, Any]]] = [(name, name, {}) for name in peers(compiled=False)]
-    calls += [(name, "sam-kernels", choice_of(backend)) for name, backend, _ in forms()]
-    calls += [("reference", "sam-kernels", {"backend": "reference"})]
-    results = {}
-    for name, contender, changes in calls:
-        parameters = make_parameters(shapes, torch.float32, device)
+    Those with masters may differ from it by a rounding of the weights.
+    """
+    dtype, more = (torch.bfloat16, {"master_weights": True}) if masters else (torch.float32, {})
+    tolerances = {"rtol": 2.0**-7, "atol": 1e-4} if masters else {"rtol": 1e-4, "atol": 1e-5}
+    rows = [(name, "sam-kernels", backend, tuning) for name, backend, tuning in forms()]
+    rows += [(name, name, None, None) for name in (["foreach masters"] if masters else peers(compiled=False))]
+
+    def stepped(contender: str, **changes: Any) -> list[Tensor]:
+        parameters = make_parameters(shapes, dtype, device)
+        changes |= more if contender == "sam-kernels" else {}
         step_of(contender, parameters, base, lr=0.1, **changes)()
-        results[name] = [p.detach() for p in parameters]
-    for name, tensors in results.items():
-        for a, b in zip(tensors, results["reference"], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        return [p.detach() for p in parameters]
+
+    expected = stepped("sam-kernels", backend="reference")
+    found = {}
+    for name, contender, backend, tuning in rows:
+        try:
+            with tuned(backend, tuning):
+                got = stepped(contender, **choice_of(backend))
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, **tolerances)
+        except Exception as error:  # what is wrong with one contender must not cost the others their turn
+            found[name] = f"not the reference's step: {first_line(error)}"
+    return found
+
+
+@contextmanager
+def tuned(backend: Any, tuning: Any) -> Iterator[None]:
+    """Within it, a backend of ours launches so."""
+    if backend is None:
+        yield
+        return
+    before = backend.tuning
+    backend.tuning = tuning
+    try:
+        yield
+    finally:
+        backend.tuning = before
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def copy_bandwidth(timer: Timer, count: int) -> float:
@@ -195,7 +216,8 @@ def rows_of_model(model: str, timer: Timer, copy: float) -> Iterator[dict[str, A
     shapes = GPU_MODELS[model]
     count = sum(torch.Size(shape).numel() for shape in shapes)
     for base in BASES:
-        verify([shape for shape in shapes if torch.Size(shape).numel() < 10**7][:30], base, timer.device)
+        some = [shape for shape in shapes if torch.Size(shape).numel() < 10**7][:30]
+        errors = {masters: wrong(some, base, timer.device, masters) for masters in (False, True)}
         for dtype_name in (*DTYPES, WITH_MASTERS):
             if count > 4e9 and dtype_name != "bfloat16":
                 continue  # 128 GB of weights, gradients, copies and state at the least
@@ -209,19 +231,18 @@ def rows_of_model(model: str, timer: Timer, copy: float) -> Iterator[dict[str, A
             for name, contender, backend, tuning in rows:
                 row = {"model": model, "parameters": count, "base": base, "dtype": dtype_name, "contender": name}
                 try:
-                    if backend is not None:
-                        backend.tuning = tuning
+                    if name in errors[bool(more)]:
+                        raise RuntimeError(errors[bool(more)][name])
                     parameters = make_parameters(shapes, dtype, timer.device)
                     before = memory_mark(timer.device)
                     changes = {**choice_of(backend), **more} if contender == "sam-kernels" else {}
-                    row |= timer(step_of(contender, parameters, base, **changes))
+                    with tuned(backend, tuning):
+                        row |= timer(step_of(contender, parameters, base, **changes))
                     row["extra_bytes"] = memory_peak(timer.device) - before
                     row["gb_per_second"] = floor / row["ms"] / 1e6
                     row["percent_of_copy"] = 100 * floor / (row["ms"] / 1e3) / copy
-                except (RuntimeError, torch.OutOfMemoryError) as error:
-                    row["error"] = str(error).splitlines()[0]
-                finally:
-                    reset_tuning()
+                except Exception as error:  # of whatever kind: compilers and drivers have their own
+                    row["error"] = first_line(error)
                 parameters = None
                 if timer.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -240,10 +261,6 @@ def memory_peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def reset_tuning() -> None:
-    cuda.backend.tuning, triton.backend.tuning = cuda.Tuning(), triton.Tuning()
-
-
 def sweeps(model: str, timer: Timer, copy: float) -> Iterator[dict[str, Any]]:
     """Chunk size, threads and blocks of our own kernels."""
     shapes = GPU_MODELS[model]
@@ -259,12 +276,14 @@ def sweeps(model: str, timer: Timer, copy: float) -> Iterator[dict[str, Any]]:
     for backend, tuning in tunings:
         if backend.unavailable_reason() is not None:
             continue
-        backend.tuning = tuning
-        step = step_of("sam-kernels", parameters, "SGD momentum", backend=backend.name)
-        row = {"model": model, "sweep": f"{backend.name} {tuning!r}"} | timer(step)
-        row["percent_of_copy"] = 100 * 40 * count / (row["ms"] / 1e3) / copy
+        row: dict[str, Any] = {"model": model, "sweep": f"{backend.name} {tuning!r}"}
+        try:
+            with tuned(backend, tuning):
+                row |= timer(step_of("sam-kernels", parameters, "SGD momentum", backend=backend.name))
+            row["percent_of_copy"] = 100 * 40 * count / (row["ms"] / 1e3) / copy
+        except Exception as error:  # a size that does not fit this GPU
+            row["error"] = first_line(error)
         yield row
-    reset_tuning()
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
@@ -379,7 +398,8 @@ def main() -> None:
     if results["training"]:
         show_training(results["training"], console)
     for row in results["sweeps"]:
-        console.print(f"{row['model']}  {row['sweep']}  {row['ms']:.3f} ms  {row['percent_of_copy']:.0f} %")
+        outcome = row.get("error") or f"{row['ms']:.3f} ms  {row['percent_of_copy']:.0f} %"
+        console.print(f"{row['model']}  {row['sweep']}  {outcome}")
 
 
 if __name__ == "__main__":

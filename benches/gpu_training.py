@@ -78,8 +78,8 @@ def rows(timer: Callable[[Callable[[], object]], dict[str, float]], device: torc
                     step()
                 row |= timer(step)
                 row["samples_per_second"] = 1e3 * samples / row["ms"]
-            except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
-                row["error"] = str(error).splitlines()[0]
+            except Exception as error:  # of whatever kind: compilers and drivers have their own
+                row["error"] = (str(error).splitlines() or [type(error).__name__])[0]
             step = None
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -221,7 +221,10 @@ captured. It stores `benches/results/gpu.json`; this section is then written fro
         numbers = [str(row["launches"]), f"{row['host_us']:.0f}", f"{row['extra_bytes'] / row['parameters']:.1f}"]
         rows.append([*key, row["contender"], f"{row['ms']:.3f} ms", share, *numbers, ratio])
     head = ["model", "base", "type", "optimizer", "time a step", "of copy", "launches", "host µs", "bytes", "to ours"]
-    sweeps = [[row["model"], f"`{row['sweep']}`", f"{row['ms']:.3f} ms"] for row in content["sweeps"]]
+    sweeps = [
+        [row["model"], f"`{row['sweep']}`", f"{row['ms']:.3f} ms" if "ms" in row else row["error"]]
+        for row in content["sweeps"]
+    ]
     parts = [
         f"{machine['device']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['date']}, commit "
         f"{machine['commit']}, `{machine['command']}`. Copy on the device: {content['copy_gb_per_second']:.0f} GB/s.",

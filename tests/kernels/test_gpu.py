@@ -264,6 +264,7 @@ def test_a_capture_that_would_repeat_a_first_step_is_refused():
         optimizer.second_step()
 
 
+@pytest.mark.alone
 def test_more_than_two_billion_elements():
     count = 2**31 + 12_345
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
@@ -281,6 +282,7 @@ def test_more_than_two_billion_elements():
     assert weight[-3:].tolist() == [-3.0, 0.0, -4.0]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_cooperative_launches_on_two_streams_do_not_deadlock(backend):
     backend.tuning = replace(backend.tuning, one_launch=True)

@@ -176,6 +176,7 @@ def test_an_exception_while_recording_leaves_the_weights():
     assert not torch.equal(weights_of(model)[0], before[0])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("capture", [False, True])
 def test_passes_overlap(capture):
     """Kernels of both passes run at the same time, on two streams."""
