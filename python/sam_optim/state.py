@@ -84,9 +84,10 @@ class GroupsAndState(Moves, Optimizer):
         """Base and method state, loadable by the plain base optimizer too. The perturbation is never part of it.
 
         Raises:
-            StepOrderError: in the middle of a step.
+            StepOrderError: in the middle of a step, once it has changed anything.
         """
-        self._refuse_mid_step("state_dict() was called")
+        if not self._is_step_as_if_not_begun():
+            self._refuse_mid_step("state_dict() was called")
         state_dict = super().state_dict()
         method_state = {name: list(v) for name, v in self._container["method state"].items()}
         masters = self._masters()
@@ -185,6 +186,12 @@ class GroupsAndState(Moves, Optimizer):
             "plans": PlanCache(self.geometry_of, self.is_perturbed_group, self.master_weights),
             "update": BaseUpdate(self.base_optimizer, self.master_weights),
         }
+
+    def _is_step_as_if_not_begun(self) -> bool:
+        """Whether the step under way still waits for its first gradient, at the weights themselves."""
+        run = self._container["run"]
+        plans: PlanCache = self._container["plans"]
+        return run is not None and run.number == 0 and not plans.holds_copies
 
     def _refuse_mid_step(self, action: str) -> None:
         if self.is_step_begun:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("rich")
-gpu = pytest.importorskip("benches.gpu")
-from benches import contenders, gpu_training
+pytest.importorskip("benches.gpu")
+from benches import contenders, gpu, gpu_training
 from sam_optim.per_tensor import PerTensorSAM
 
 SHAPES = [(3, 5), (7,)]

@@ -21,7 +21,7 @@ from sam_optim import (
     SharpnessAwareTrainerMixin,
     StepOrderError,
 )
-from sam_optim.hugging_face import MicroBatch, sharpness_aware
+from sam_optim.windows import MicroBatch, sharpness_aware
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

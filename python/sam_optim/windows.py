@@ -1,0 +1,139 @@
+"""The passes of a method inside a trainer, which hands over one micro-batch after the other and makes the update.
+
+A window is what goes into one update: ``gradient_accumulation_steps`` or ``accumulative_counts`` micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import StepOrderError
+from .optimizer import SharpnessAwareOptimizer
+from .passes import PREVIOUS, TRAIN, Pass
+from .randomness import RandomState
+
+
+class MicroBatch(NamedTuple):
+    """What a trainer hands over to be run forward and backward.
+
+    Attributes:
+        inputs: of the model.
+        more: what else the trainer's step is called with.
+        random: the generators' state at its first pass; None if it has had none.
+    """
+
+    inputs: Any
+    more: tuple[Any, ...] = ()
+    random: RandomState | None = None
+
+
+Run = Callable[[MicroBatch], Any]
+
+
+def sharpness_aware(optimizer: Any) -> SharpnessAwareOptimizer | None:
+    """This package's optimizer within wrappers that keep what they wrap as ``optimizer``; None if there is none."""
+    seen: set[int] = set()
+    while optimizer is not None and id(optimizer) not in seen:
+        # A wrapper may pretend to be of the class that it wraps: what has steps of its own is not one.
+        if isinstance(optimizer, SharpnessAwareOptimizer) and "_container" in vars(optimizer):
+            return optimizer
+        seen.add(id(optimizer))
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+class WindowedPasses:
+    """Makes all passes of a step over a window, the first while it fills, up to the gradient of the last in ``p.grad``.
+
+    The update is left to whoever calls: the optimizer's ``step()`` completes the step that is under way.
+    """
+
+    # Those of the step under way, and of the step before.
+    _window: Sequence[MicroBatch] = ()
+    _window_before: Sequence[MicroBatch] = ()
+
+    def batches_for(self, data: str, window: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """The micro-batches of a pass; to be overridden for methods that use a validation batch or a memory.
+
+        Args:
+            data: which batch the method asks for, see :class:`Pass`.
+            window: the training micro-batches of this step; empty for passes that come before them.
+        """
+        if data == TRAIN:
+            return window
+        if data == PREVIOUS and self._window_before:
+            return self._window_before
+        raise StepOrderError(
+            f"{type(self).__name__} has no micro-batches for passes on the {data} batch: override batches_for()"
+        )
+
+    def _take(
+        self, optimizer: SharpnessAwareOptimizer, micro_batch: MicroBatch, run: Run, is_full: Callable[[], bool]
+    ) -> Any:
+        """Runs one micro-batch; with the last of a window all further passes.
+
+        Args:
+            run: makes forward and backward of a micro-batch, at whatever weights the model holds.
+            is_full: asked when it has been run, whether it is the window's last.
+
+        Returns:
+            What the first run returned.
+
+        Raises:
+            StepOrderError: where the method asks for batches that :meth:`batches_for` does not have.
+        """
+        with optimizer.restore_on_error():
+            if not self._window:
+                self._begin(optimizer, run)
+            micro_batch = micro_batch._replace(random=RandomState(_devices_of(optimizer)))
+            result = run(micro_batch)
+            self._window = (*self._window, micro_batch)
+            if is_full():
+                window, self._window = self._window, ()
+                self._to_the_last_pass(optimizer, run, window)
+                self._window_before = window
+        return result
+
+    @contextmanager
+    def _rerunning(self, count: int) -> Iterator[None]:
+        """Around the runs of so many micro-batches that the trainer does not count."""
+        yield
+
+    def _begin(self, optimizer: SharpnessAwareOptimizer, run: Run) -> None:
+        """Begins a step and makes the passes that come before the one on the training batch at the weights."""
+        waiting = optimizer.begin()
+        while waiting is not None and waiting.data != TRAIN and not waiting.last:
+            self._run(waiting, optimizer, run, ())
+            waiting = optimizer.advance(zero_grad=True)
+
+    def _to_the_last_pass(self, optimizer: SharpnessAwareOptimizer, run: Run, window: Sequence[MicroBatch]) -> None:
+        """From the gradient of the window's first pass to that of the last, which stays in ``p.grad``."""
+        waiting = optimizer.waiting
+        while waiting is not None and not waiting.last:
+            waiting = optimizer.advance(zero_grad=True)
+            if waiting is not None:
+                self._run(waiting, optimizer, run, window)
+        if waiting is None:
+            raise StepOrderError(
+                f"{type(optimizer).__name__} has made its update by itself: its passes() must yield the last one as "
+                "Pass(..., last=True), which a trainer that calls step() needs to know"
+            )
+
+    def _run(self, p: Pass, optimizer: SharpnessAwareOptimizer, run: Run, window: Sequence[MicroBatch]) -> None:
+        after = RandomState(_devices_of(optimizer))
+        micro_batches = self.batches_for(p.data, window)
+        with self._rerunning(len(micro_batches)):
+            for micro_batch in micro_batches:
+                if p.perturbed and micro_batch.random is not None:
+                    micro_batch.random.restore()
+                run(micro_batch)
+        if p.perturbed:
+            after.restore()
+
+
+def _devices_of(optimizer: SharpnessAwareOptimizer) -> set[torch.device]:
+    return {p.device for group in optimizer.param_groups for p in group["params"]}
