@@ -95,7 +95,8 @@ class MomentumSAM(SAM):
     Args:
         params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`; the base must keep a momentum.
 
-    Drive it by closures, ``each_pass()`` or ``TrainStep``: the perturbation comes before the only backward pass.
+    Drive it by closures, ``each_pass()`` or ``TrainStep``: the perturbation comes before the only backward pass. By
+    ``first_step()`` and ``second_step()`` it is right too, but the first gradient is computed for nothing.
     """
 
     perturbs_micro_batches = False

@@ -15,7 +15,7 @@ from .sam import SAM
 
 
 class _OccasionalSAM(SAM):
-    """Steps with one pass, and steps with two: driven by ``each_pass()``, closures or ``TrainStep``."""
+    """Steps with one pass, and steps with two: driven by ``each_pass()``, closures or ``TrainStep``, to save passes."""
 
     perturbs_micro_batches = False
     is_capturable = False
@@ -140,7 +140,7 @@ class AESAM(_OccasionalSAM):
         params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
 
     GradScaler is refused: squared norms of different scales cannot be compared. So are trainers that call ``step()``
-    by themselves: whether a pass is the last is known only after it.
+    by themselves, and ``first_step()`` with ``second_step()``: whether a pass is the last is known only after it.
     """
 
     takes_scaled_gradients = False

@@ -153,6 +153,11 @@ class SharpnessAwareOptimizer(GroupsAndState):
 
     def descend(self, *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0) -> None:
         """Restores the weights and updates them by the base optimizer with a combination of gradient lists."""
+        if self._container["in first_step()"]:
+            raise StepOrderError(
+                f"{type(self).__name__} found in first_step() that this step takes one pass; drive it by each_pass(), "
+                "TrainStep or a closure"
+            )
         handler: DescentHandler | None = self._container["descent handler"]
         if handler is not None:
             self._container["descent handler"] = None
@@ -231,7 +236,6 @@ class SharpnessAwareOptimizer(GroupsAndState):
 
     # ------------------------------------------------------------------ drivers
 
-    @untraced
     def advance(self, zero_grad: bool = False) -> Pass | None:
         """Hands ``p.grad`` to the method as the gradient it waits for; begins a step if none is begun.
 
@@ -241,6 +245,10 @@ class SharpnessAwareOptimizer(GroupsAndState):
         Returns:
             The pass whose gradient the method wants next, or None if the step is complete.
         """
+        return self._advance(zero_grad)
+
+    @untraced
+    def _advance(self, zero_grad: bool = False, in_first_step: bool = False) -> Pass | None:
         # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
         grad_enabled = torch.is_grad_enabled()
         try:
@@ -249,13 +257,18 @@ class SharpnessAwareOptimizer(GroupsAndState):
             if run is None:
                 return None
             kept = run.waiting.kept
-            self._refuse_no_gradient(gradients, run)
-            if not run.receive(gradients):
-                self._end()
+            # Only second_step() makes updates, or GradScaler's step() in its place, which knows the gradient's scale.
+            if not (in_first_step and run.waiting.last):
+                self._refuse_no_gradient(gradients, run)
+                self._container["in first_step()"] = in_first_step
+                if not run.receive(gradients):
+                    self._end()
         except BaseException:
             torch.set_grad_enabled(grad_enabled)
             self.restore()
             raise
+        finally:
+            self._container["in first_step()"] = False
         if zero_grad or kept:
             self.zero_grad()
         return self.waiting
@@ -343,13 +356,15 @@ class SharpnessAwareOptimizer(GroupsAndState):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturbs the weights along the gradient in ``p.grad``.
 
-        With GradScaler the gradient may stay scaled: the perturbation does not depend on the scale.
+        With GradScaler the gradient may stay scaled: the perturbation does not depend on the scale. In a step of one
+        pass, of methods that have such steps, the gradient is not used: ``second_step()`` updates with its own, which
+        is right and costs the pass that other drivers save.
 
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored), or there is no gradient.
         """
         self._refuse_second_begin("first_step()")
-        self.advance(zero_grad)
+        self._advance(zero_grad, in_first_step=True)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and updates them with the gradient in ``p.grad``; runs hooks as ``step()`` does.
@@ -461,6 +476,9 @@ class SharpnessAwareOptimizer(GroupsAndState):
         except StopIteration:
             self._end()
             return None
+        except BaseException:
+            self.restore()
+            raise
         return run
 
     def _end(self) -> None:

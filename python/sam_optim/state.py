@@ -175,6 +175,7 @@ class GroupsAndState(Moves, Optimizer):
         self._container = {
             "run": None,
             "in step()": False,
+            "in first_step()": False,
             "step call": None,
             "side by side": False,
             "in place": False,

@@ -220,9 +220,9 @@ class LookSAM(SAM):
         every k-th step:  SAM;  u = the part of g+ orthogonal to g
         between:          w <- base_optimizer(w, g + alpha |g| / |u| u)
 
-    Norms run over all parameters together. The steps between take one pass; drive them with ``TrainStep``,
-    ``each_pass()`` or closures. u is state of the method, the count of steps is each group's ``looksam_step``; both are
-    part of ``state_dict()``.
+    Norms run over all parameters together. The steps between take one pass, driven by ``TrainStep``, ``each_pass()`` or
+    closures; by ``first_step()`` and ``second_step()`` they are right too, but save nothing. u is state of the method,
+    the count of steps is each group's ``looksam_step``; both are part of ``state_dict()``.
 
     Args:
         k: SAM's share of the steps is 1 / k; at least 1.
@@ -261,7 +261,9 @@ class LookSAM(SAM):
             self.descend(g_plus)
         else:
             g = yield Pass(last=True)
-            self.descend(g, list(self.method_state("direction")), rule=self._reuse)
+            # A parameter without a gradient is not updated, as by any torch optimizer.
+            direction = [None if x is None else u for x, u in zip(g, self.method_state("direction"), strict=True)]
+            self.descend(g, direction, rule=self._reuse)
         for group in self.param_groups:
             group["looksam_step"] = step + 1
 

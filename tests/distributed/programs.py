@@ -293,3 +293,44 @@ def data_parallel(rank: int, ranks: int) -> None:
         others = [torch.zeros_like(param) for _ in range(ranks)]
         torch.distributed.all_gather(others, param.detach())
         assert all(torch.equal(other, param) for other in others)
+
+
+def grad_scaler(rank: int, ranks: int) -> None:
+    """An overflow that one rank alone sees, in either gradient: no rank perturbs or updates, and all scales fall."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    for base in (SGD, ADAMW, UNFUSED):
+        for overflow_in in (None, 0, 1):
+            model, wanted = sharded(make_model().float(), mesh), make_model().float()
+            scale = _scaled_steps(model, base, overflow_in, rank, ranks)
+            assert scale == _scaled_steps(wanted, base, overflow_in, 0, 1)
+            assert (scale < 1024.0) == (overflow_in == 1)
+            assert_close(model, wanted, rtol=1e-4, atol=1e-5)
+        replica, wanted = make_model().float(), make_model().float()
+        _scaled_steps(nn.parallel.DistributedDataParallel(replica), base, None, rank, ranks)
+        _scaled_steps(wanted, base, None, 0, 1)
+        assert_close(replica, wanted, rtol=1e-4, atol=1e-5)
+
+
+def _scaled_steps(model: nn.Module, base: Base, overflow_in: int | None, rank: int, ranks: int) -> float:
+    """Three steps of SAM; in the second a gradient of the last rank overflows. Returns the scale that is left."""
+    optimizer = Method(SAM, {"rho": 0.1}).make(model, base)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for number, batch in enumerate(data(3)):
+        x, y = of_rank((batch[0].float(), batch[1].float()), rank, ranks)
+        before = [whole(p.detach()).clone() for p in model.parameters()]
+        for index in range(2):
+            optimizer.zero_grad()
+            loss = loss_of(model, (x, y))
+            scaler.scale(loss).backward()
+            if number == 1 and index == overflow_in and rank == ranks - 1:
+                gradient = next(model.parameters()).grad
+                (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(math.inf)
+            if index == 0:
+                optimizer.first_step()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped = number == 1 and overflow_in == 1
+        assert optimizer.last_step.updated != skipped
+        unchanged = all(torch.equal(whole(p.detach()), b) for p, b in zip(model.parameters(), before, strict=True))
+        assert unchanged == skipped
+    return scaler.get_scale()

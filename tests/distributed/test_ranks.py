@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
         programs.mixed_precision,
         programs.checkpoints,
         programs.data_parallel,
+        programs.grad_scaler,
     ],
 )
 def test_two_ranks(program):

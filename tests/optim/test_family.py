@@ -21,8 +21,8 @@ from sam_optim import (
     perturb_normalization_only,
 )
 
-from .cases import BASES, Base, Method, assert_same, batches, by_every_pass_closure, loss_of, make_net, weights_of
-from .test_variants import MOMENTUM, PLAIN, Oracle, assert_resumes, assert_trajectory
+from .cases import BASES, Base, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+from .test_variants import MOMENTUM, PLAIN, Oracle, assert_resumes, assert_same_however_driven, assert_trajectory
 
 METHODS = [
     Method(UnifiedSAM, {"rho": 0.1, "k": 0.3}),
@@ -138,23 +138,61 @@ def test_trajectory(method, base):
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_however_it_is_driven(method):
+    assert_same_however_driven(method)
+
+
+@pytest.mark.parametrize("method", [METHODS[3], METHODS[5], METHODS[6]], ids=str)
+def test_grad_scaler_by_hand(method):
+    """Where a step takes one pass, first_step() must not update with a gradient whose scale it cannot know."""
     results = []
-    for way in ("TrainStep", "each_pass", "closure"):
-        model = make_net()
+    for scale in (256.0, 1.0):
+        model = make_net(torch.float32)
         optimizer = method.make(model, MOMENTUM)
-        step = TrainStep(model, optimizer, loss_of)
-        for batch in batches(6):
-            if way == "TrainStep":
-                step(batch)
-            elif way == "closure":
-                optimizer.closure_runs = "every_pass"
-                by_every_pass_closure(optimizer, model, batch)
-            else:
-                for _ in optimizer.each_pass():
-                    loss_of(model, batch).backward()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for batch in batches(6, torch.float32):
+            scaler.scale(loss_of(model, batch)).backward()
+            optimizer.first_step(zero_grad=True)
+            scaler.scale(loss_of(model, batch)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
         results.append(weights_of(model))
-    for other in results[1:]:
-        assert_same(results[0], other)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_aesam_by_hand_leaves_the_weights():
+    model = make_net()
+    optimizer = AESAM(model.parameters(), torch.optim.SGD, lr=0.1, c=10.0)
+    [batch] = batches(1)
+    step_by_hand(optimizer, model, batch)  # the first is one of SAM's
+    before = weights_of(model)
+    with pytest.raises(StepOrderError, match="each_pass"):
+        step_by_hand(optimizer, model, batch)
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+
+
+@pytest.mark.parametrize("drive", ["each_pass", "begin", "first_step"])
+def test_a_method_that_fails_as_it_begins_restores(drive):
+    """Momentum-SAM perturbs before there is any pass."""
+
+    class Failing(MomentumSAM):
+        def passes(self):
+            passes = super().passes()
+            next(passes)
+            raise KeyboardInterrupt
+            yield
+
+    model = make_net()
+    optimizer = Failing(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    momentum = SAM(model.parameters(), optimizer.base_optimizer)
+    step_by_hand(momentum, model, batches(1)[0])
+    before = weights_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        next(optimizer.each_pass()) if drive == "each_pass" else getattr(optimizer, drive)()
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -225,7 +263,7 @@ def test_momentum_sam_refuses_what_comes_too_late():
     optimizer = MomentumSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
     before = weights_of(model)
     loss_of(model, batches(1)[0]).backward()
-    for call in (optimizer.first_step, optimizer.step, lambda: optimizer.step(lambda: 0.0, closure_runs="second_pass")):
+    for call in (optimizer.advance, optimizer.step, lambda: optimizer.step(lambda: 0.0, closure_runs="second_pass")):
         with pytest.raises(StepOrderError):
             call()
         assert_same(weights_of(model), before)

@@ -7,9 +7,32 @@ import copy
 import pytest
 import torch
 
-from sam_optim import GSAM, SAM, WSAM, FriendlySAM, InvalidSettingError, LookSAM, StableSAM, StepOrderError, TrainStep
+from sam_optim import (
+    AESAM,
+    CRSAM,
+    GSAM,
+    SAM,
+    WSAM,
+    FriendlySAM,
+    InvalidSettingError,
+    LookSAM,
+    StableSAM,
+    StepOrderError,
+    TrainStep,
+)
 
-from .cases import BASES, Base, Method, assert_same, batches, loss_of, make_net, weights_of
+from .cases import (
+    BASES,
+    Base,
+    Method,
+    assert_same,
+    batches,
+    by_every_pass_closure,
+    loss_of,
+    make_net,
+    step_by_hand,
+    weights_of,
+)
 from .test_formulas import toy_step
 
 PLAIN = Base(torch.optim.SGD, {"lr": 0.05})
@@ -125,33 +148,27 @@ def test_trajectory(method, base):
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_however_it_is_driven(method):
-    """By TrainStep, by passes, by closures; SAM's two calls where every step has two passes."""
+    assert_same_however_driven(method)
+
+
+def assert_same_however_driven(method):
+    """By TrainStep, by passes, by closures, by SAM's two calls."""
     results = []
-    for way in ("TrainStep", "each_pass", "closure", "first_step"):
+    for way in ("TrainStep", "each_pass", "closure", *(["two calls"] if method.cls not in (AESAM, CRSAM) else [])):
         model = make_net()
         optimizer = method.make(model, MOMENTUM)
         step = TrainStep(model, optimizer, loss_of)
-        if way == "first_step" and method.cls is LookSAM:
-            continue
-        for batch in batches(5):
+        for batch in batches(6):
             if way == "TrainStep":
                 step(batch)
             elif way == "each_pass":
                 for _ in optimizer.each_pass():
                     loss_of(model, batch).backward()
             elif way == "closure":
-
-                def closure(model=model, optimizer=optimizer, batch=batch):
-                    optimizer.zero_grad()
-                    loss = loss_of(model, batch)
-                    loss.backward()
-                    return loss
-
-                optimizer.step(closure, closure_runs="every_pass")
+                optimizer.closure_runs = "every_pass"
+                by_every_pass_closure(optimizer, model, batch)
             else:
-                for move in (optimizer.first_step, optimizer.second_step):
-                    loss_of(model, batch).backward()
-                    move(zero_grad=True)
+                step_by_hand(optimizer, model, batch)
         results.append(weights_of(model))
     for other in results[1:]:
         assert_same(results[0], other)
@@ -199,6 +216,17 @@ def test_adaptive(method):
     step = TrainStep(model, method.make(model, MOMENTUM, adaptive=True, rho=0.5), loss_of)
     losses = [step(batch).item() for batch in batches(1) * 12]
     assert losses[-1] < losses[0]
+
+
+def test_looksam_leaves_parameters_without_a_gradient():
+    """Also those that it keeps a direction for."""
+    weights = [torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    optimizer = LookSAM(weights, torch.optim.SGD, k=5, lr=0.1)
+    for active in (weights, weights[:1]):
+        before = weights[1].detach().clone()
+        for _ in optimizer.each_pass():
+            sum((w**3).sum() for w in active).backward()
+        assert torch.equal(weights[1], before) == (len(active) == 1)
 
 
 def test_looksam_takes_one_pass_between():
