@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import os
+import re
+import runpy
+import sys
 from typing import Any
 
 import torch
@@ -334,3 +339,26 @@ def _scaled_steps(model: nn.Module, base: Base, overflow_in: int | None, rank: i
         unchanged = all(torch.equal(whole(p.detach()), b) for p, b in zip(model.parameters(), before, strict=True))
         assert unchanged == skipped
     return scaler.get_scale()
+
+
+def train_gpt_example(rank: int, ranks: int, example: str, folder: str) -> None:
+    """A run that goes on from a checkpoint ends where one without a stop does, and learns what one process learns."""
+    from contextlib import redirect_stdout
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+    main = runpy.run_path(example)["main"]
+
+    def losses(*arguments: str) -> list[str]:
+        sizes = "--width 32 --depth 2 --context 32 --every 2 --schedule 8 --lr 0.01"
+        sys.argv = [example, *sizes.split(), *arguments]
+        with redirect_stdout(io.StringIO()) as printed:
+            main()
+        return re.findall(r": ([\d.]+) bits", printed.getvalue())
+
+    straight = losses("--steps", "6", "--micro-batches", "2", "--batch", "2")
+    first = losses("--steps", "4", "--micro-batches", "2", "--batch", "2", "--checkpoint", folder)
+    rest = losses("--steps", "6", "--micro-batches", "2", "--batch", "2", "--checkpoint", folder)
+    assert straight == [*first, *rest], (straight, first, rest)
+    if rank == 0:
+        assert len(straight) == 3
+        assert float(straight[-1]) < float(straight[0]) - 0.1

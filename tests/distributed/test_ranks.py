@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,3 +37,10 @@ def test_three_ranks():
 
 def test_a_mesh_of_two_dimensions():
     on_ranks(4, programs.two_dimensions, 4)
+
+
+def test_train_gpt_example(tmp_path):
+    path = Path(__file__).parents[2] / "examples/train_gpt.py"
+    if not path.exists():
+        pytest.skip("the examples are not here")
+    on_ranks(2, programs.train_gpt_example, 2, str(path), str(tmp_path))
