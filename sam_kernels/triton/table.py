@@ -5,11 +5,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -18,6 +16,7 @@ from ..plan import Plan
 from ..rules import Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule
 from . import kernels
 from . import layout as at
+from .buckets import Bucket, Buckets, kind_of
 from .rule import TritonRule
 
 _FUNCTIONS = {
@@ -27,38 +26,12 @@ _FUNCTIONS = {
     NormMatched: kernels.norm_matched,
     NormalizedSum: kernels.normalized_sum,
 }
-# Triton's types by the codes of csrc/common/scalar_types.h.
-_TYPES = (None, tl.float32, tl.float64, tl.bfloat16, tl.float16)
-# Tensors of state that a kind of update has.
-_STATES = {kernels.PLAIN: 0, kernels.MOMENTUM: 1, kernels.NESTEROV: 1, kernels.ADAM: 2, kernels.AMSGRAD: 3}
-_STATES = {kind.value: count for kind, count in _STATES.items()}
 
 # Of a multiprocessor, for cooperative launches: NVIDIA's all have as many.
 _REGISTERS = 65536
 
 # Ready-made host buffers, so that nothing has to be allocated while a CUDA graph is captured.
 _SPARES = 8
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Tensors of the same types, which one launch can walk over.
-
-    Attributes:
-        weights, copies, lists, state: Triton's types of the columns; ``copies`` differs from ``weights`` where the
-            copies are masters, ``state`` is as long as the base optimizer's kind needs.
-        kind: of the base optimizer's update, 0 where there is none.
-        places: a word for each chunk, on the device.
-        chunks: their number.
-    """
-
-    weights: Any
-    copies: Any
-    lists: tuple[Any, ...]
-    state: tuple[Any, ...]
-    kind: int
-    places: Tensor
-    chunks: int
 
 
 class _Upload:
@@ -88,8 +61,6 @@ class Table:
         self._on_gpu = plan.device.type == "cuda"
         self._numels = [layout.numel for layout in plan.layouts]
         self._groups, self._group_count = plan.groups, plan.group_count
-        self._buckets: dict[Any, tuple[bytes, list[Bucket]]] = {}
-        self._places: dict[tuple[int, ...], Tensor] = {}
         self._uploads: dict[str, _Upload] = {}
         self._spares: list[Tensor] = []
         self._captured: list[Any] = []
@@ -132,8 +103,7 @@ class Table:
         warp = torch.cuda.get_device_properties(self._device).warp_size if self._on_gpu else 32
         self._block, self._threads, self._warps = block, threads, threads // warp
         self._programs, self._one_launch = programs_per_multiprocessor, one_launch
-        self._buckets.clear()
-        self._places.clear()
+        self._buckets = Buckets(self._numels, self._groups, block, self._device)
         self._compiled.clear()
 
     # ------------------------------------------------------------------ launches
@@ -247,7 +217,7 @@ class Table:
         self._pointers.select_gradients(lists, taken)
         if not skip_update:
             self._pointers.check_complete(lists, base, list(settings), first)
-        buckets = self._buckets_of(lists, taken, kinds=tuple(self._kind(own) for own in settings))
+        buckets = self._buckets_of(lists, taken, kinds=tuple(kind_of(own) for own in settings))
         together = needs_gram and self._fits_one_launch(buckets)
         own_gram = needs_gram and not together
         self._pack(
@@ -327,7 +297,7 @@ class Table:
         self.launches = 0
         self._pointers.select_gradients(1, taken)
         self._pointers.check_complete(1, base, list(settings), first)
-        buckets = self._buckets_of(1, taken, kinds=tuple(self._kind(own) for own in settings))
+        buckets = self._buckets_of(1, taken, kinds=tuple(kind_of(own) for own in settings))
         self._pack(scale, lists=1, rule=rule, settings=settings, lr=lr)
         self._fill_bias_corrections(1, settings)
         table = self._upload("points", 1, taken, first)
@@ -462,6 +432,11 @@ class Table:
     def _fits_one_launch(self, buckets: list[Bucket]) -> bool:
         return self._one_launch and len(buckets) == 1 and torch.version.hip is None
 
+    def _buckets_of(
+        self, lists: int, taken: bytearray | None, weights: bool = True, kinds: tuple[int, ...] | None = None
+    ) -> list[Bucket]:
+        return self._buckets.of(self._pointers.dtypes(), lists, taken, weights, kinds)
+
     def _device_guard(self) -> AbstractContextManager[Any]:
         if self._on_gpu and torch.cuda.current_device() != self._device.index:
             return torch.cuda.device(self._device)
@@ -482,83 +457,6 @@ class Table:
         if isinstance(rule, TritonRule):
             return rule.function
         return _FUNCTIONS[type(rule)]
-
-    def _kind(self, settings: SGDSettings | AdamSettings) -> int:
-        if isinstance(settings, AdamSettings):
-            kind = kernels.AMSGRAD if settings.amsgrad else kernels.ADAM
-        elif settings.momentum == 0.0:
-            kind = kernels.PLAIN
-        else:
-            kind = kernels.NESTEROV if settings.nesterov else kernels.MOMENTUM
-        return int(kind.value)
-
-    def _buckets_of(
-        self, lists: int, taken: bytearray | None, weights: bool = True, kinds: tuple[int, ...] | None = None
-    ) -> list[Bucket]:
-        """The plan's tensors by what a launch is compiled for; at least one bucket.
-
-        Args:
-            taken: None for launches without a snapshot.
-            weights: whether the launch reads them.
-            kinds: of the groups' updates, for launches that make them.
-        """
-        codes: bytes = self._pointers.dtypes()
-        key = (lists, taken is None, weights, kinds)
-        found = self._buckets.get(key)
-        if found is None or found[0] != codes:
-            found = self._buckets[key] = (codes, self._make_buckets(codes, lists, taken is not None, weights, kinds))
-        return found[1]
-
-    def _make_buckets(
-        self, codes: bytes, lists: int, copies: bool, weights: bool, kinds: tuple[int, ...] | None
-    ) -> list[Bucket]:
-        # A cell that is empty takes the type that it has in other rows whose weights and copies are of the same types.
-        usual: dict[tuple[int, int, int], int] = {}
-        signatures = []
-        for row in range(len(self._numels)):
-            cells = codes[row * at.COLUMNS : (row + 1) * at.COLUMNS]
-            own = cells[at.WEIGHT] if weights else 1
-            copy = (cells[at.SNAPSHOT] if weights and copies else 0) or own
-            kind = 0 if kinds is None else kinds[self._groups[row]]
-            columns = [*range(at.LIST, at.LIST + lists), *range(at.STATE, at.STATE + _STATES[kind])]
-            if kinds is None:
-                columns = columns[:lists]
-            for column in columns:
-                if cells[column]:
-                    usual.setdefault((own, copy, column), cells[column])
-            signatures.append((own, copy, kind, cells, columns))
-        members: dict[tuple[int, ...], list[int]] = {}
-        for row, (own, copy, kind, cells, columns) in enumerate(signatures):
-            signature = (own, copy, kind, *(cells[c] or usual.get((own, copy, c), own) for c in columns))
-            members.setdefault(signature, []).append(row)
-        members = members or {(1, 1, kinds[0] if kinds else 0, *[1] * (lists + 3)): []}
-        buckets = []
-        for (own, copy, kind, *rest), rows in members.items():
-            places = self._places_of(tuple(rows))
-            of_state = rest[lists : lists + _STATES[kind]] if kinds is not None else []
-            buckets.append(
-                Bucket(
-                    _TYPES[own],
-                    _TYPES[copy],
-                    tuple(_TYPES[c] for c in rest[:lists]),
-                    tuple(_TYPES[c] for c in of_state),
-                    kind,
-                    places,
-                    len(places),
-                )
-            )
-        some = [b for b in buckets if b.chunks > 0]
-        return some or buckets[:1]
-
-    def _places_of(self, rows: tuple[int, ...]) -> Tensor:
-        places = self._places.get(rows)
-        if places is None:
-            counts = torch.tensor([-(-self._numels[row] // self._block) for row in rows], dtype=torch.int64)
-            firsts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-            numbers = torch.repeat_interleave(torch.tensor(rows, dtype=torch.int64), counts)
-            places = (numbers << 32) | (torch.arange(len(firsts)) - firsts)
-            places = self._places[rows] = places.to(self._device)
-        return places
 
     # ------------------------------------------------------------------ the table
 
@@ -623,7 +521,7 @@ class Table:
         source = self._spares.pop() if self._spares else self._host_buffer()
         words = torch.empty_like(self._words, device=self._device)
         words.copy_(source.copy_(self._words), non_blocking=True)
-        self._captured.append((source, words, list(self._places.values())))
+        self._captured.append((source, words, self._buckets.places))
         return words
 
     def _host_buffer(self) -> Tensor:

@@ -55,6 +55,26 @@ def test_continual_digits():
     assert example["forgetting"](replayed) < example["forgetting"](alone)
 
 
+def test_rho_sweep(monkeypatch, tmp_path, capsys):
+    path = EXAMPLES / "rho_sweep.py"
+    if not path.exists():
+        pytest.skip("the examples are not here")
+    picture = tmp_path / "sweep.png"
+    options = ["--epochs", "3", "--seeds", "2", "--noise", "0.2", "--output", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["rho_sweep.py", *options])
+    example = runpy.run_path(str(path))
+    for name, (adaptive, follows, radii) in example["KINDS"].items():
+        example["KINDS"][name] = (adaptive, follows, radii[::6])
+    example["main"]()
+    assert picture.stat().st_size > 10_000
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("0.2 ")]
+    assert len(lines) == 6
+    # The smallest radius learns, one far too large does not.
+    sgd = next(line for line in lines if "SGD" in line and "SAM:" in line and "ASAM" not in line)
+    small, large = (float(entry.split()[-1]) for entry in sgd.split(": ")[1].split(", "))
+    assert small > 60.0 > large + 20.0
+
+
 def test_edge_of_stability(monkeypatch, tmp_path, capsys):
     """SAM's Hessian ends far below that of gradient descent, both near their edges."""
     path = EXAMPLES / "edge_of_stability.py"
