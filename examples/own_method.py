@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim import Pass, Passes, SharpnessAwareOptimizer
+from sam_optim import Pass, Passes, SharpnessAwareOptimizer, Update
 
 
 class MongeSAM(SharpnessAwareOptimizer):
@@ -30,7 +30,7 @@ class MongeSAM(SharpnessAwareOptimizer):
         g = yield Pass()
         self.ascend(g, rule=self.rule, scale=[[group["rho"]] for group in self.param_groups])
         g_plus = yield Pass(perturbed=True, last=True)
-        self.descend(g_plus)
+        yield Update(g_plus)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sam_kernels.triton import TritonRule
-from sam_optim import Pass, Passes, SharpnessAwareOptimizer
+from sam_optim import Pass, Passes, SharpnessAwareOptimizer, Update
 
 
 @triton.jit
@@ -42,7 +42,7 @@ class SAGM(SharpnessAwareOptimizer):
         group = self.param_groups[0]
         self.ascend(g, rule=TritonRule(sagm_kernel, sagm, (group["rho"], group["alpha"])))
         g_plus = yield Pass(perturbed=True, last=True)
-        self.descend(g, g_plus, scale=0.5)
+        yield Update(g, g_plus, scale=0.5)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from .mgser import MGSERSAM
 from .moves import StepReport
 from .occasional import AESAM, IntervalSAM, RandomizedSAM
 from .optimizer import SharpnessAwareOptimizer
-from .passes import Pass, Passes
+from .passes import Pass, Passes, Update
 from .randomness import RandomState
 from .sam import ASAM, SAM
 from .sampa import SAMPa
@@ -57,6 +57,7 @@ __all__ = [
     "StepReport",
     "TrainStep",
     "UnifiedSAM",
+    "Update",
     "VaSSO",
     "dark_experience_loss",
     "disable_running_stats",

@@ -11,7 +11,7 @@ from sam_kernels.rules import RuleLike
 
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
-from .passes import VALIDATION, Pass, Passes
+from .passes import VALIDATION, Pass, Passes, Update
 from .sam import SAM, is_zero, radius
 
 
@@ -86,7 +86,7 @@ class AgnosticSAM(SAM):
             g_val = self.moving_average("validation_gradient", g_val, self.smoothing)
         self.ascend(g_train, g_val, rule=rule, scale=[[rho, -rho_val] for rho, rho_val in self._both_radii()])
         g_plus = yield Pass(perturbed=True, last=True)
-        self.descend(g_plus)
+        yield Update(g_plus)
 
     def _both_radii(self) -> list[tuple[float | Tensor, float | Tensor]]:
         """rho_train and rho_val of each group."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError, StepOrderError
-from .passes import Gradients, Pass, Passes
+from .passes import Gradients, Pass, Passes, Update
 from .sam import SAM
 
 
@@ -42,7 +42,7 @@ class UnifiedSAM(SAM):
         g_plus = yield Pass(perturbed=True, last=True)
         if not self.takes_scaled_gradients:
             self.refuse_grad_scaler("its perturbation has the gradient's scale")
-        self.descend(g_plus)
+        yield Update(g_plus)
 
     def _mixed(self, gram: Tensor) -> Tensor:
         return 1.0 - self.k + self.k / (gram.diagonal().sqrt() + self._rule.epsilon)
@@ -81,7 +81,7 @@ class VaSSO(SAM):
         self.ascend(direction, rule=self._rule, scale=self._radii())
         g_plus = yield Pass(perturbed=True, last=True)
         self.refuse_grad_scaler("it averages gradients over steps, whose scales differ")
-        self.descend(g_plus)
+        yield Update(g_plus)
 
 
 class MomentumSAM(SAM):
@@ -133,7 +133,7 @@ class MomentumSAM(SAM):
         if any(v is not None for v in momentum):
             self.ascend(momentum, rule=self._rule, scale=[[_negative(rho)] for [rho] in self._radii()])
         g_plus = yield Pass(last=True)
-        self.descend(g_plus)
+        yield Update(g_plus)
 
     def _momentum(self) -> Gradients:
         state = self.base_optimizer.state

@@ -8,7 +8,7 @@ from sam_kernels.rules import NormalizedSum
 
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
-from .passes import MEMORY, Pass, Passes
+from .passes import MEMORY, Pass, Passes, Update
 from .sam import SAM
 
 
@@ -73,4 +73,4 @@ class MGSERSAM(SAM):
         ]
         self.refuse_grad_scaler("it would look for infinities in the gradients of the last pass alone")
         weights = [[1.0, 1.0, self.mu]] * len(self.param_groups)
-        self.descend(g_task_plus, g_memory_plus, g_memory, scale=weights)
+        yield Update(g_task_plus, g_memory_plus, g_memory, scale=weights)

@@ -10,7 +10,7 @@ import torch
 
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
-from .passes import Gradients, Pass, Passes
+from .passes import Gradients, Pass, Passes, Update
 from .sam import SAM
 
 
@@ -54,7 +54,7 @@ class _ScheduledSAM(_OccasionalSAM):
             yield from super().passes()
         else:
             g = yield Pass(last=True)
-            self.descend(g)
+            yield Update(g)
         step = self.step_number
         for group in self.param_groups:
             group["occasional_step"] = step + 1
@@ -166,7 +166,7 @@ class AESAM(_OccasionalSAM):
         if self._is_large(g):
             self.ascend(g, rule=self._rule, scale=self._radii())
             g = yield Pass(perturbed=True, last=True)
-        self.descend(g)
+        yield Update(g)
 
     def _is_large(self, g: Gradients) -> bool:
         squared = float(self.gram(g)[0, 0])

@@ -12,22 +12,20 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from sam_kernels.host import gradients as gradients_of
-from sam_kernels.host import missing
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
-from .base_update import BaseUpdate, Descent
+from .base_update import BaseUpdate
 from .compiling import prepare, untraced
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .moves import StepReport
-from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Passes, PassGroup
+from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Gradients, Pass, Passes, PassGroup
 from .planning import PlanCache
 from .randomness import RandomState
-from .state import GroupsAndState
+from .updates import Updates
 
 ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
@@ -35,37 +33,7 @@ DescentHandler = Callable[[Sequence[Gradients], RuleLike, Scale], None]
 _FIXED = Fixed()
 
 
-class _Run:
-    """A begun step: the method's generator, the passes it waits for, and the gradients collected for it."""
-
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
-        self.number = 0  # of gradients received
-        self._expect(next(passes))
-
-    def receive(self, gradients: Gradients) -> bool:
-        """Takes the gradients of the next pass. False if they were the step's last."""
-        self.number += 1
-        self._collected.append(gradients)
-        if len(self._collected) < len(self.expected):
-            return True
-        try:
-            self._expect(self.passes.send(self._collected if self._together else gradients))
-        except StopIteration:
-            return False
-        return True
-
-    @property
-    def waiting(self) -> Pass:
-        return self.expected[len(self._collected)]
-
-    def _expect(self, asked: Pass | Sequence[Pass]) -> None:
-        self._together = not isinstance(asked, Pass)
-        self.expected = [asked] if isinstance(asked, Pass) else list(asked)
-        self._collected: list[Gradients] = []
-
-
-class SharpnessAwareOptimizer(GroupsAndState):
+class SharpnessAwareOptimizer(Updates):
     """Base class of the methods.
 
     Args:
@@ -147,73 +115,7 @@ class SharpnessAwareOptimizer(GroupsAndState):
 
     @abstractmethod
     def passes(self) -> Passes:
-        """One step of the method: yields :class:`Pass` objects and is sent their gradients."""
-
-    # ------------------------------------------------------------------ the last move of a method
-
-    def descend(self, *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0) -> None:
-        """Restores the weights and updates them by the base optimizer with a combination of gradient lists."""
-        if self._container["in first_step()"]:
-            raise StepOrderError(
-                f"{type(self).__name__} found in first_step() that this step takes one pass; drive it by each_pass(), "
-                "TrainStep or a closure"
-            )
-        handler: DescentHandler | None = self._container["descent handler"]
-        if handler is not None:
-            self._container["descent handler"] = None
-            try:
-                handler(lists, rule, scale)
-            finally:
-                self._container["descent handler"] = handler
-            return
-        if not self._container["in step()"]:
-            self.descend_through(self._container["step call"] or self.step, *lists, rule=rule, scale=scale)
-            return
-        if len(lists) > 1 and rule == _FIXED and hasattr(self, "grad_scale"):
-            rule = _ones  # GradScaler has looked for infinities in p.grad alone
-        plans: PlanCache = self._container["plans"]
-        update: BaseUpdate = self._container["update"]
-        descent = Descent(
-            plans.plan,
-            plans.snapshot,
-            lists,
-            rule,
-            scale,
-            # GradScaler sets its scale and overflow flag as attributes around step().
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-            self.backend,
-        )
-        outcome = update.descend(descent, by_base_itself=self._is_plain_step())
-        last: StepReport = self._container["report"]
-        self._container["report"] = last._replace(descent=outcome.report, outcome=outcome)
-
-    def descend_through(
-        self, call: Callable[[], object], *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0
-    ) -> None:
-        """As :meth:`descend`, made by the ``step()`` that ``call`` calls, which is ``step`` itself or GradScaler's.
-
-        Through ``step()``, so that step hooks fire and schedulers see it, however the passes are driven.
-        """
-        self._container["descent"] = (lists, rule, scale)
-        try:
-            call()
-        finally:
-            self._container.pop("descent", None)
-
-    @contextmanager
-    def descents_to(self, handler: DescentHandler) -> Iterator[None]:
-        """Within the block, what methods would hand to :meth:`descend` goes to ``handler`` instead.
-
-        While the handler runs, :meth:`descend` is the real one. A handler that does not call it has to restore the
-        weights, see :meth:`return_to_copies`.
-        """
-        before = self._container["descent handler"]
-        self._container["descent handler"] = handler
-        try:
-            yield
-        finally:
-            self._container["descent handler"] = before
+        """One step of the method: yields :class:`Pass` objects and is sent their gradients, and yields its update."""
 
     def obstacle_to_side_by_side(self) -> str | None:
         """Why no passes of this method can run side by side; None if some can."""
@@ -229,10 +131,6 @@ class SharpnessAwareOptimizer(GroupsAndState):
     def report_again(self, report: StepReport) -> None:
         """Makes a report that of the last step, for a step that a CUDA graph has made again."""
         self._container["report"] = report.unread()
-
-    def _is_plain_step(self) -> bool:
-        """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""
-        return False
 
     # ------------------------------------------------------------------ drivers
 
@@ -253,22 +151,23 @@ class SharpnessAwareOptimizer(GroupsAndState):
         grad_enabled = torch.is_grad_enabled()
         try:
             gradients = gradients_of(self._params())
-            run: _Run | None = self._container["run"] or self._begin()
+            run: BegunStep | None = self._container["run"] or self._begin()
             if run is None:
                 return None
-            kept = run.waiting.kept
+            waiting = run.waiting
+            kept = waiting is not None and waiting.kept
             # Only second_step() makes updates, or GradScaler's step() in its place, which knows the gradient's scale.
-            if not (in_first_step and run.waiting.last):
-                self._refuse_no_gradient(gradients, run)
-                self._container["in first_step()"] = in_first_step
-                if not run.receive(gradients):
-                    self._end()
+            if not (in_first_step and waiting is not None and waiting.last):
+                if waiting is not None:
+                    self._refuse_no_gradient(gradients, run)
+                    goes_on = run.receive(gradients)
+                else:
+                    goes_on = self._make_combined_update(run, gradients)
+                self._make_updates(run, goes_on, in_first_step)
         except BaseException:
             torch.set_grad_enabled(grad_enabled)
             self.restore()
             raise
-        finally:
-            self._container["in first_step()"] = False
         if zero_grad or kept:
             self.zero_grad()
         return self.waiting
@@ -333,7 +232,7 @@ class SharpnessAwareOptimizer(GroupsAndState):
         self._refuse_second_begin("each_group()")
         self._params()
         self._container["side by side"] = True
-        run: _Run | None = None
+        run: BegunStep | None = None
         try:
             run = self._begin()
             while run is not None:
@@ -341,13 +240,12 @@ class SharpnessAwareOptimizer(GroupsAndState):
                 yield group
                 if len(group.gradients) != len(group.passes):
                     raise StepOrderError(f"{len(group.gradients)} gradients were given for {len(group.passes)} passes")
-                is_over = False
+                goes_on = True
                 for gradients in group.gradients:
                     self._refuse_no_gradient(gradients, run)
-                    is_over = not run.receive(gradients)
-                if is_over:
+                    goes_on = run.receive(gradients)
+                if not self._make_updates(run, goes_on):
                     run = None
-                    self._end()
         finally:
             self._container["side by side"] = False
             if run is not None and self._container["run"] is run:
@@ -467,12 +365,12 @@ class SharpnessAwareOptimizer(GroupsAndState):
             waiting = self.advance()
         return losses[0] if losses else None
 
-    def _begin(self) -> _Run | None:
+    def _begin(self) -> BegunStep | None:
         """Begins a step with the plan as it is; None if the method wants no gradient for it."""
         self._container["report"] = StepReport()
         self.catch_up()
         try:
-            run = self._container["run"] = _Run(self.passes())
+            run = self._container["run"] = BegunStep(self.passes())
         except StopIteration:
             self._end()
             return None
@@ -503,7 +401,7 @@ class SharpnessAwareOptimizer(GroupsAndState):
         plans.remember_writes()
 
     def _finish(self) -> None:
-        run: _Run | None = self._container["run"]
+        run: BegunStep | None = self._container["run"]
         if run is None:
             raise StepOrderError(
                 "step() without a closure completes a step, and none is begun. Call first_step() after the first "
@@ -531,7 +429,7 @@ class SharpnessAwareOptimizer(GroupsAndState):
     @property
     def waiting(self) -> Pass | None:
         """The pass whose gradient the step under way waits for; None between steps."""
-        run: _Run | None = self._container["run"]
+        run: BegunStep | None = self._container["run"]
         return None if run is None else run.waiting
 
     @property
@@ -543,7 +441,7 @@ class SharpnessAwareOptimizer(GroupsAndState):
     @untraced
     def restore(self) -> None:
         """Abandons a step under way: the weights are as they were before it, bit for bit. Otherwise does nothing."""
-        run: _Run | None = self._container["run"]
+        run: BegunStep | None = self._container["run"]
         self._container["run"] = None
         self._container.pop("descent", None)
         # A generator that is running is the one that the exception comes from, and ends by it.
@@ -574,22 +472,10 @@ class SharpnessAwareOptimizer(GroupsAndState):
                 "second pass, call restore(), or run that pass within restore_on_error()."
             )
 
-    def _refuse_no_gradient(self, gradients: Gradients, run: _Run) -> None:
-        if not run.waiting.may_be_empty and len(missing(gradients)) == len(gradients):
-            raise StepOrderError(
-                f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
-                "that runs all passes itself needs closure_runs='every_pass'.)"
-            )
-
     def _forget_amp_scaling(self) -> None:
         """GradScaler removes its attributes only if step() returns; a later step must not find them."""
         self.__dict__.pop("grad_scale", None)
         self.__dict__.pop("found_inf", None)
-
-
-def _ones(gram: Tensor) -> Tensor:
-    """As :class:`Fixed`, but of a Gram matrix, which skips the update if a gradient list is not finite."""
-    return torch.ones_like(gram[0])
 
 
 def _call(closure: Closure) -> Any:

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sam_kernels.rules import Fixed, RuleLike
+from sam_kernels.scales import Scale
+
 Gradients = list[Tensor | None]
 
 TRAIN = "train"
@@ -61,6 +64,82 @@ class PassGroup:
         self.gradients: Sequence[Gradients] = ()
 
 
+class Update:
+    """The base optimizer's update, of the weights themselves: what a method yields once it has all gradients.
+
+    Args:
+        *lists: gradient lists; the update takes sum_i scale_i c_i x_i.
+        rule: makes the coefficients c of the lists' Gram matrix; ones by default.
+        scale: a number, or one for each group and list.
+    """
+
+    def __init__(self, *lists: Gradients, rule: RuleLike | None = None, scale: Scale = 1.0) -> None:
+        self.lists, self.scale = lists, scale
+        self.rule: RuleLike = Fixed() if rule is None else rule
+
+    @property
+    def is_one_gradient(self) -> bool:
+        """Whether it takes a single list as it is."""
+        return len(self.lists) == 1 and self.rule == Fixed() and isinstance(self.scale, float) and self.scale == 1.0
+
+
 # A method yields a pass and is sent its gradients, one entry for each parameter, None where there is none. Or it yields
-# several passes that do not depend on each other, and is sent a list of as many gradients.
-Passes = Generator[Pass | Sequence[Pass], Any, None]
+# several passes that do not depend on each other, and is sent a list of as many gradients. Last comes the update.
+Passes = Generator[Pass | Sequence[Pass] | Update, Any, None]
+
+
+class BegunStep:
+    """A step under way: the method's generator, what it waits for, and the gradients collected for it.
+
+    Attributes:
+        passes: the generator.
+        number: of gradients received.
+        expected: the passes it waits for; none where it waits for its update.
+        update: which then stands here.
+        last: the gradients received last, and whether the method keeps them.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.number = 0
+        self.last: tuple[Gradients, bool] = [], False
+        self.expected: list[Pass] = []
+        self.update: Update | None = None
+        self._take(next(passes))
+
+    def receive(self, gradients: Gradients) -> bool:
+        """Takes the gradients of the next pass. False if the step is over."""
+        self.last = gradients, self.waiting is not None and self.waiting.kept
+        self.number += 1
+        self._collected.append(gradients)
+        if len(self._collected) < len(self.expected):
+            return True
+        return self._send(self._collected if self._together else gradients)
+
+    def go_on(self) -> bool:
+        """After the update has been made. False if the step is over."""
+        return self._send(None)
+
+    @property
+    def waiting(self) -> Pass | None:
+        """The pass whose gradients are wanted next; None where there is none."""
+        return self.expected[len(self._collected)] if len(self._collected) < len(self.expected) else None
+
+    def _send(self, answer: Any) -> bool:
+        try:
+            self._take(self.passes.send(answer))
+        except StopIteration:
+            self.expected, self.update = [], None
+            return False
+        return True
+
+    def _take(self, asked: Pass | Sequence[Pass] | Update) -> None:
+        self.expected, self.update = [], None
+        self._together = not isinstance(asked, Pass)
+        if isinstance(asked, Update):
+            self.update = asked
+        elif isinstance(asked, Pass):
+            self.expected = [asked]
+        else:
+            self.expected = list(asked)
+        self._collected: list[Gradients] = []

@@ -12,7 +12,7 @@ from sam_kernels.rules import NORM_EPSILON, Normalized
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
 from .optimizer import SharpnessAwareOptimizer
-from .passes import Pass, Passes
+from .passes import Pass, Passes, Update
 
 # The eta of the authors of ASAM (arXiv 2102.11600, section 5).
 AUTHORS_ETA = 0.01
@@ -78,7 +78,7 @@ class SAM(SharpnessAwareOptimizer):
         g = yield Pass()
         self.ascend(g, rule=self._rule, scale=self._radii())
         g_plus = yield Pass(perturbed=True, last=True)
-        self.descend(g_plus)
+        yield Update(g_plus)
 
     def _radii(self) -> list[list[float | Tensor]]:
         """Each group's rho."""

@@ -9,7 +9,7 @@ import torch
 from .base_update import FusedState
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
-from .passes import PREVIOUS, Gradients, Pass, Passes
+from .passes import PREVIOUS, Gradients, Pass, Passes, Update
 from .sam import SAM
 
 _Y_GRADIENT = "y_gradient"
@@ -91,7 +91,7 @@ class SAMPa(SAM):
         self.refuse_grad_scaler(
             "its look-ahead takes the gradient of the step before, scaled as it was then, for the base optimizer's step"
         )
-        self.descend(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
+        yield Update(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
         self._keep(g_y_next)
 
     def obstacle_to_side_by_side(self) -> str | None:

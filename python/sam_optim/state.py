@@ -175,7 +175,8 @@ class GroupsAndState(Moves, Optimizer):
         self._container = {
             "run": None,
             "in step()": False,
-            "in first_step()": False,
+            "combining": False,
+            "skips combined": False,
             "step call": None,
             "side by side": False,
             "in place": False,

@@ -450,8 +450,7 @@ class _Step:
 
     def _clipped(self, lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> Gradients | None:
         owner, optimizer = self.owner, self.optimizer
-        plain = len(lists) == 1 and isinstance(scale, float) and scale == 1.0 and rule == _FIXED
-        gradients = lists[0] if plain else optimizer.combined(lists, rule, scale)
+        gradients = optimizer.writable_gradient(lists, rule, scale)
         if gradients is None:
             return None
         self._put_into_grad(gradients)

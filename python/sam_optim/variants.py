@@ -12,7 +12,7 @@ from sam_kernels.rules import Deflected, NormMatched
 
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
-from .passes import Gradients, Pass, Passes
+from .passes import Gradients, Pass, Passes, Update
 from .sam import SAM
 
 
@@ -42,7 +42,7 @@ class GSAM(SAM):
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())
         g_plus = yield Pass(perturbed=True, last=True)
-        self.descend(g_plus, g, rule=Deflected(alpha=self.alpha))
+        yield Update(g_plus, g, rule=Deflected(alpha=self.alpha))
 
 
 class StableSAM(SAM):
@@ -58,7 +58,7 @@ class StableSAM(SAM):
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())
         g_plus = yield Pass(perturbed=True, last=True)
-        self.descend(g_plus, g, rule=NormMatched())
+        yield Update(g_plus, g, rule=NormMatched())
 
 
 class WSAM(SAM):
@@ -102,12 +102,12 @@ class WSAM(SAM):
         g_plus = yield Pass(perturbed=True, kept=self.decouple, last=True)
         weight = self.gamma / (1.0 - self.gamma)
         if not self.decouple:
-            self.descend(g, g_plus, scale=[[1.0 - weight, weight]] * len(self.param_groups))
+            yield Update(g, g_plus, scale=[[1.0 - weight, weight]] * len(self.param_groups))
             return
         self.refuse_grad_scaler("its sharpness term is added after the base optimizer's update")
         # As it is now: a scheduler's change belongs to the next step.
         steps = [weight * _learning_rate(group) for group in self.param_groups]
-        self.descend(g)
+        yield Update(g)
         self.add_to_weights(g_plus, g, scale=[[-step, step] for step in steps])
 
 
@@ -159,7 +159,7 @@ class FriendlySAM(SAM):
         self.moving_average("average", g, self.lmbda, starts_at_gradient=True)
         g_plus = yield Pass(perturbed=True, last=True)
         self.refuse_grad_scaler("it averages gradients over steps, whose scales differ")
-        self.descend(g_plus)
+        yield Update(g_plus)
 
     def _difference(self, gram: Tensor) -> Tensor:
         """(1, -sigma) / abs(g - sigma m)."""
@@ -209,7 +209,7 @@ class CRSAM(SAM):
         self.ascend(g, rule=self._rule, scale=[[-rho] for [rho] in self._radii()])
         g_minus = yield Pass(perturbed=True, kept=True, last=True)
         weights = [1.0 + self.gamma + self.beta, self.gamma - self.beta, -2.0 * self.gamma]
-        self.descend(g_plus, g_minus, g, scale=[weights] * len(self.param_groups))
+        yield Update(g_plus, g_minus, g, scale=[weights] * len(self.param_groups))
 
 
 class LookSAM(SAM):
@@ -256,14 +256,14 @@ class LookSAM(SAM):
             g = yield Pass(kept=True)
             self.ascend(g, rule=self._rule, scale=self._radii())
             g_plus = yield Pass(perturbed=True, kept=True, last=True)
+            yield Update(g_plus)
             if self.k > 1:
                 self._keep_direction(g_plus, g)
-            self.descend(g_plus)
         else:
             g = yield Pass(last=True)
             # A parameter without a gradient is not updated, as by any torch optimizer.
             direction = [None if x is None else u for x, u in zip(g, self.method_state("direction"), strict=True)]
-            self.descend(g, direction, rule=self._reuse)
+            yield Update(g, direction, rule=self._reuse)
         for group in self.param_groups:
             group["looksam_step"] = step + 1
 

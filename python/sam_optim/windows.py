@@ -122,6 +122,7 @@ class WindowedPasses:
                 f"{type(optimizer).__name__} has made its update by itself: its passes() must yield the last one as "
                 "Pass(..., last=True), which a trainer that calls step() needs to know"
             )
+        optimizer.combine_gradients()  # what the trainer clips and unscales
 
     def _run(self, p: Pass, optimizer: SharpnessAwareOptimizer, run: Run, window: Sequence[MicroBatch]) -> None:
         after = RandomState(_devices_of(optimizer))

@@ -15,7 +15,7 @@ from .layout import MAX_RULE_PARAMETERS
 class TritonRule:
     """A rule that Triton kernels apply within a launch, and other backends between two.
 
-    It goes wherever a rule goes: ``sam_kernels.ascent_(..., rule=rule)``, ``optimizer.descend(..., rule=rule)``.
+    It goes wherever a rule goes: ``sam_kernels.ascent_(..., rule=rule)``, ``Update(..., rule=rule)`` of ``sam_optim``.
 
     Args:
         function: a ``@triton.jit`` function of ``(gram, parameters)``. ``gram[i][j]`` is the float64 scalar <x_i, x_j>,

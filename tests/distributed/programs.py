@@ -135,11 +135,23 @@ def norms_are_global(rank: int, ranks: int) -> None:
 
 def micro_batches_and_clipping(rank: int, ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
-    for options in ({"micro_batches": 3}, {"max_grad_norm": 0.1}):
-        model, wanted = sharded(make_model(), mesh), make_model()
-        for own, place in ((model, (rank, ranks)), (wanted, (0, 1))):
-            train(TrainStep(own, Method(SAM, {"rho": 0.1}).make(own, SGD), loss_of, **options), *place)
-        assert_close(model, wanted)
+    for cls in (SAM, GSAM):
+        for options in ({"micro_batches": 3}, {"max_grad_norm": 0.1}):
+            model, wanted = sharded(make_model(), mesh), make_model()
+            for own, place in ((model, (rank, ranks)), (wanted, (0, 1))):
+                train(TrainStep(own, Method(cls, {"rho": 0.1}).make(own, SGD), loss_of, **options), *place)
+            assert_close(model, wanted)
+    # The same clipping by hand.
+    model, wanted = sharded(make_model(), mesh), make_model()
+    for own, place in ((model, (rank, ranks)), (wanted, (0, 1))):
+        optimizer = Method(GSAM, {"rho": 0.1}).make(own, SGD)
+        for batch in data(3):
+            for p in optimizer.each_pass():
+                loss_of(own, of_rank(batch, *place)).backward()
+                if p.last:
+                    optimizer.combine_gradients()
+                    nn.utils.clip_grad_norm_(own.parameters(), 0.1)
+    assert_close(model, wanted)
     # Each part's own perturbation: that of all ranks' parts together.
     model = sharded(make_model(), mesh)
     step = TrainStep(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sam_kernels as sk
-from sam_optim import Pass, Passes, SharpnessAwareOptimizer
+from sam_optim import Pass, Passes, SharpnessAwareOptimizer, Update
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 
@@ -26,7 +26,7 @@ class Combining(SharpnessAwareOptimizer):
         g = yield Pass()
         self.ascend(g, rule=sk.Normalized(), scale=0.1)
         g_plus = yield Pass(perturbed=True)
-        self.descend(g_plus, g, **self.arguments)
+        yield Update(g_plus, g, **self.arguments)
 
 
 def own_rule(gram):

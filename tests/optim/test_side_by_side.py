@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sam_optim import SAM, AgnosticSAM, InvalidSettingError, Pass, SAMPa, SharpnessAwareOptimizer, TrainStep
+from sam_optim import SAM, AgnosticSAM, InvalidSettingError, Pass, SAMPa, SharpnessAwareOptimizer, TrainStep, Update
 from sam_optim.side_by_side import OneLane
 
 from .cases import BASES, Base, Method, assert_same, batches, loss_of, make_net, weights_of
@@ -162,7 +162,7 @@ class TwoPoints(SharpnessAwareOptimizer):
             one = yield Pass(perturbed=True, kept=True)
             self.return_to_copies()
             two = yield Pass(kept=True)
-        self.descend(one, two, scale=0.5)
+        yield Update(one, two, scale=0.5)
 
 
 def test_a_method_from_elsewhere(lanes):

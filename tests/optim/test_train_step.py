@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sam_kernels import Deflected
-from sam_optim import SAM, AgnosticSAM, InvalidSettingError, Pass, SAMPa, StepOrderError, TrainStep, split_batch
+from sam_optim import SAM, AgnosticSAM, InvalidSettingError, Pass, SAMPa, StepOrderError, TrainStep, Update, split_batch
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 
@@ -321,7 +321,7 @@ class _Deflecting(SAM):
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())
         g_plus = yield Pass(perturbed=True)
-        self.descend(g_plus, g, rule=Deflected(alpha=0.3))
+        yield Update(g_plus, g, rule=Deflected(alpha=0.3))
 
 
 @pytest.mark.parametrize(

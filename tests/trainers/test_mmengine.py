@@ -124,6 +124,7 @@ def by_hand(mm, optimizer_of, accumulation=1, clip=False, epochs=2):
             for x, y in source:
                 (model(x, y)["loss"] / len(source)).backward()
             if p.last and clip:
+                optimizer.combine_gradients()
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         previous = window
     return weights_of(model)

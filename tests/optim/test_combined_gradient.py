@@ -1,0 +1,253 @@
+"""combine_gradients(): what an update is made of stands in p.grad, to be clipped and unscaled by whoever does that."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sam_optim import (
+    CRSAM,
+    GSAM,
+    MGSERSAM,
+    SAM,
+    WSAM,
+    AgnosticSAM,
+    LookSAM,
+    Pass,
+    SAMPa,
+    StableSAM,
+    StepOrderError,
+    TrainStep,
+)
+
+from .cases import Base, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+
+PLAIN = Base(torch.optim.SGD, {"lr": 0.05})
+MOMENTUM = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
+METHODS = [
+    Method(SAM, {"rho": 0.1}),
+    Method(GSAM, {"rho": 0.1}),
+    Method(StableSAM, {"rho": 0.1}),
+    Method(WSAM, {"rho": 0.1, "gamma": 0.8, "decouple": False}),
+    Method(WSAM, {"rho": 0.1, "gamma": 0.3}),
+    Method(CRSAM, {"rho": 0.1}),
+    Method(LookSAM, {"rho": 0.1, "k": 2}),
+    Method(SAMPa, {"rho": 0.1}),
+    Method(MGSERSAM, {"rho": 0.1}),
+    Method(AgnosticSAM, {"rho_train": 0.1}),
+]
+COMBINING = METHODS[1:4]  # of two passes, and with GradScaler
+CLIP = 0.05
+
+
+def make(method, base=MOMENTUM, dtype=torch.float64):
+    model = make_net(dtype)
+    return model, method.make(model, base)
+
+
+def train(method, steps=6, combine=True, clip=None, base=MOMENTUM):
+    model, optimizer = make(method, base)
+    previous = None
+    for batch, other in zip(batches(steps), batches(steps, size=5), strict=True):
+        data = {"train": batch, "previous": previous, "validation": other, "memory": other}
+        for p in optimizer.each_pass():
+            loss_of(model, data[p.data]).backward()
+            if p.last and combine:
+                optimizer.combine_gradients()
+                if clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+        previous = batch
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("base", [PLAIN, MOMENTUM, Base(torch.optim.RMSprop, {"lr": 0.01}, fused=False)], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_step_is_the_same(method, base):
+    torch.testing.assert_close(
+        train(method, base=base), train(method, combine=False, base=base), rtol=1e-12, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_clipped_as_train_step_clips(method):
+    model, optimizer = make(method)
+    step = TrainStep(model, optimizer, loss_of, max_grad_norm=CLIP)
+    for batch, other in zip(batches(6), batches(6, size=5), strict=True):
+        more = {"memory_batch": other} if method.cls is MGSERSAM else {"validation_batch": other}
+        step(batch, **more)
+    torch.testing.assert_close(train(method, clip=CLIP), weights_of(model), rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(train(method)[0], weights_of(model)[0])
+
+
+@pytest.mark.parametrize("method", [*METHODS[:4], METHODS[5]], ids=str)
+def test_the_update_is_along_what_is_in_grad(method):
+    model, optimizer = make(method, PLAIN)
+    before = weights_of(model)
+    for p in optimizer.each_pass():
+        loss_of(model, batches(1)[0]).backward()
+        if p.last:
+            optimizer.combine_gradients()
+            taken = [p.grad.clone() for p in model.parameters()]
+    for w, b, g in zip(weights_of(model), before, taken, strict=True):
+        torch.testing.assert_close(w, b - 0.05 * g, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", COMBINING, ids=str)
+def test_by_two_calls(method):
+    model, optimizer = make(method)
+    for batch in batches(6):
+        loss_of(model, batch).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_of(model, batch).backward()
+        optimizer.combine_gradients()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.second_step(zero_grad=True)
+    torch.testing.assert_close(weights_of(model), train(method, clip=CLIP), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", [METHODS[0], *COMBINING], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("way", ["two calls", "each_pass"])
+def test_grad_scaler_that_unscales(method, scale, way):
+    model, optimizer = make(method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    def before_step():
+        optimizer.combine_gradients()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+
+    for batch in batches(6):
+        if way == "two calls":
+            scaler.scale(loss_of(model, batch)).backward()
+            optimizer.first_step(zero_grad=True)
+            scaler.scale(loss_of(model, batch)).backward()
+            before_step()
+            scaler.step(optimizer)
+        else:
+            for p in optimizer.each_pass(step=lambda: scaler.step(optimizer)):
+                scaler.scale(loss_of(model, batch)).backward()
+                if p.last:
+                    before_step()
+        scaler.update()
+        optimizer.zero_grad()
+    torch.testing.assert_close(weights_of(model), train(method, clip=CLIP), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", COMBINING, ids=str)
+def test_unscaling_one_of_several_gradients_is_refused(method):
+    model, optimizer = make(method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = weights_of(model)
+    [batch] = batches(1)
+    scaler.scale(loss_of(model, batch)).backward()
+    optimizer.first_step(zero_grad=True)
+    scaler.scale(loss_of(model, batch)).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(StepOrderError, match="combine_gradients"):
+        scaler.step(optimizer)
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+
+
+@pytest.mark.parametrize("infinite", [0, 1])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("method", COMBINING[:2], ids=str)
+def test_gradients_that_are_not_finite(method, infinite, scaled):
+    """Where a Gram matrix of theirs is needed, nothing is updated, and GradScaler and clipping see why."""
+    model, optimizer = make(method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    before = weights_of(model)
+    for number, move in enumerate((optimizer.first_step, optimizer.combine_gradients)):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batches(1)[0])).backward()
+        if number == infinite:
+            next(model.parameters()).grad[0, 0] = float("inf")
+        move()
+    assert not nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite()
+    if scaled:
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 512.0
+    else:
+        optimizer.second_step()
+    assert not optimizer.last_step.updated
+    assert_same(weights_of(model), before)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_step_abandoned_after_it(method):
+    """Leaves weights, and what the method keeps from step to step, as if it had not been."""
+    model, optimizer = make(method)
+    data = batches(4)
+    results = []
+    for number, batch in enumerate(data):
+        own = {"train": batch, "previous": data[number - 1], "validation": data[0], "memory": data[1]}
+        for abandoned in (True, False) if number == 2 else (False,):
+            before, state = weights_of(model), copy.deepcopy(optimizer.state_dict())
+            for p in optimizer.each_pass():
+                loss_of(model, own[p.data]).backward()
+                if p.last and abandoned:
+                    optimizer.combine_gradients()
+                    break
+            if abandoned:
+                assert_same(weights_of(model), before)
+                now = optimizer.state_dict()
+                assert now["param_groups"] == state["param_groups"]
+                for key in ("state", "method_state"):
+                    torch.testing.assert_close(now.get(key), state.get(key), rtol=0.0, atol=0.0)
+            optimizer.zero_grad()
+        results.append(weights_of(model))
+    assert not torch.equal(results[-1][0], results[-2][0])
+
+
+def test_when_it_can_be_called():
+    model, optimizer = make(METHODS[1])
+    before = weights_of(model)
+    with pytest.raises(StepOrderError, match="before the backward of a step's last pass"):
+        optimizer.combine_gradients()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(StepOrderError, match="no parameter has a gradient"):
+        optimizer.combine_gradients()
+    assert_same(weights_of(model), before)
+    for p in optimizer.each_pass():
+        loss_of(model, batches(1)[0]).backward()
+        if not p.last:
+            with pytest.raises(StepOrderError, match="last pass"):
+                optimizer.combine_gradients()
+    step_by_hand(optimizer, model, batches(1)[0])
+
+
+def test_a_method_that_makes_its_update_itself():
+    class Own(SAM):
+        def passes(self):
+            yield Pass(last=True)
+            self.descend([p.grad for p in self.param_groups[0]["params"]])
+
+    model, optimizer = make(Method(Own, {"rho": 0.1}))
+    step_by_hand(optimizer, model, batches(1)[0])
+    before = weights_of(model)
+    for _ in optimizer.each_pass():
+        loss_of(model, batches(1)[0]).backward()
+        with pytest.raises(StepOrderError, match="yield Update"):
+            optimizer.combine_gradients()
+        break
+    assert_same(weights_of(model), before)
+
+
+def test_clipping_does_not_reach_what_a_method_keeps():
+    """Decoupled WSAM adds lr a (g+ - g) after an update with g: clipping that update must not change this g too."""
+    weight = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    curvature = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    optimizer = WSAM([weight], torch.optim.SGD, rho=0.5, gamma=0.5, lr=0.1)
+    model = nn.Module()
+    model.weight = weight
+    step = TrainStep(model, optimizer, lambda model, batch: (0.5 * curvature * weight**2).sum(), max_grad_norm=1.0)
+    step(torch.zeros(1))
+    # g = (3, 4), clipped to (0.6, 0.8); g+ - g = A e = (1, 4) * 0.5 * (0.6, 0.8)
+    assert weight.tolist() == pytest.approx([3 - 0.06 - 0.03, 1 - 0.08 - 0.16], abs=1e-7)
