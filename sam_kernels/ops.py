@@ -350,6 +350,9 @@ def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) ->
         if plan.parts:
             raise ValueError("parameters have been moved to several devices; make a new plan") from None
         return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
+    finally:
+        # An autocast that is entered keeps 16-bit copies of weights, and would go on using those of before the launch.
+        torch.clear_autocast_cache()
 
 
 def _gram(

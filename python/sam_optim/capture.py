@@ -173,8 +173,9 @@ class CapturedSteps:
             own.copy_(given, non_blocking=True)
         found.draws.seed(self._seeds(list(batches)))
         outputs = found.replay()
-        # A replay writes where nobody looks: autograd is told, and what the last step reports is to be read anew.
+        # A replay writes where nobody looks: autograd and autocast are told, and the last step's report is read anew.
         increment_version([p for group in self._optimizer.param_groups for p in group["params"]])
+        torch.clear_autocast_cache()
         self._optimizer.remember_writes()
         self._optimizer.report_again(found.report)
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)

@@ -379,7 +379,7 @@ class _Step:
 
     def _forward_backward(self, loss_fn: LossFunction, batch: Any, share: float) -> Any:
         owner = self.owner
-        # Weights change between passes; an autocast that the caller has entered would reuse its copies of them.
+        # The caller's own autocast may hold 16-bit copies of weights, which a recorded graph would read for ever.
         torch.clear_autocast_cache()
         with torch.enable_grad():
             if owner.autocast is None:

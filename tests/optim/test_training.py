@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -160,6 +161,56 @@ def test_accumulated_micro_batches_equal_the_whole_batch(closure):
         results.append(weights_of(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def in_autocast(base, rho, drive, outer):
+    """Losses of all passes, and the weights, with one autocast around everything or one around each forward pass."""
+    model = make_net(torch.float32)
+    optimizer = SAM(model.parameters(), base.cls, rho=rho, **copy.deepcopy(base.settings))
+    losses = []
+
+    def step(batch):
+        def backward():
+            with nullcontext() if outer else torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, batch)
+            loss.backward()
+            losses.append(loss.item())
+
+        def cleared():
+            optimizer.zero_grad()
+            backward()
+
+        if drive == "two calls":
+            for move in (optimizer.first_step, optimizer.second_step):
+                cleared()
+                move()
+        elif drive == "second_pass":
+            cleared()
+            optimizer.step(backward)
+        elif drive == "every_pass":
+            optimizer.step(cleared, closure_runs=drive)
+        else:
+            for number, _ in enumerate(optimizer.each_pass()):
+                cleared()
+                if drive == "abandoned" and number == 1:
+                    break
+        cleared()
+
+    with torch.autocast("cpu", torch.bfloat16) if outer else nullcontext():
+        for batch in batches(4, torch.float32):
+            step(batch)
+    return losses, weights_of(model)
+
+
+@pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
+@pytest.mark.parametrize("rho", [0.0, 2.0])
+@pytest.mark.parametrize("drive", ["two calls", "each_pass", "every_pass", "second_pass", "abandoned"])
+def test_one_autocast_around_all_passes(base, rho, drive):
+    """torch keeps the weights' 16-bit copies until the outermost autocast ends; later passes must not see them."""
+    losses, weights = in_autocast(base, rho, drive, outer=True)
+    wanted_losses, wanted = in_autocast(base, rho, drive, outer=False)
+    assert losses == wanted_losses
+    assert_same(weights, wanted)
 
 
 def test_clipping():

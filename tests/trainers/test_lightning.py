@@ -137,3 +137,19 @@ def test_first_and_second_step_in_manual_optimization():
             optimizer.zero_grad()
 
     assert_same(fit(Module(METHODS[0])), by_hand(METHODS[0]))
+
+
+@pytest.mark.parametrize("kind", [Automatic, Manual])
+def test_mixed_precision(kind):
+    """Lightning enters autocast around the whole training_step; the perturbed pass must see perturbed weights in it."""
+    method = Method(SAM, {"rho": 2.0})
+    model = make_net(torch.float32)
+    optimizer = method.make(model, SGD)
+    for batch in batches(STEPS, torch.float32):
+        for _ in optimizer.each_pass():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, batch)
+            loss.backward()
+    got = fit(kind(method, torch.float32), torch.float32, precision="bf16-mixed")
+    for a, b in zip(got, weights_of(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
