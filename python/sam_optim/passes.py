@@ -109,7 +109,11 @@ class BegunStep:
 
     def receive(self, gradients: Gradients) -> bool:
         """Takes the gradients of the next pass. False if the step is over."""
-        self.last = gradients, self.waiting is not None and self.waiting.kept
+        is_kept = self.waiting is not None and self.waiting.kept
+        if is_kept:
+            # Views are of memory that somebody else writes into: DistributedDataParallel's buckets, in the next pass.
+            gradients = [g.clone() if g is not None and g._is_view() else g for g in gradients]
+        self.last = gradients, is_kept
         self.number += 1
         self._collected.append(gradients)
         if len(self._collected) < len(self.expected):

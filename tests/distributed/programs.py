@@ -24,9 +24,11 @@ from sam_optim import (
     GSAM,
     MGSERSAM,
     SAM,
+    WSAM,
     AgnosticSAM,
     FriendlySAM,
     InvalidSettingError,
+    LookSAM,
     MomentumSAM,
     SAMPa,
     StabilityMonitor,
@@ -310,6 +312,26 @@ def data_parallel(rank: int, ranks: int) -> None:
         others = [torch.zeros_like(param) for _ in range(ranks)]
         torch.distributed.all_gather(others, param.detach())
         assert all(torch.equal(other, param) for other in others)
+
+
+def gradients_in_buckets(rank: int, ranks: int) -> None:
+    """Where gradients are views of its buckets, DistributedDataParallel writes the next over those of a pass."""
+    kept = [
+        Method(GSAM, {"rho": 0.1}),
+        Method(WSAM, {"rho": 0.1, "gamma": 0.3}),
+        Method(CRSAM, {"rho": 0.1}),
+        Method(LookSAM, {"rho": 0.1, "k": 2}),
+        Method(SAMPa, {"rho": 0.1}),
+        Method(AgnosticSAM, {"rho_train": 0.1}),
+        Method(MGSERSAM, {"rho": 0.1}),
+        Method(SAM, {"rho": 0.1}),
+    ]
+    for method in kept:
+        model, wanted = make_model(), make_model()
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        for own, place in ((wrapped, (rank, ranks)), (wanted, (0, 1))):
+            train(TrainStep(own, method.make(own, SGD), loss_of), *place)
+        assert_close(model, wanted)
 
 
 def grad_scaler(rank: int, ranks: int) -> None:

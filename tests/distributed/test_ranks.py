@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
         programs.mixed_precision,
         programs.checkpoints,
         programs.data_parallel,
+        programs.gradients_in_buckets,
         programs.grad_scaler,
     ],
 )
