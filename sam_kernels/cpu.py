@@ -56,7 +56,7 @@ def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapsho
     taken = _binder.bind_snapshot(table, plan, snapshot)
     _, matrix, _ = table.gram(len(xs), weighted, taken, torch.get_num_threads())
     size = _cpu.MAX_LISTS
-    return torch.tensor(matrix, dtype=torch.float64).reshape(size, size)[: len(xs), : len(xs)].clone()
+    return torch.tensor(matrix, dtype=torch.float64, device="cpu").reshape(size, size)[: len(xs), : len(xs)].clone()
 
 
 def perturb_(

@@ -152,7 +152,7 @@ class DeviceBackend(ABC):
             coefficients, rule = report.coefficients, _FIXED
             found_inf = not report.finite or (found_inf is not None and bool(found_inf))
         else:
-            report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan), [1.0] * len(xs))
+            report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan, device="cpu"), [1.0] * len(xs))
         skip = False
         if isinstance(found_inf, Tensor) and not host_knows and found_inf.device == plan.device:
             found_inf = found_inf.detach().float()

@@ -34,7 +34,7 @@ from .host import inverse_of, is_set, pick
 from .plan import Plan, Snapshot
 from .report import LaunchReport
 from .rules import Fixed, Normalized, RuleLike, is_known
-from .scales import Scale, flattened
+from .scales import Scale, flattened, float64
 
 MAX_LISTS = 3
 
@@ -210,7 +210,7 @@ def descent_(
 
     coefficients = None
     if is_known(rule) and not rule.needs_gram:  # type: ignore[attr-defined]
-        report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan), [1.0] * len(xs))
+        report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan, device="cpu"), [1.0] * len(xs))
     else:
         report, overflow = _apply(rule, _gram(plan, xs, weighted, snapshot, backend))
         coefficients = report.coefficients
@@ -379,9 +379,9 @@ def _apply(rule: RuleLike, matrix: Tensor) -> tuple[LaunchReport, Tensor]:
     count = matrix.shape[0]
     finite = matrix.isfinite().all()
     if matrix.device.type == "cpu" and not finite:
-        coefficients = torch.zeros(count, dtype=torch.float64)
+        coefficients = torch.zeros_like(matrix[0])
     else:
-        coefficients = torch.as_tensor(rule(matrix), dtype=torch.float64).detach().to(matrix.device)
+        coefficients = torch.as_tensor(rule(matrix), dtype=torch.float64, device=matrix.device).detach()
     if coefficients.shape != (count,):
         raise ValueError(f"the rule gave coefficients of shape {tuple(coefficients.shape)} for {count} lists")
     coefficients = torch.where(finite, coefficients, 0.0)
@@ -399,7 +399,7 @@ def _plan(params: Params) -> Plan:
 
 def _first_entry(entries: tuple[Tensor | None, ...]) -> Tensor:
     found = next((entry for entry in entries if entry is not None), None)
-    return torch.empty(0) if found is None else found
+    return torch.empty(0, device="cpu") if found is None else found
 
 
 def _check_lists(xs: Sequence[TensorList], count: int) -> None:
@@ -411,7 +411,7 @@ def _check_lists(xs: Sequence[TensorList], count: int) -> None:
 
 
 def _coefficients(coefficients: Tensor | Sequence[float], count: int) -> Tensor:
-    result = torch.as_tensor(coefficients, dtype=torch.float64).detach()
+    result = float64(coefficients).detach()
     if result.shape != (count,):
         raise ValueError(f"expected {count} coefficients, got shape {tuple(result.shape)}")
     return result

@@ -230,7 +230,7 @@ class Snapshot:
     @torch.no_grad()
     def _allocate(self, plan: Plan) -> None:
         self.layouts = list(plan.layouts)
-        self.tensors: list[Tensor] = [torch.empty(0)] * len(plan)
+        self.tensors: list[Tensor] = [torch.empty(0, device="cpu")] * len(plan)
         dtypes = [self._dtype_for(layout) for layout in self.layouts]
         by_buffer: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for index, layout in enumerate(self.layouts):

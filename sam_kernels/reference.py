@@ -101,7 +101,7 @@ def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: 
     """out <- sum_i c_i x_i; zero where no list has an entry."""
     for i, out in enumerate(plan.tensors):
         total = _combination(plan, xs, i, coefficients, scale)
-        _real(out).copy_(torch.zeros(()) if total is None else total)
+        _real(out).copy_(torch.zeros((), device=out.device) if total is None else total)
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def descent_(
     if rule.needs_gram and not skip_update:
         report = _apply(rule, gram(plan, xs, weighted, snapshot))
     else:
-        empty = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64)
+        empty = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device="cpu")
         report = LaunchReport(True, empty, Fixed()(empty))
     if snapshot is not None:
         restore_(plan, snapshot)
@@ -192,7 +192,7 @@ def _unperturbed(plan: Plan, index: int, snapshot: Snapshot | None) -> Tensor:
 
 def _apply(rule: Rule, matrix: Tensor) -> LaunchReport:
     finite = bool(matrix.isfinite().all())
-    return LaunchReport(finite, matrix, rule(matrix) if finite else torch.zeros(matrix.shape[0], dtype=torch.float64))
+    return LaunchReport(finite, matrix, rule(matrix) if finite else torch.zeros_like(matrix[0]))
 
 
 def _real(tensor: Tensor | None) -> Tensor:
@@ -219,7 +219,8 @@ def _combination(
     wide = torch.float64 if plan.tensors[index].dtype in (torch.float64, torch.complex128) else torch.float32
     total: Tensor | None = None
     for i, x in enumerate(xs):
-        c = torch.tensor(factor * float(coefficients[i]) * float(scale[plan.groups[index] * len(xs) + i]), dtype=wide)
+        number = factor * float(coefficients[i]) * float(scale[plan.groups[index] * len(xs) + i])
+        c = torch.tensor(number, dtype=wide, device="cpu")
         if x[index] is None or c == 0.0:
             continue
         term = c.to(plan.device) * _real(x[index]).to(wide)

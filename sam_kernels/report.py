@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from .scales import float64
 
 
 class LaunchReport:
@@ -50,11 +51,11 @@ class LaunchReport:
 
     @property
     def coefficients(self) -> Tensor:
-        return torch.as_tensor(self._coefficients, dtype=torch.float64)
+        return float64(self._coefficients)
 
     @property
     def gram(self) -> Tensor:
-        gram = torch.as_tensor(self._gram, dtype=torch.float64)
+        gram = float64(self._gram)
         count = len(self._coefficients)
         return gram if gram.dim() == 2 else gram.reshape(-1)[: count * count].reshape(count, count)
 

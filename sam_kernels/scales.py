@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 Scale = float | Tensor | Sequence[Sequence[float | Tensor]]
@@ -38,6 +40,13 @@ def times(scale: FlatScale, coefficients: Tensor) -> FlatScale:
 def numbers(scale: FlatScale) -> list[float]:
     """As numbers; waits for the device if a tensor lies on one."""
     return [float(value) for value in scale]
+
+
+def float64(values: Tensor | Sequence[Any]) -> Tensor:
+    """As a tensor. A tensor stays where it is, and numbers go to the CPU, whatever torch's default device."""
+    if isinstance(values, Tensor):
+        return values.to(torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _entry(value: float | Tensor) -> float | Tensor:

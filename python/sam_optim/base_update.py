@@ -344,7 +344,7 @@ def combined_gradient(
 
     None altogether if the rule needs a Gram matrix and that is not finite; this is waited for.
     """
-    coefficients = torch.ones(len(lists), dtype=torch.float64)
+    coefficients = torch.ones(len(lists), dtype=torch.float64, device="cpu")
     if rule != _FIXED:
         report = sam_kernels.ops.apply_rule(rule, lists, plan, backend=backend)
         if not report.finite:
@@ -392,7 +392,7 @@ def _new_step(param: Tensor, group: dict[str, Any]) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device=param.device)
     # torch keeps it in the default dtype; float64 only if that is float64.
     double = torch.get_default_dtype() == torch.float64
-    return torch.zeros((), dtype=torch.float64 if double else torch.float32)
+    return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
 
 
 def _first_of(lists: Sequence[Gradients]) -> Gradients:

@@ -196,7 +196,7 @@ class CapturedSteps:
 
     def _seeds(self, names: list[str]) -> dict[str, int]:
         """For each batch; that of the batch of the step before is the one it had then."""
-        seed = int(torch.randint(2**31, ()).item())
+        seed = int(torch.randint(2**31, (), device="cpu").item())
         before, self._last_seed = self._last_seed, seed
         return {name: seed + number for number, name in enumerate(sorted(names))} | (
             {"previous": before + sorted(names).index("train")} if before is not None and "train" in names else {}

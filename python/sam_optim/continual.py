@@ -30,7 +30,7 @@ class ReservoirMemory:
         self.capacity, self.seen = capacity, 0
         self._device = None if device is None else torch.device(device)
         self._columns: list[Tensor] = []
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -61,7 +61,7 @@ class ReservoirMemory:
         for row in range(len(columns[0])):
             slot = self.seen
             if slot >= self.capacity:
-                slot = int(torch.randint(self.seen + 1, (), generator=self._generator))
+                slot = int(torch.randint(self.seen + 1, (), generator=self._generator, device="cpu"))
             if slot < self.capacity:
                 slots[slot] = row
             self.seen += 1
@@ -78,7 +78,7 @@ class ReservoirMemory:
         """
         if len(self) == 0 or count < 1:
             raise ValueError(f"cannot draw {count} samples from a memory of {len(self)}")
-        drawn = torch.randperm(len(self), generator=self._generator)[:count]
+        drawn = torch.randperm(len(self), generator=self._generator, device="cpu")[:count]
         return tuple(own[drawn.to(own.device)] for own in self._columns)
 
     def state_dict(self) -> dict[str, Any]:

@@ -119,7 +119,8 @@ class RandomizedSAM(_ScheduledSAM):
     def is_sharpness_aware(self, step: int) -> bool:
         # Seeds that differ in little give generators whose first numbers are alike.
         mixed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
-        return torch.rand((), generator=torch.Generator().manual_seed(mixed)).item() < self.probability
+        coin = torch.Generator("cpu").manual_seed(mixed)
+        return torch.rand((), generator=coin, dtype=torch.float32, device="cpu").item() < self.probability
 
 
 class AESAM(_OccasionalSAM):

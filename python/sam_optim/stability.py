@@ -206,14 +206,16 @@ class StabilityMonitor:
             )
             return torch.cat(
                 [
-                    torch.zeros(p.numel(), dtype=torch.float64) if r is None else r.reshape(-1).double().cpu()
+                    torch.zeros(p.numel(), dtype=torch.float64, device="cpu")
+                    if r is None
+                    else r.reshape(-1).double().cpu()
                     for r, p in zip(result, params, strict=True)
                 ]
             ).numpy()
 
         if self._start is None or len(self._start) != size:
-            generator = torch.Generator().manual_seed(0)
-            self._start = torch.randn(size, generator=generator, dtype=torch.float64).numpy()
+            generator = torch.Generator("cpu").manual_seed(0)
+            self._start = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").numpy()
         if size == 1:
             value, vector = float(product(self._start * 0.0 + 1.0)[0]), self._start * 0.0 + 1.0
         else:

@@ -139,9 +139,11 @@ class Buckets:
     def _places_of(self, rows: tuple[int, ...]) -> Tensor:
         places = self._places.get(rows)
         if places is None:
-            counts = torch.tensor([-(-self._numels[row] // self._block) for row in rows], dtype=torch.int64)
+            counts = torch.tensor(
+                [-(-self._numels[row] // self._block) for row in rows], dtype=torch.int64, device="cpu"
+            )
             firsts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-            numbers = torch.repeat_interleave(torch.tensor(rows, dtype=torch.int64), counts)
-            places = (numbers << 32) | (torch.arange(len(firsts)) - firsts)
+            numbers = torch.repeat_interleave(torch.tensor(rows, dtype=torch.int64, device="cpu"), counts)
+            places = (numbers << 32) | (torch.arange(len(firsts), device="cpu") - firsts)
             places = self._places[rows] = places.to(self._device)
         return places

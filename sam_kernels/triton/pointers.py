@@ -117,8 +117,10 @@ class PointerTable:
             word |= at.STEP_ON_DEVICE if self._is_step_on_device(row) else 0
             word |= at.STEP_IS_DOUBLE if self._dtypes[at.STEP][row] == _FLOAT64 else 0
             flags.append(word)
-        records[:, flags_word] = torch.tensor(flags, dtype=torch.int64)
-        records[:, pointers_word : pointers_word + at.COLUMNS] = torch.tensor(self._addresses, dtype=torch.int64).T
+        records[:, flags_word] = torch.tensor(flags, dtype=torch.int64, device="cpu")
+        records[:, pointers_word : pointers_word + at.COLUMNS] = torch.tensor(
+            self._addresses, dtype=torch.int64, device="cpu"
+        ).T
 
     def fill_bias_corrections(
         self, address: int, row_words: int, word: int, lists: int, betas: Sequence[tuple[float, float]]
@@ -172,6 +174,6 @@ class PointerTable:
 def _words_at(address: int, rows: int, row_words: int) -> Tensor:
     """A view of memory as int64 words."""
     if rows == 0:
-        return torch.empty(0, row_words, dtype=torch.int64)
+        return torch.empty(0, row_words, dtype=torch.int64, device="cpu")
     memory = (ctypes.c_int64 * (rows * row_words)).from_address(address)
     return torch.frombuffer(memory, dtype=torch.int64).view(rows, row_words)

@@ -526,7 +526,7 @@ class Table:
 
     def _host_buffer(self) -> Tensor:
         """As long as the table, and pinned, so that nobody waits for its copy to the device."""
-        return torch.empty(len(self._words), dtype=torch.int64, pin_memory=self._on_gpu)
+        return torch.empty(len(self._words), dtype=torch.int64, device="cpu", pin_memory=self._on_gpu)
 
 
 def _scalar(value: float | Tensor) -> tuple[str, float | int, int]:

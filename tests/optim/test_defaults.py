@@ -1,0 +1,100 @@
+"""torch's default device and default type are the user's business: nothing of ours depends on them."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from sam_optim import SAM, AgnosticSAM, ReservoirMemory, SAMPa, StabilityMonitor, TrainStep
+
+from .cases import BASES, METHODS, Method, assert_same, batches, loss_of, make_net, weights_of
+from .test_combined_gradient import METHODS as COMBINED
+from .test_family import METHODS as FAMILY
+from .test_variants import METHODS as VARIANTS
+
+ALL = [*METHODS, *VARIANTS, *FAMILY, *COMBINED[7:], Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5})]
+
+
+@contextmanager
+def default_device():
+    """As with torch.set_default_device("cuda"): what does not say where it is to be goes where it is of no use."""
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def as_it_is():
+    yield
+
+
+def train(within, method, base, dtype=torch.float64, **more):
+    model = make_net(dtype, batch_norm=True)
+    data = list(zip(batches(4, dtype), batches(4, dtype, size=5), strict=True))
+    with within():
+        optimizer = method.make(model, base, **more)
+        step = TrainStep(model, optimizer, loss_of, max_grad_norm=0.5)
+        for number, (batch, other) in enumerate(data):
+            if number == 2:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            kind = "memory_batch" if "MGSER" in type(optimizer).__name__ else "validation_batch"
+            step(batch, **{kind: other}, **({"previous_batch": data[1][0]} if number == 2 else {}))
+        assert optimizer.last_step.updated
+        repr(optimizer.last_step.ascent)
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("within", [default_device, default_dtype])
+@pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
+@pytest.mark.parametrize("method", ALL, ids=str)
+def test_methods(method, base, within):
+    if within is default_device and not base.fused:
+        pytest.skip("torch's own optimizers make state on the default device")
+    assert_same(train(within, method, base), train(as_it_is, method, base))
+
+
+@pytest.mark.parametrize("within", [default_device, default_dtype])
+@pytest.mark.parametrize("backend", ["reference", "cuda-shim", "triton"])
+@pytest.mark.parametrize("method", [METHODS[0], VARIANTS[0], Method(SAMPa, {"rho": 0.1})], ids=str)
+def test_backends(request, backend, method, within):
+    if backend != "reference":
+        request.getfixturevalue({"cuda-shim": "shim", "triton": "interpreter"}[backend])
+    base = BASES[8]
+    assert_same(train(within, method, base, backend=backend), train(as_it_is, method, base, backend=backend))
+
+
+@pytest.mark.parametrize("within", [default_device, default_dtype])
+def test_master_weights(within):
+    settings = {"dtype": torch.bfloat16, "master_weights": True}
+    base = BASES[1]
+    assert_same(train(within, METHODS[0], base, **settings), train(as_it_is, METHODS[0], base, **settings))
+
+
+@pytest.mark.parametrize("within", [default_device, default_dtype])
+def test_memory_and_monitor(within):
+    found = []
+    for own in (within, as_it_is):
+        model = make_net()
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+        [batch] = batches(1)
+        with own():
+            memory = ReservoirMemory(capacity=5)
+            memory.add(*batch)
+            drawn = memory.sample(3)
+            measured = StabilityMonitor(model, optimizer, loss_of).measure(batch)
+        found.append([*drawn, torch.tensor(measured.eigenvalue), torch.tensor(measured.edge)])
+    assert_same(*found)
