@@ -396,3 +396,36 @@ def train_gpt_example(rank: int, ranks: int, example: str, folder: str) -> None:
     if rank == 0:
         assert len(straight) == 3
         assert float(straight[-1]) < float(straight[0]) - 0.1
+
+
+def mmengine_replicas(rank: int, ranks: int) -> None:
+    """SharpnessAwareHook around MMEngine's DistributedDataParallel, which has a train_step of its own."""
+    from types import SimpleNamespace
+
+    from mmengine.model import BaseModel, MMDistributedDataParallel
+    from mmengine.optim import OptimWrapper
+
+    from sam_optim.openmmlab import SharpnessAwareHook
+
+    class Regressor(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_model()
+
+        def forward(self, x: Tensor, y: Tensor, mode: str = "loss") -> dict[str, Tensor]:
+            return {"loss": (self.net(x).squeeze(1) - y).pow(2).mean()}
+
+    for method in (Method(SAM, {"rho": 0.1}), Method(GSAM, {"rho": 0.1}), Method(SAMPa, {"rho": 0.1})):
+        model, wanted = MMDistributedDataParallel(Regressor()), make_model()
+        optimizer = method.make(model, SGD)
+        wrapper = OptimWrapper(optimizer, accumulative_counts=2, clip_grad={"max_norm": 0.5})
+        runner = SimpleNamespace(model=model, optim_wrapper=wrapper)
+        with SharpnessAwareHook()._installed(runner, optimizer):
+            for batch in data(4):
+                for part in range(2):
+                    x, y = of_rank(batch, part * ranks + rank, 2 * ranks)
+                    model.train_step({"x": x, "y": y}, optim_wrapper=wrapper)
+        step = TrainStep(wanted, method.make(wanted, SGD), loss_of, max_grad_norm=0.5)
+        for batch in data(4):
+            step(batch)
+        assert_close(model, wanted)

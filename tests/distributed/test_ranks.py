@@ -31,6 +31,11 @@ def test_two_ranks(program):
     on_ranks(2, program, 2)
 
 
+def test_mmengine():
+    pytest.importorskip("mmengine")
+    on_ranks(2, programs.mmengine_replicas, 2)
+
+
 def test_three_ranks():
     """Fewer rows than ranks in one layer, uneven parts in the other."""
     on_ranks(3, programs.norms_are_global, 3)

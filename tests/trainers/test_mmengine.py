@@ -101,7 +101,7 @@ def make_runner(mm, folder, optimizer, model, accumulation=1, clip=False, hooks=
         model=model,
         work_dir=str(folder),
         train_dataloader=loader,
-        train_cfg={"by_epoch": True, "max_epochs": epochs},
+        train_cfg=more.pop("train_cfg", {"by_epoch": True, "max_epochs": epochs}),
         optim_wrapper=wrapper,
         default_hooks={"logger": None, "checkpoint": None, **more.pop("default_hooks", {})},
         custom_hooks=[{"type": "SharpnessAwareHook"}, *hooks],
@@ -148,6 +148,21 @@ def test_steps_as_by_hand(mm, tmp_path, name, accumulation, clip):
     model = make_model(mm)
     make_runner(mm, tmp_path, MAKERS[name](model), model, accumulation, clip).train()
     torch.testing.assert_close(weights_of(model), by_hand(mm, MAKERS[name], accumulation, clip), rtol=1e-9, atol=1e-12)
+
+
+def test_by_iterations(mm, tmp_path):
+    """As loops that count iterations, and go through the data again and again, make them."""
+    model = make_model(mm)
+    runner = make_runner(
+        mm,
+        tmp_path,
+        MAKERS["SAM"](model),
+        model,
+        2,
+        train_cfg={"by_epoch": False, "max_iters": 22, "val_interval": 100},
+    )
+    runner.train()
+    torch.testing.assert_close(weights_of(model), by_hand(mm, MAKERS["SAM"], 2), rtol=1e-9, atol=1e-12)
 
 
 def test_from_a_configuration(mm, tmp_path):
