@@ -8,17 +8,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sam_optim import (
-    CRSAM,
-    GSAM,
     SAM,
     AgnosticSAM,
-    IntervalSAM,
     InvalidSettingError,
-    LookSAM,
-    MomentumSAM,
-    SAMPa,
     StepOrderError,
 )
+
+from .makers import MAKERS
 
 pytest.importorskip("mmengine")
 # MMEngine's own: torch.jit.script, pkg_resources, runners without visualizers.
@@ -128,18 +124,6 @@ def by_hand(mm, optimizer_of, accumulation=1, clip=False, epochs=2):
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         previous = window
     return weights_of(model)
-
-
-MAKERS = {
-    "SAM": lambda m: SAM(m.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-2, weight_decay=0.1),
-    "SAM, RMSprop": lambda m: SAM(m.parameters(), torch.optim.RMSprop, rho=0.1, lr=1e-3),
-    "GSAM": lambda m: GSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9),
-    "LookSAM": lambda m: LookSAM(m.parameters(), torch.optim.SGD, rho=0.1, k=2, lr=0.1),
-    "CR-SAM": lambda m: CRSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1),
-    "Momentum-SAM": lambda m: MomentumSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9),
-    "IntervalSAM": lambda m: IntervalSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, every=2),
-    "SAMPa": lambda m: SAMPa(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9),
-}
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -7,29 +7,23 @@ import torch
 from torch import nn
 
 from sam_optim import (
-    CRSAM,
-    GSAM,
     SAM,
-    WSAM,
     AgnosticSAM,
-    IntervalSAM,
     InvalidSettingError,
-    LookSAM,
-    MomentumSAM,
     Pass,
-    SAMPa,
     SharpnessAwareTrainerMixin,
     StepOrderError,
     Update,
 )
 from sam_optim.windows import MicroBatch, sharpness_aware
 
+from .makers import ADAMW, MAKERS
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
-ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 SIZE, MICRO = 48, 4
 
 
@@ -112,19 +106,6 @@ def by_hand(optimizer_of, accumulation, clip=0.0):
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
         previous = window
     return weights_of(model)
-
-
-MAKERS = {
-    "SAM": lambda m: SAM(m.parameters(), torch.optim.AdamW, rho=0.1, **ADAMW),
-    "SAM, RMSprop": lambda m: SAM(m.parameters(), torch.optim.RMSprop, rho=0.1, lr=1e-3),
-    "GSAM": lambda m: GSAM(m.parameters(), torch.optim.AdamW, rho=0.1, **ADAMW),
-    "WSAM": lambda m: WSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1),
-    "LookSAM": lambda m: LookSAM(m.parameters(), torch.optim.SGD, rho=0.1, k=2, lr=0.1),
-    "CR-SAM": lambda m: CRSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1),
-    "Momentum-SAM": lambda m: MomentumSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9),
-    "IntervalSAM": lambda m: IntervalSAM(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, every=2),
-    "SAMPa": lambda m: SAMPa(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9),
-}
 
 
 @pytest.mark.parametrize("name", MAKERS)
