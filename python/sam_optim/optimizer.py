@@ -145,8 +145,20 @@ class SharpnessAwareOptimizer(Updates):
         """
         return self._advance(zero_grad)
 
+    def advance_to_last(self, zero_grad: bool = False) -> Pass | None:
+        """As :meth:`advance`, for drivers that leave the update to ``step()``: a step's last gradient is not taken.
+
+        Returns:
+            The pass whose gradient the method wants next, which is the one that it wants now where that is the last.
+
+        Raises:
+            StepOrderError: if the method makes its update although no pass was said to be the last (the weights are
+                then restored), or there is no gradient.
+        """
+        return self._advance(zero_grad, to_last=True)
+
     @untraced
-    def _advance(self, zero_grad: bool = False, in_first_step: bool = False) -> Pass | None:
+    def _advance(self, zero_grad: bool = False, to_last: bool = False) -> Pass | None:
         # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
         grad_enabled = torch.is_grad_enabled()
         try:
@@ -156,14 +168,13 @@ class SharpnessAwareOptimizer(Updates):
                 return None
             waiting = run.waiting
             kept = waiting is not None and waiting.kept
-            # Only second_step() makes updates, or GradScaler's step() in its place, which knows the gradient's scale.
-            if not (in_first_step and waiting is not None and waiting.last):
+            if not (to_last and waiting is not None and waiting.last):
                 if waiting is not None:
                     self._refuse_no_gradient(gradients, run)
                     goes_on = run.receive(gradients)
                 else:
                     goes_on = self._make_combined_update(run, gradients)
-                self._make_updates(run, goes_on, in_first_step)
+                self._make_updates(run, goes_on, not to_last)
         except BaseException:
             torch.set_grad_enabled(grad_enabled)
             self.restore()
@@ -262,7 +273,8 @@ class SharpnessAwareOptimizer(Updates):
             StepOrderError: if a step is already begun (the weights are then restored), or there is no gradient.
         """
         self._refuse_second_begin("first_step()")
-        self._advance(zero_grad, in_first_step=True)
+        # Only second_step() makes updates, or GradScaler's step() in its place, which knows the gradient's scale.
+        self.advance_to_last(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and updates them with the gradient in ``p.grad``; runs hooks as ``step()`` does.

@@ -115,13 +115,14 @@ class Updates(GroupsAndState):
         """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""
         return False
 
-    def _make_updates(self, run: BegunStep, goes_on: bool, in_first_step: bool = False) -> bool:
+    def _make_updates(self, run: BegunStep, goes_on: bool, is_expected: bool = True) -> bool:
         """Makes the update if it is its turn. False if the step is over."""
         while goes_on and run.update is not None:
-            if in_first_step:
+            if not is_expected:
                 raise StepOrderError(
-                    f"{type(self).__name__} found in first_step() that this step takes one pass; drive it by "
-                    "each_pass(), TrainStep or a closure"
+                    f"{type(self).__name__} makes its update after a pass that it did not say was the last, which the "
+                    "driver would have to know: drive it by each_pass(), TrainStep or a closure, or let passes() yield "
+                    "Pass(..., last=True)"
                 )
             update = run.update
             self.descend(*update.lists, rule=update.rule, scale=update.scale)

@@ -106,22 +106,22 @@ class WindowedPasses:
     def _begin(self, optimizer: SharpnessAwareOptimizer, run: Run) -> None:
         """Begins a step and makes the passes that come before the one on the training batch at the weights."""
         waiting = optimizer.begin()
+        if waiting is None:
+            raise StepOrderError(
+                f"{type(optimizer).__name__} wants no gradient for this step, and the trainer will call step() all the "
+                "same: drive it by each_pass() or TrainStep"
+            )
         while waiting is not None and waiting.data != TRAIN and not waiting.last:
             self._run(waiting, optimizer, run, ())
-            waiting = optimizer.advance(zero_grad=True)
+            waiting = optimizer.advance_to_last(zero_grad=True)
 
     def _to_the_last_pass(self, optimizer: SharpnessAwareOptimizer, run: Run, window: Sequence[MicroBatch]) -> None:
         """From the gradient of the window's first pass to that of the last, which stays in ``p.grad``."""
         waiting = optimizer.waiting
         while waiting is not None and not waiting.last:
-            waiting = optimizer.advance(zero_grad=True)
+            waiting = optimizer.advance_to_last(zero_grad=True)
             if waiting is not None:
                 self._run(waiting, optimizer, run, window)
-        if waiting is None:
-            raise StepOrderError(
-                f"{type(optimizer).__name__} has made its update by itself: its passes() must yield the last one as "
-                "Pass(..., last=True), which a trainer that calls step() needs to know"
-            )
         optimizer.combine_gradients()  # what the trainer clips and unscales
 
     def _run(self, p: Pass, optimizer: SharpnessAwareOptimizer, run: Run, window: Sequence[MicroBatch]) -> None:

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from sam_optim import (
+    AESAM,
     SAM,
     AgnosticSAM,
     InvalidSettingError,
     Pass,
+    SAMPa,
     SharpnessAwareTrainerMixin,
     StepOrderError,
     Update,
@@ -245,16 +247,34 @@ def test_methods_that_want_other_batches(tmp_path):
     assert_close(got, weights_of(model))
 
 
-def test_methods_that_do_not_say_which_pass_is_the_last(tmp_path):
-    class Silent(SAM):
-        def passes(self):
-            g = yield Pass()
-            self.ascend(g, rule=self._rule, scale=self._radii())
-            g_plus = yield Pass(perturbed=True)
-            yield Update(g_plus)
+class Silent(SAM):
+    def passes(self):
+        g = yield Pass()
+        self.ascend(g, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True)
+        yield Update(g_plus)
 
-    with pytest.raises(StepOrderError, match="last=True"):
-        train(SharpnessAwareTrainer, tmp_path, lambda m: Silent(m.parameters(), torch.optim.SGD, rho=0.1, lr=0.1))
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        (Silent, {}, "last=True"),
+        (AESAM, {"c": 10.0}, "last=True"),
+        (SAMPa, {"warm_start": "zero"}, "wants no gradient"),
+    ],
+)
+def test_steps_whose_end_a_trainer_cannot_know(tmp_path, cls, settings, message):
+    """They are refused before anything is updated without the Trainer's clipping."""
+    model = make_model()
+    optimizer = cls(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, **settings)
+    weights = []
+    optimizer.register_step_post_hook(lambda *_: weights.append(weights_of(model)))
+    with pytest.raises(StepOrderError, match=message):
+        train(SharpnessAwareTrainer, tmp_path, lambda m: optimizer, model=model)
+    # AE-SAM's first step is one of SAM's.
+    before = weights[-1] if weights else weights_of(make_model())
+    assert len(weights) == (cls is AESAM)
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(model), before, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
