@@ -94,6 +94,12 @@ class Updates(GroupsAndState):
         self._container["descent"] = (lists, rule, scale)
         try:
             call()
+            if "descent" in self._container:
+                raise StepOrderError(
+                    "what was to make the update did not call this optimizer's step(). (accelerate's does not within "
+                    "accumulate(), except for the last micro-batch: run all of them in each pass.) To skip an update, "
+                    "leave the loop before its last pass is over."
+                )
         finally:
             self._container.pop("descent", None)
 

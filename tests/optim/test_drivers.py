@@ -119,6 +119,17 @@ def test_a_begun_step_can_be_completed_by_a_closure():
     assert_same(trajectory(drive)[1], weights)
 
 
+def test_a_step_that_is_not_made_by_whoever_was_to_make_it():
+    model, optimizer = make()
+    before = weights_of(model)
+    with pytest.raises(StepOrderError, match="did not call this optimizer's step"):
+        for _ in optimizer.each_pass(step=lambda: None):
+            loss_of(model, batches(1)[0]).backward()
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+    step_by_hand(optimizer, model, batches(1)[0])
+
+
 def test_advance_tells_the_next_pass():
     model, optimizer = make()
     batch = batches(1)[0]

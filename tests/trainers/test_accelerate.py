@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sam_optim import GSAM, SAM, AgnosticSAM
+from sam_optim import GSAM, SAM, AgnosticSAM, StepOrderError
 
 from ..optim.cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
 
@@ -38,6 +38,7 @@ def by_hand(method, clip=None):
         for p in optimizer.each_pass():
             loss_of(model, batch if p.data == "train" else other).backward()
             if p.last and clip:
+                optimizer.combine_gradients()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     return weights_of(model)
 
@@ -53,9 +54,22 @@ def test_each_pass_through_the_wrapper(make_accelerator, method, clip):
         for p in optimizer.optimizer.each_pass(step=optimizer.step):
             accelerator.backward(loss_of(model, batch if p.data == "train" else other))
             if p.last and clip:
+                optimizer.optimizer.combine_gradients()
                 accelerator.clip_grad_norm_(model.parameters(), clip)
         scheduler.step()
     assert_same(weights_of(model), by_hand(method, clip))
+
+
+def test_a_step_that_the_wrapper_skips_restores_and_says_so(make_accelerator):
+    """Within accumulate() the wrapper makes the last micro-batch's step alone."""
+    accelerator = make_accelerator(gradient_accumulation_steps=2)
+    model = make_net()
+    model, optimizer = accelerator.prepare(model, METHODS[0].make(model, SGD))
+    before = weights_of(model)
+    with pytest.raises(StepOrderError, match="run all of them in each pass"), accelerator.accumulate(model):
+        for _ in optimizer.optimizer.each_pass(step=optimizer.step):
+            accelerator.backward(loss_of(model, batches(1)[0]))
+    assert_same(weights_of(model), before)
 
 
 def test_first_step_and_the_wrappers_own_step(make_accelerator):
