@@ -29,7 +29,11 @@ _FIXED = Fixed()
 
 
 class Descent(NamedTuple):
-    """The arguments of one descent; see :func:`sam_kernels.descent_`."""
+    """The arguments of one descent; see :func:`sam_kernels.descent_`.
+
+    Attributes:
+        is_kept: the method reads the gradients again afterwards; a base that writes into them must get others.
+    """
 
     plan: Plan
     snapshot: Snapshot
@@ -39,6 +43,7 @@ class Descent(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     backend: str | None
+    is_kept: bool = False
 
     @property
     def overflowed(self) -> bool:
@@ -181,8 +186,8 @@ class BaseUpdate:
         if not skip and not plain:
             report = sam_kernels.ops.apply_rule(rule, lists, plan, backend=descent.backend)
             skip = not report.finite
-        in_place = plain and descent.scale == 1.0 and descent.grad_scale is None and len(lists) == 1
-        if not skip and not (in_place and same_objects(lists[0], gradients_of(plan.params))):
+        in_place = plain and descent.scale == 1.0 and descent.grad_scale is None and not descent.is_kept
+        if not skip and not (in_place and len(lists) == 1 and same_objects(lists[0], gradients_of(plan.params))):
             _combine_into_grad(descent, report.coefficients * inverse_of(descent.grad_scale))
         copies = bytes(snapshot.taken)
         sam_kernels.restore_(plan, snapshot, backend=descent.backend)

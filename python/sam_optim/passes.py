@@ -94,56 +94,57 @@ class BegunStep:
     Attributes:
         passes: the generator.
         number: of gradients received.
-        expected: the passes it waits for; none where it waits for its update.
+        expected: the passes that it has yielded together.
+        waiting: the one of them whose gradients are wanted next; None where it waits for its update, and after its end.
         update: which then stands here.
         last: the gradients received last, and whether the method keeps them.
     """
+
+    waiting: Pass | None
+    update: Update | None
 
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
         self.number = 0
         self.last: tuple[Gradients, bool] = [], False
-        self.expected: list[Pass] = []
-        self.update: Update | None = None
         self._take(next(passes))
 
     def receive(self, gradients: Gradients) -> bool:
-        """Takes the gradients of the next pass. False if the step is over."""
+        """Takes the gradients of the pass that is waiting. False if the step is over."""
         is_kept = self.waiting is not None and self.waiting.kept
         if is_kept:
             # Views are of memory that somebody else writes into: DistributedDataParallel's buckets, in the next pass.
             gradients = [g.clone() if g is not None and g._is_view() else g for g in gradients]
         self.last = gradients, is_kept
         self.number += 1
+        if not self._together:
+            return self._send(gradients)
         self._collected.append(gradients)
-        if len(self._collected) < len(self.expected):
-            return True
-        return self._send(self._collected if self._together else gradients)
+        if len(self._collected) == len(self.expected):
+            return self._send(self._collected)
+        self.waiting = self.expected[len(self._collected)]
+        return True
 
     def go_on(self) -> bool:
         """After the update has been made. False if the step is over."""
         return self._send(None)
 
-    @property
-    def waiting(self) -> Pass | None:
-        """The pass whose gradients are wanted next; None where there is none."""
-        return self.expected[len(self._collected)] if len(self._collected) < len(self.expected) else None
-
     def _send(self, answer: Any) -> bool:
         try:
             self._take(self.passes.send(answer))
         except StopIteration:
-            self.expected, self.update = [], None
+            self.waiting = self.update = None
             return False
         return True
 
     def _take(self, asked: Pass | Sequence[Pass] | Update) -> None:
-        self.expected, self.update = [], None
-        self._together = not isinstance(asked, Pass)
-        if isinstance(asked, Update):
-            self.update = asked
-        elif isinstance(asked, Pass):
-            self.expected = [asked]
+        self._together = False
+        self.update = None
+        if isinstance(asked, Pass):
+            self.waiting, self.expected = asked, [asked]
+        elif isinstance(asked, Update):
+            self.waiting, self.update = None, asked
         else:
-            self.expected = list(asked)
-        self._collected: list[Gradients] = []
+            self._together, self.expected = True, list(asked)
+            self.waiting = self.expected[0]
+            self._collected: list[Gradients] = []

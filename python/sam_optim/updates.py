@@ -69,6 +69,7 @@ class Updates(GroupsAndState):
                 rule = _ones  # GradScaler has looked for infinities in p.grad alone
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
+        run: BegunStep | None = self._container["run"]
         descent = Descent(
             plans.plan,
             plans.snapshot,
@@ -79,6 +80,7 @@ class Updates(GroupsAndState):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
             self.backend,
+            is_kept=run is not None and run.last[1],
         )
         outcome = update.descend(descent, by_base_itself=self._is_plain_step())
         last: StepReport = self._container["report"]

@@ -229,6 +229,30 @@ def test_looksam_leaves_parameters_without_a_gradient():
         assert torch.equal(weights[1], before) == (len(active) == 1)
 
 
+class WritesIntoGradients(torch.optim.SGD):
+    """As bases do that centralise or normalise gradients in place."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_bases_that_write_into_gradients(method):
+    results = []
+    for base in (MOMENTUM, Base(WritesIntoGradients, MOMENTUM.settings, fused=False)):
+        model = make_net()
+        step = TrainStep(model, method.make(model, base), loss_of)
+        for batch in batches(6):
+            step(batch)
+        results.append(weights_of(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_looksam_takes_one_pass_between():
     calls = []
     model = make_net()
