@@ -125,7 +125,6 @@ class BaseUpdate:
         for param, gradient, held in zip(plan.params, gradients, copies, strict=True):
             param.grad = gradient if held else None
         base.step()
-        torch.clear_autocast_cache()
         for param in plan.params:
             param.grad = None
         base.state.clear()
@@ -197,7 +196,6 @@ class BaseUpdate:
         # The copies stay valid until the base is through, so that its exceptions leave the weights as they were.
         snapshot.taken[:] = copies
         self.base_optimizer.step()
-        torch.clear_autocast_cache()  # as after every launch of the kernels
         snapshot.discard()
         return outcome
 

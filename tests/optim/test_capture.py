@@ -172,3 +172,29 @@ def test_what_cannot_be_captured_says_so():
     wrapped.no_sync = lambda: None
     with pytest.raises(InvalidSettingError, match="capture=True cannot be used with Net"):
         TrainStep(wrapped, METHODS[0].make(wrapped, SGD), loss_of, capture=True)
+
+
+def test_an_autocast_around_replays_sees_new_weights(monkeypatch):
+    """A replay writes weights where neither autograd nor autocast looks."""
+    model = make_net(torch.float32)
+
+    class Silent(Replayed):
+        def record(self, call, generators):
+            outputs = call()
+
+            def replay():
+                for p in model.parameters():
+                    p.data.add_(1.0)
+                return outputs
+
+            return replay
+
+    monkeypatch.setattr(TrainStep, "_make_recorder", lambda self: Silent())
+    step = TrainStep(model, Method(SAM, {"rho": 0.1}).make(model, SGD), loss_of, capture=True)
+    data = batches(WARMUP_STEPS + 2, torch.float32)
+    for batch in data[:-1]:
+        step(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(data[0][0])
+        step(data[-1])
+        assert not torch.equal(model(data[0][0]), before)

@@ -21,6 +21,7 @@ from sam_optim import (
     StableSAM,
     StepOrderError,
     TrainStep,
+    Update,
 )
 
 from .cases import Base, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
@@ -221,6 +222,39 @@ def test_when_it_can_be_called():
             with pytest.raises(StepOrderError, match="last pass"):
                 optimizer.combine_gradients()
     step_by_hand(optimizer, model, batches(1)[0])
+
+
+def test_gram_matrices_that_overflow():
+    """Finite gradients whose products are not: nothing is updated, and nobody takes the sum for a gradient."""
+    model, optimizer = make(METHODS[1])
+    before = weights_of(model)
+    for move in (optimizer.first_step, optimizer.combine_gradients):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e200)
+        move()
+    assert all(p.grad.isnan().all() for p in model.parameters())
+    optimizer.second_step()
+    assert not optimizer.last_step.updated
+    assert_same(weights_of(model), before)
+
+
+def test_clipping_does_not_reach_a_gradient_that_is_kept():
+    class Keeps(SAM):
+        def passes(self):
+            g = yield Pass()
+            self.ascend(g, rule=self._rule, scale=self._radii())
+            g_plus = yield Pass(perturbed=True, kept=True, last=True)
+            before = [x.clone() for x in g_plus]
+            yield Update(g_plus)
+            self.kept = before, g_plus
+
+    model, optimizer = make(Method(Keeps, {"rho": 0.1}))
+    for p in optimizer.each_pass():
+        loss_of(model, batches(1)[0]).backward()
+        if p.last:
+            optimizer.combine_gradients()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+    assert_same(*optimizer.kept)
 
 
 def test_a_method_that_makes_its_update_itself():
