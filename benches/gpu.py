@@ -32,6 +32,7 @@ from sam_kernels import cuda, triton
 
 from . import gpu_training
 from .contenders import BASES, CONTENDERS, MASTERS_FLOOR_BYTES, RHO, ForeachMasters
+from .gpu_training import first_line
 from .shapes import GPU_MODELS, Shape
 
 # Elements that a step reads and writes for each parameter, ascent and descent.
@@ -199,10 +200,6 @@ def tuned(backend: Any, tuning: Any) -> Iterator[None]:
         yield
     finally:
         backend.tuning = before
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def copy_bandwidth(timer: Timer, count: int) -> float:

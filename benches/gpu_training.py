@@ -35,6 +35,11 @@ DRIVERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 BY_HAND = ("base optimizer", "per-tensor SAM")
 
 
+def first_line(error: Exception) -> str:
+    """What a row says of it."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def step_of(name: str, network: str, base_name: str, batch_size: int, device: torch.device) -> Callable[[], object]:
     """A training step in bfloat16 autocast, ready to be made again and again."""
     model, batch, _ = make(network, batch_size, large=device.type == "cuda")
@@ -79,7 +84,7 @@ def rows(timer: Callable[[Callable[[], object]], dict[str, float]], device: torc
                 row |= timer(step)
                 row["samples_per_second"] = 1e3 * samples / row["ms"]
             except Exception as error:  # of whatever kind: compilers and drivers have their own
-                row["error"] = (str(error).splitlines() or [type(error).__name__])[0]
+                row["error"] = first_line(error)
             step = None
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -29,8 +29,8 @@ class SharpnessAwareTrainerMixin(WindowedPasses):
     takes the Trainer's parameter groups.
 
     The micro-batches of ``gradient_accumulation_steps`` are run again for each pass, with the same random draws. The
-    gradient of the last pass is left to the Trainer, which clips it and calls ``optimizer.step()``. The loss in the
-    Trainer's log is that at the weights themselves, the gradient's norm that of the last gradient. With any other
+    gradient that the update is made of is left to the Trainer, which clips it and calls ``optimizer.step()``. The loss
+    in the Trainer's log is that at the weights themselves, the gradient's norm that of the update's. With any other
     optimizer the Trainer is what it was. BatchNorm: see :func:`freeze_in_perturbed_passes`.
 
     Raises:

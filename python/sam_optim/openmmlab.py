@@ -58,9 +58,9 @@ class SharpnessAwareHook(Hook, WindowedPasses):  # type: ignore[misc]
 
     The model's own ``train_step`` is run for each pass and micro-batch, DistributedDataParallel included, with the same
     random draws; the window of ``accumulative_counts`` micro-batches is run again for each pass. Clipping, loss scaling
-    and the update are the optimizer wrapper's, with the gradient of the last pass. Losses in the log are those at the
-    weights themselves. An exception, Ctrl-C included, leaves the weights of before the step under way. With any other
-    optimizer the hook does nothing.
+    and the update are the optimizer wrapper's, with the gradient that the update takes. Losses in the log are those
+    at the weights themselves. An exception, Ctrl-C included, leaves the weights of before the step under way. With any
+    other optimizer the hook does nothing.
 
     Methods that use a validation batch or a memory: override :meth:`batches_for`, which returns
     ``[MicroBatch(data_batch), ...]`` of :mod:`sam_optim.windows`. BatchNorm: see :func:`freeze_in_perturbed_passes`.

@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 
 from sam_kernels.host import gradients as gradients_of
-from sam_kernels.rules import Fixed, RuleLike
-from sam_kernels.scales import Scale
 
 from .base_update import BaseUpdate
 from .compiling import prepare, untraced
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .moves import StepReport
-from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Gradients, Pass, Passes, PassGroup
+from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup
 from .planning import PlanCache
 from .randomness import RandomState
 from .updates import Updates
 
 ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
-DescentHandler = Callable[[Sequence[Gradients], RuleLike, Scale], None]
-_FIXED = Fixed()
 
 
 class SharpnessAwareOptimizer(Updates):

@@ -47,7 +47,7 @@ def sharpness_aware(optimizer: Any) -> SharpnessAwareOptimizer | None:
 
 
 class WindowedPasses:
-    """Makes all passes of a step over a window, the first while it fills, up to the gradient of the last in ``p.grad``.
+    """Makes all passes of a step over a window, the first while it fills; leaves the update's gradient in ``p.grad``.
 
     The update is left to whoever calls: the optimizer's ``step()`` completes the step that is under way.
     """
@@ -116,7 +116,7 @@ class WindowedPasses:
             waiting = optimizer.advance_to_last(zero_grad=True)
 
     def _to_the_last_pass(self, optimizer: SharpnessAwareOptimizer, run: Run, window: Sequence[MicroBatch]) -> None:
-        """From the gradient of the window's first pass to that of the last, which stays in ``p.grad``."""
+        """From the gradient of the window's first pass to what the update is made of."""
         waiting = optimizer.waiting
         while waiting is not None and not waiting.last:
             waiting = optimizer.advance_to_last(zero_grad=True)

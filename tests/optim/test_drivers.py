@@ -1,18 +1,16 @@
-"""Ways of driving a step, their order, closures, hooks, schedulers, and exceptions at any point."""
+"""Ways of driving a step, their order, closures, parameters, hooks and schedulers."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import random
-import signal
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from sam_optim import SAM, InvalidSettingError, LambdaRho, Pass, RhoFollowsLR, SharpnessAwareOptimizer, StepOrderError
+from sam_optim import SAM, InvalidSettingError, LambdaRho, Pass, RhoFollowsLR, StepOrderError
 
 from .cases import BASES, Base, assert_same, batches, by_every_pass_closure, loss_of, make_net, step_by_hand, weights_of
 
@@ -195,194 +193,6 @@ def test_a_closure_that_reuses_the_graph_is_told_so():
     with pytest.raises(StepOrderError, match="run the forward pass again"):
         optimizer.step(loss.backward)
     assert_same(weights_of(model), before)
-
-
-# ---------------------------------------------------------------- exceptions
-
-
-class _Boom(BaseException):
-    """Not an Exception, as KeyboardInterrupt."""
-
-
-@pytest.mark.parametrize("base", BOTH_KINDS, ids=str)
-@pytest.mark.parametrize("failing", [1, 2])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, _Boom])
-def test_exceptions_in_a_pass_restore_the_weights(base, failing, error):
-    model, optimizer = make(base, closure_runs="every_pass", adaptive=True)
-    data = batches(4)
-    by_every_pass_closure(optimizer, model, data[0])
-    before, state = weights_of(model), copy.deepcopy(optimizer.state_dict())
-    calls = 0
-
-    def closure():
-        nonlocal calls
-        calls += 1
-        optimizer.zero_grad()
-        loss = loss_of(model, data[1])
-        if calls == failing:
-            raise error("out of memory, say")
-        loss.backward()
-        return loss
-
-    with pytest.raises(error):
-        optimizer.step(closure)
-    assert_same(weights_of(model), before)
-    assert not optimizer.is_step_begun
-    # And the run goes on as if the step had never begun.
-    by_every_pass_closure(optimizer, model, data[2])
-    other, fresh = make(base, closure_runs="every_pass", adaptive=True)
-    with torch.no_grad():
-        for p, w in zip(other.parameters(), before, strict=True):
-            p.copy_(w)
-    fresh.load_state_dict(state)
-    by_every_pass_closure(fresh, other, data[2])
-    assert_same(weights_of(model), weights_of(other))
-
-
-# An interrupt that strikes in a callback of the garbage collector (hypothesis has one) is reported and dropped.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_interrupts_at_any_moment(backend):
-    """Signals strike between any two lines of Python; with lr 0 the weights must never be seen to move."""
-    torch.set_num_threads(1)
-    weights = [nn.Parameter(torch.randn(n)) for n in (5, 300, 40_000)]
-    gradients = [torch.randn_like(w) for w in weights]
-    before = [w.detach().clone() for w in weights]
-    optimizer = SAM(weights, torch.optim.SGD, lr=0.0, momentum=0.9, closure_runs="every_pass", backend=backend)
-
-    def closure():
-        for w, g in zip(weights, gradients, strict=True):
-            w.grad = g
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    generator = random.Random(0)
-    try:
-        for _ in range(200):
-            with pytest.raises(KeyboardInterrupt):
-                # Python drops an interrupt that strikes in a destructor or a callback of the garbage collector.
-                signal.setitimer(signal.ITIMER_REAL, generator.uniform(2e-4, 2e-3), 0.5)
-                while True:
-                    optimizer.step(closure)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            assert not optimizer.is_step_begun
-            assert torch.is_grad_enabled()
-            assert_same([w.detach() for w in weights], before)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        torch.set_grad_enabled(True)
-
-
-@pytest.mark.parametrize("drive", ["hand", "closure"])
-def test_an_interrupt_that_gets_stuck_in_no_grad(monkeypatch, drive):
-    """What is left when a signal strikes after no_grad() was entered and before its block can leave it."""
-    model, optimizer = make()
-    before = weights_of(model)
-    batch = batches(1)[0]
-
-    def ascent_(*args, **kwargs):
-        torch.set_grad_enabled(False)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sam_kernels.ascent_", ascent_)
-    loss_of(model, batch).backward()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            if drive == "hand":
-                optimizer.first_step()
-            else:
-                optimizer.step(lambda: loss_of(model, batch).backward())
-        assert torch.is_grad_enabled()
-    finally:
-        torch.set_grad_enabled(True)
-    assert_same(weights_of(model), before)
-
-
-def test_restore_on_error_for_hand_driven_passes():
-    model, optimizer = make()
-    before = weights_of(model)
-    loss_of(model, batches(1)[0]).backward()
-    optimizer.first_step(zero_grad=True)
-    with pytest.raises(KeyboardInterrupt), optimizer.restore_on_error():
-        raise KeyboardInterrupt
-    assert_same(weights_of(model), before)
-    optimizer.restore()
-    assert_same(weights_of(model), before)
-
-
-class _FailingBase(torch.optim.SGD):
-    def step(self, closure=None):
-        super().step()
-        raise RuntimeError("base failed")
-
-
-def test_a_failing_base_leaves_the_weights():
-    model = make_net()
-    optimizer = SAM(model.parameters(), _FailingBase, lr=0.1)
-    before = weights_of(model)
-    with pytest.raises(RuntimeError, match="base failed"):
-        step_by_hand(optimizer, model, batches(1)[0])
-    assert_same(weights_of(model), before)
-    assert not optimizer.is_step_begun
-
-
-def test_a_gradient_that_no_kernel_takes_leaves_the_weights():
-    embedding = nn.Embedding(5, 3, sparse=True)
-    dense = nn.Linear(3, 1)
-    model = nn.Sequential(embedding, dense)
-    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
-    before = weights_of(model)
-    model(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.first_step()
-    assert_same(weights_of(model), before)
-    # Sparse in the second pass only.
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.first_step(zero_grad=True)
-    model(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.second_step()
-    assert_same(weights_of(model), before)
-
-
-def test_a_loop_that_was_left_does_not_disturb_a_later_step():
-    model, optimizer = make()
-    batch = batches(1)[0]
-    left = optimizer.each_pass()
-    next(left)
-    optimizer.restore()
-    loss_of(model, batch).backward()
-    optimizer.first_step()
-    perturbed = weights_of(model)
-    left.close()
-    assert optimizer.is_step_begun
-    assert_same(weights_of(model), perturbed)
-    with pytest.raises(StepOrderError, match="each_pass\\(\\) was called although"):
-        next(optimizer.each_pass())
-
-
-def test_passes_closed_early_run_their_clean_up():
-    closed = []
-
-    class Method(SharpnessAwareOptimizer):
-        def passes(self):
-            try:
-                yield Pass()
-                yield Pass(perturbed=True)
-            finally:
-                closed.append(True)
-
-    parameter = nn.Parameter(torch.ones(1))
-    optimizer = Method([parameter], torch.optim.SGD, {}, lr=0.1)
-    parameter.grad = torch.ones(1)
-    optimizer.advance()
-    optimizer.restore()
-    assert closed == [True]
 
 
 # ---------------------------------------------------------------- parameters

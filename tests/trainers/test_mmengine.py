@@ -107,6 +107,10 @@ def make_runner(mm, folder, optimizer, model, accumulation=1, clip=False, hooks=
     )
 
 
+def take_hook_away(mm, runner):
+    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, mm.SharpnessAwareHook)]
+
+
 def by_hand(mm, optimizer_of, accumulation=1, clip=False, epochs=2):
     """MMEngine makes an update after so many batches, and one more at the end of training."""
     model, data = make_model(mm), Data()
@@ -191,7 +195,7 @@ def test_other_optimizers_train_as_ever(mm, tmp_path):
         model = make_model(mm, dropout=0.3)
         runner = make_runner(mm, tmp_path, torch.optim.SGD(model.parameters(), lr=0.1), model)
         if not hooked:
-            runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, mm.SharpnessAwareHook)]
+            take_hook_away(mm, runner)
         torch.manual_seed(3)
         runner.train()
         results.append(weights_of(model))
@@ -202,7 +206,7 @@ def test_without_the_hook_it_says_so(mm, tmp_path):
     model = make_model(mm)
     before = weights_of(model)
     runner = make_runner(mm, tmp_path, MAKERS["SAM"](model), model)
-    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, mm.SharpnessAwareHook)]
+    take_hook_away(mm, runner)
     with pytest.raises(StepOrderError):
         runner.train()
     assert all(torch.equal(a, b) for a, b in zip(weights_of(model), before, strict=True))
@@ -318,7 +322,7 @@ def test_methods_that_want_other_batches(mm, tmp_path):
             return [MicroBatch(validation)] if data == "validation" else super().batches_for(data, window)
 
     runner = make_runner(mm, tmp_path, make(model), model, epochs=1)
-    runner._hooks = [hook for hook in runner.hooks if not isinstance(hook, mm.SharpnessAwareHook)]
+    take_hook_away(mm, runner)
     runner.register_hook(WithValidation())
     runner.train()
     other = make_model(mm)
