@@ -1,12 +1,14 @@
 """The definition: every operation in plain PyTorch, on any device.
 
 The other backends agree with this one. Arithmetic is float64 for float64 weights and float32 for all others; a result
-is rounded to its storage type once. Gram matrices are summed in float64.
+is rounded to its storage type once. Gram matrices are summed in float64; on devices without it (Apple's GPUs, some of
+Intel's) within a tensor in float32, and over tensors in float64 on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,8 +45,11 @@ def knows(rule: object) -> bool:
 def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
     """G[i, j] = sum over tensors of <T x_i, T x_j>; a missing entry counts as zero. Float64, shape (k, k).
 
-    T is that of the weights themselves: of their copy, where the snapshot holds one.
+    T is that of the weights themselves: of their copy, where the snapshot holds one. The matrix lies on the tensors'
+    device, or on the CPU if that device has no float64.
     """
+    if not has_float64(plan.device.type):
+        return _gram_without_float64(plan, xs, weighted, snapshot)
     count = len(xs)
     result = torch.zeros(count, count, dtype=torch.float64, device=plan.device)
     for index in range(len(plan)):
@@ -101,7 +106,10 @@ def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: 
     """out <- sum_i c_i x_i; zero where no list has an entry."""
     for i, out in enumerate(plan.tensors):
         total = _combination(plan, xs, i, coefficients, scale)
-        _real(out).copy_(torch.zeros((), device=out.device) if total is None else total)
+        if total is None:
+            out.zero_()
+        else:
+            _real(out).copy_(total)
 
 
 @torch.no_grad()
@@ -184,6 +192,43 @@ def two_points_(
     one = [1.0] * plan.group_count
     descent_(plan, [x], base, snapshot, Fixed(), one, found_inf=not report.finite, preview=True)
     return report
+
+
+@cache
+def has_float64(device_type: str) -> bool:
+    """Whether a device computes in float64; asked once for each type of device."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device_type).add_(1.0)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _gram_without_float64(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None) -> Tensor:
+    """On the CPU, by one transfer. Elements are divided by their tensor's largest: their squares might overflow."""
+    result = torch.zeros(len(xs), len(xs), dtype=torch.float64, device="cpu")
+    rows: list[int] = []
+    columns: list[int] = []
+    factors: list[Tensor] = []  # of each product: the largest element of either tensor, and the sum of the rest
+    for index in range(len(plan)):
+        eta = plan.geometry[index] if weighted else None
+        scale = 1.0 if eta is None else _real(_unperturbed(plan, index, snapshot)).float().abs() + eta
+        scaled = []
+        for number, x in enumerate(xs):
+            if x[index] is not None and x[index].numel() > 0:  # type: ignore[union-attr]
+                values = _real(x[index]).float() * scale
+                largest = values.abs().amax()
+                scaled.append((number, largest, values / torch.where(largest > 0.0, largest, 1.0)))
+        for i, largest_of_a, a in scaled:
+            for j, largest_of_b, b in scaled:
+                rows.append(i)
+                columns.append(j)
+                factors.append(torch.stack([largest_of_a, largest_of_b, (a * b).sum()]))
+    if factors:
+        products = torch.stack(factors).cpu().double().prod(dim=1)
+        places = torch.tensor([rows, columns], device="cpu")
+        result.index_put_(tuple(places), products, accumulate=True)
+    return result
 
 
 def _unperturbed(plan: Plan, index: int, snapshot: Snapshot | None) -> Tensor:

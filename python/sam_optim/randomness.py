@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 
 class RandomState:
-    """The state of torch's generators of the CPU and of the CUDA devices among ``devices``, as it is now."""
+    """The state of torch's generators of the CPU and of the accelerators among ``devices``, as it is now."""
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
         self._cpu = torch.get_rng_state()
-        cuda = {device for device in devices if device.type == "cuda"}
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in cuda}
+        self._others = [(module, device, module.get_rng_state(device)) for module, device in _generators(devices)]
 
     def restore(self) -> None:
         """Puts the generators back."""
         torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
+        for module, device, state in self._others:
+            module.set_rng_state(state, device)
+
+
+def _generators(devices: Iterable[torch.device]) -> Iterator[tuple[Any, torch.device]]:
+    """The accelerators that have a generator, with the modules of torch that have its functions."""
+    for device in set(devices):
+        module = None if device.type == "cpu" else getattr(torch, device.type, None)
+        if hasattr(module, "get_rng_state"):
+            yield module, device
 
 
 class Draws:

@@ -208,7 +208,7 @@ class StabilityMonitor:
                 [
                     torch.zeros(p.numel(), dtype=torch.float64, device="cpu")
                     if r is None
-                    else r.reshape(-1).double().cpu()
+                    else r.reshape(-1).cpu().double()
                     for r, p in zip(result, params, strict=True)
                 ]
             ).numpy()
@@ -229,7 +229,8 @@ class StabilityMonitor:
 def _split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """A long vector as tensors of the parameters' shapes, types and devices."""
     parts = vector.split([p.numel() for p in params])
-    return [part.view(p.shape).to(p) for part, p in zip(parts, params, strict=True)]
+    # Converted first: the device may have no float64.
+    return [part.view(p.shape).to(p.dtype).to(p.device) for part, p in zip(parts, params, strict=True)]
 
 
 def _alignment(a: list[Tensor], b: list[Tensor]) -> float:
