@@ -120,9 +120,15 @@ def root(a):
 
 
 @triton.jit
+def doubles_at(address):
+    """Pointer to float64 numbers at an address that is an argument of the launch, also a small one."""
+    return address.to(tl.int64).to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
 def given_coefficients(address, SOURCE: tl.constexpr, LISTS: tl.constexpr):
     """The lists' coefficients, float64: from numbers or a report at an address, or ones."""
-    numbers = address.to(tl.pointer_type(tl.float64))
+    numbers = doubles_at(address)
     if SOURCE == at.REPORT:
         numbers = numbers + at.COEFFICIENTS
     coefficients = ()

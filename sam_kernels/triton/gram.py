@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .elements import address_of, addresses_of, are_aligned, first_of, geometry, number, read, row_of
+from .elements import address_of, addresses_of, are_aligned, doubles_at, first_of, geometry, number, read, row_of
 
 RULE_PARAMETERS: tl.constexpr = tl.constexpr(at.MAX_RULE_PARAMETERS)
 
@@ -183,7 +183,7 @@ def finish_gram(table, partials, slots, report, writes_report, RULE: tl.constexp
     for i in tl.static_range(LISTS):
         coefficients = coefficients + (tl.where(finite, found[i], 0.0).to(tl.float64),)
     if writes_report:
-        numbers = report.to(tl.pointer_type(tl.float64))
+        numbers = doubles_at(report)
         tl.store(numbers + at.FINITE, tl.where(finite, 1.0, 0.0).to(tl.float64))
         for i in tl.static_range(LISTS):
             tl.store(numbers + at.COEFFICIENTS + i, coefficients[i])
@@ -253,7 +253,7 @@ def gram_kernel(
     table,
     places,
     scratch,
-    report,
+    report: tl.int64,
     rows_at,
     chunks,
     slots,

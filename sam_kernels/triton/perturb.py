@@ -90,7 +90,7 @@ def perturb_chunk(
 def perturb_kernel(
     table,
     places,
-    given,
+    given: tl.int64,
     rows_at,
     chunks,
     SOURCE: tl.constexpr,
@@ -112,7 +112,7 @@ def ascent_kernel(
     table,
     places,
     scratch,
-    report,
+    report: tl.int64,
     rows_at,
     chunks,
     RULE: tl.constexpr,
@@ -155,7 +155,7 @@ def restore_kernel(table, places, rows_at, chunks, W: tl.constexpr, S: tl.conste
 def combine_kernel(
     table,
     places,
-    given,
+    given: tl.int64,
     rows_at,
     chunks,
     SOURCE: tl.constexpr,

@@ -100,7 +100,7 @@ def points_chunk(
 def points_kernel(
     table,
     places,
-    given,
+    given: tl.int64,
     rows_at,
     chunks,
     KIND: tl.constexpr,
@@ -122,7 +122,7 @@ def rule_points_kernel(
     table,
     places,
     scratch,
-    report,
+    report: tl.int64,
     rows_at,
     chunks,
     RULE: tl.constexpr,

@@ -11,6 +11,7 @@ from .elements import (
     addresses_of,
     are_aligned,
     combination,
+    doubles_at,
     first_of,
     given_coefficients,
     group_of,
@@ -243,7 +244,7 @@ def must_skip(table, given, SOURCE: tl.constexpr):
     if found_inf != 0:
         skips = skips | (tl.load(found_inf.to(tl.pointer_type(tl.float32))) != 0.0)
     if SOURCE == at.REPORT:
-        skips = skips | (tl.load(given.to(tl.pointer_type(tl.float64)) + at.FINITE) == 0.0)
+        skips = skips | (tl.load(doubles_at(given) + at.FINITE) == 0.0)
     return skips
 
 
@@ -273,7 +274,7 @@ def descent_kernel(
     table,
     places,
     scratch,
-    given,
+    given: tl.int64,
     rows_at,
     rows,
     chunks,
@@ -304,7 +305,7 @@ def rule_descent_kernel(
     table,
     places,
     scratch,
-    report,
+    report: tl.int64,
     rows_at,
     rows,
     chunks,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -134,3 +137,15 @@ def assert_backends_agree(
         a = a.cpu()
         assert torch.isfinite(a).all() == torch.isfinite(b).all()
         torch.testing.assert_close(a, b, **tolerance(a.dtype), equal_nan=True)
+
+
+def at_a_low_address(values: Tensor) -> Tensor:
+    """A copy whose address fits in 31 bits, as those of a program that is linked to fixed addresses may.
+
+    On other systems than Linux on x86-64 at any address.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        flags |= 0x40  # MAP_32BIT
+    memory = mmap.mmap(-1, max(1, values.nbytes), flags=flags)
+    return torch.frombuffer(memory, dtype=values.dtype, count=values.numel()).view(values.shape).copy_(values)

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 import sam_kernels as sk
 from sam_kernels.triton import Tuning, backend
-from tests.kernels.cases import Problem, poisoned_snapshot
+from tests.kernels.cases import Problem, at_a_low_address, poisoned_snapshot
 
 compiled: list[str] = []
 launched: list[tuple[str, int, bool]] = []  # name, programs, whether cooperatively
@@ -98,6 +98,14 @@ def main() -> None:
     launched.clear()
     steps(Problem.random(sizes, torch.bfloat16), "sgd", 1)
     result["compiled for another type"] = list(compiled)
+
+    # An address is one, however small: 64 bits of it are handed over in every launch.
+    compiled.clear()
+    plan = first.copy().plan()
+    numbers = torch.ones(1, dtype=torch.float64)
+    for coefficients in (at_a_low_address(numbers), numbers):
+        backend.perturb_(plan, first.xs, coefficients, [0.1] * 2, None)
+    result["compiled for a low address"] = list(compiled)
 
     # A mixture of types takes a set of launches for each.
     launched.clear()

@@ -22,7 +22,7 @@ from sam_kernels.triton import TritonRule, Tuning, layout
 from sam_kernels.triton import backend as triton_backend
 from sam_kernels.triton.pointers import PointerTable
 
-from ..kernels.cases import Problem, assert_backends_agree, poisoned_snapshot
+from ..kernels.cases import Problem, assert_backends_agree, at_a_low_address, poisoned_snapshot
 from ..targets import TRITON_SIZES, TRITON_TUNING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +75,17 @@ def test_nothing_is_compiled_anew_for_other_tensors():
     assert result["compiled"] == ["gram_kernel", "perturb_kernel", "descent_kernel"]
     assert result["compiled again"] == []
     assert len(result["compiled for another type"]) == 3
+    assert result["compiled for a low address"] == ["perturb_kernel"]
+
+
+def test_addresses_that_fit_in_31_bits(interpreter):
+    """As those of a Python that is linked to fixed addresses do, and then Triton takes them for short numbers."""
+    coefficients = at_a_low_address(torch.tensor([0.5], dtype=torch.float64))
+
+    def perturb(problem: Problem, backend: str) -> None:
+        sk.perturb_(problem.plan(), problem.xs, coefficients, backend=backend)
+
+    assert_backends_agree(Problem.random([100]), perturb, "triton")
 
 
 def test_launches():
