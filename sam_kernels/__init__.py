@@ -10,6 +10,7 @@ from .ops import ascent_, combine_, descent_, gram, look_ahead_, perturb_, resto
 from .plan import Plan, Snapshot
 from .report import LaunchReport
 from .rules import Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule
+from .sharding import Peers
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "NormMatched",
     "Normalized",
     "NormalizedSum",
+    "Peers",
     "Plan",
     "Rule",
     "SGDSettings",

@@ -6,7 +6,7 @@ shape and device, or None. A tensor for which no list has an entry is left alone
 
 Supported are float32, float64, bfloat16, float16, complex64 and complex128, in any mixture. Of DTensors (FSDP2, tensor
 parallelism) each rank works on its own part; operations with a Gram matrix are then collective, and take separate
-launches for it.
+launches for it, as with a plan that has :class:`Peers`.
 
 ``scale`` is a number, or for each group a sequence of one number for each list; it multiplies the coefficients. A
 number may be a tensor of one element; one that lies on a GPU is read when the kernels run, and no operation waits for a
@@ -339,7 +339,9 @@ def _parts(
 
 def _is_fused(plan: Plan, rule: RuleLike, backend: str | None) -> bool:
     """Whether one launch can take the Gram matrix, apply the rule and use its coefficients."""
-    return not plan.parts and not plan.shares and (is_known(rule) or backend_for(plan.device, backend).knows(rule))
+    if plan.parts or plan.sums_over_ranks:
+        return False
+    return is_known(rule) or backend_for(plan.device, backend).knows(rule)
 
 
 def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) -> Any:
@@ -358,13 +360,22 @@ def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) ->
 def _gram(
     plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None, backend: str | None
 ) -> Tensor:
-    """Summed over devices, and over the ranks that hold parts of the tensors."""
+    """Summed over devices, over the ranks that hold parts of the tensors, and over those that hold other tensors."""
+    if plan.peers is None:
+        return _gram_of_shares(plan, xs, weighted, snapshot, backend)
+    counted = [plan.peers.without_uncounted(x) for x in xs]
+    return plan.peers.sum(_gram_of_shares(plan, counted, weighted, snapshot, backend))
+
+
+def _gram_of_shares(
+    plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None, backend: str | None
+) -> Tensor:
     if len(plan.shares) > 1:
         matrices = []
         for share, own in zip(plan.shares, plan.by_share, strict=True):
             copies = None if snapshot is None else snapshot.subset(share.index)
             lists = [pick(x, share.index) for x in xs]
-            matrices.append(_gram(own, lists, weighted, copies, backend))
+            matrices.append(_gram_of_shares(own, lists, weighted, copies, backend))
         return torch.stack([matrix.to(plan.device) for matrix in matrices]).sum(0)
     total: Tensor | None = None
     for part in _parts(plan, xs, snapshot):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import UnsupportedTensorError
 from .host import pick
-from .sharding import local_part, shares_of
+from .sharding import Peers, local_part, shares_of
 
 REAL_DTYPE = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *REAL_DTYPE)
@@ -117,6 +117,7 @@ class Plan:
         groups: index of each tensor's group into the per-group arguments of the operations; all 0 by default.
         geometry: for each tensor None for T = 1, or eta >= 0 for ASAM's T(w) = ``|w|`` + eta.
         names: of the tensors, for messages.
+        peers: ranks that hold other tensors of the same model; Gram matrices are then of all their tensors together.
 
     Attributes:
         tensors: the memory of the parameters: themselves, or this rank's parts of them.
@@ -133,8 +134,10 @@ class Plan:
         groups: Sequence[int] | None = None,
         geometry: Sequence[float | None] | None = None,
         names: Sequence[str] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.params = list(params)
+        self.peers = peers
         count = len(self.params)
         self.groups = [0] * count if groups is None else list(groups)
         self.geometry: list[float | None] = [None] * count if geometry is None else list(geometry)
@@ -144,6 +147,8 @@ class Plan:
         for argument in ("groups", "geometry", "names"):
             if len(getattr(self, argument)) != count:
                 raise ValueError(f"{argument} has {len(getattr(self, argument))} entries for {count} tensors")
+        if peers is not None and len(peers.counted) != count:
+            raise ValueError(f"peers.counted has {len(peers.counted)} entries for {count} tensors")
         if any(eta is not None and not eta >= 0.0 for eta in self.geometry):
             raise ValueError(f"Invalid eta in geometry: {self.geometry}; it must be None or at least 0")
         if any(group < 0 for group in self.groups):
@@ -168,8 +173,11 @@ class Plan:
                 self._parts.append((self.subset(index), index))
 
     def subset(self, index: Sequence[int]) -> Plan:
-        """The plan of some of the tensors."""
-        return Plan(*(pick(column, index) for column in (self.params, self.groups, self.geometry, self.names)))
+        """The plan of some of the tensors, by themselves: without peers."""
+        params, groups, geometry, names = (
+            pick(column, index) for column in (self.params, self.groups, self.geometry, self.names)
+        )
+        return Plan(params, groups, geometry, names)
 
     def local(self, column: Sequence[Any]) -> Sequence[Any]:
         """An entry for each parameter, as a launch takes it: of a DTensor this rank's part.
@@ -183,6 +191,11 @@ class Plan:
             local_part(entry, param, f"the gradient or state of {name}")
             for entry, param, name in zip(column, self.params, self.names, strict=True)
         ]
+
+    @property
+    def sums_over_ranks(self) -> bool:
+        """Whether a Gram matrix takes a sum over ranks, which no launch can make."""
+        return bool(self.shares) or self.peers is not None
 
     @property
     def has_moved(self) -> bool:

@@ -1,7 +1,8 @@
-"""Tensors that are spread over ranks: the part that this rank holds, and sums over those that hold the others.
+"""Models that are spread over ranks: what this rank holds of them, and sums over those that hold the rest.
 
 A DTensor, as FSDP2 and tensor parallelism make of parameters, gradients and optimizer state, is its local tensor to the
-kernels. What they do to elements needs no other rank; a Gram matrix is summed over the ranks that hold other parts.
+kernels. What they do to elements needs no other rank; a Gram matrix is summed over the ranks that hold other parts. Of
+plain tensors nobody can see that others hold more of the model (stages of a pipeline, experts): :class:`Peers` says it.
 """
 
 from __future__ import annotations
@@ -62,6 +63,31 @@ class Share:
         """The sum over all ranks that hold parts; in place. Ranks whose parts are empty take part too."""
         for group in self.groups:
             torch.distributed.all_reduce(matrix, group=group)
+        return matrix
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Ranks that hold other tensors of the same model, or other parts that are not DTensors.
+
+    Attributes:
+        group: their process group; Gram matrices are summed over it.
+        counted: for each tensor of a plan whether this rank counts it. Of a tensor that several of the ranks hold, one
+            has to.
+    """
+
+    group: Any
+    counted: Sequence[bool]
+
+    def without_uncounted(self, column: Sequence[Any]) -> Sequence[Any]:
+        """The entries of a gradient list that this rank counts, None in place of the others."""
+        if all(self.counted):
+            return column
+        return [entry if counted else None for entry, counted in zip(column, self.counted, strict=True)]
+
+    def sum(self, matrix: Tensor) -> Tensor:
+        """The sum over all ranks; in place."""
+        torch.distributed.all_reduce(matrix, group=self.group)
         return matrix
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from sam_kernels.host import gradients as gradients_of
 
@@ -46,6 +47,11 @@ class SharpnessAwareOptimizer(Updates):
             float32. Weights so coarse lose most of a perturbation and of a small update; with masters the model holds
             the roundings of w and of w + e. The masters take the place of the copies that a perturbation needs
             otherwise. For ``SGD``, ``Adam`` and ``AdamW``; part of ``state_dict()``.
+        process_group: of the ranks that hold other parameters of the same model, as plain tensors: the stages of a
+            pipeline, experts, parts that are not DTensors. Norms and products are then of all their parameters
+            together, and all of them have to make the same steps. DTensors and replicas need nothing.
+        counts_in_norm: for a parameter, whether this rank counts it in those sums; by default all are counted. Of a
+            parameter that several ranks of the group hold, one has to.
         **base_kwargs: of the base optimizer's class.
 
     Attributes:
@@ -84,10 +90,14 @@ class SharpnessAwareOptimizer(Updates):
         closure_runs: ClosureRuns = "second_pass",
         backend: str | None = None,
         master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
         if closure_runs not in ("second_pass", "every_pass"):
             raise InvalidSettingError(f"Invalid closure_runs: {closure_runs!r}; it is 'second_pass' or 'every_pass'")
+        if counts_in_norm is not None and process_group is None:
+            raise InvalidSettingError("counts_in_norm says nothing without a process_group")
         base = make_base(params, base_optimizer, base_kwargs)
         prepare()
         groups, state = base.param_groups, base.state
@@ -98,6 +108,8 @@ class SharpnessAwareOptimizer(Updates):
         self.closure_runs = closure_runs
         self.backend = backend
         self.master_weights = master_weights
+        self.process_group = process_group
+        self.counts_in_norm = counts_in_norm
         self._method_defaults = dict(method_defaults)
         self._reset_caches()
         update: BaseUpdate = self._container["update"]

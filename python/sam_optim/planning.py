@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sam_kernels import Plan, Snapshot
+from sam_kernels import Peers, Plan, Snapshot
 from sam_kernels.host import same_objects
 from sam_kernels.plan import Layout
 
@@ -26,6 +26,8 @@ class PlanCache:
         geometry_of: from a group to T of each of its parameters, see :class:`sam_kernels.Plan`.
         is_perturbed: whether a group takes part in the perturbation.
         has_masters: whether weights in bfloat16 and float16 have masters, see :class:`sam_kernels.Snapshot`.
+        process_group: of the ranks that hold other parameters of the same model.
+        is_counted: whether this rank counts a parameter in sums over them.
     """
 
     def __init__(
@@ -33,8 +35,11 @@ class PlanCache:
         geometry_of: Callable[[Group], Sequence[float | None]],
         is_perturbed: Callable[[Group], bool],
         has_masters: bool = False,
+        process_group: Any = None,
+        is_counted: Callable[[Tensor], bool] | None = None,
     ) -> None:
         self._geometry_of, self._is_perturbed = geometry_of, is_perturbed
+        self._process_group, self._is_counted = process_group, is_counted
         self.has_masters = has_masters
         self._waiting_masters: Sequence[Tensor | None] | None = None  # for a snapshot that is not made yet
         self._known_writes: list[tuple[int, int]] = []
@@ -64,6 +69,7 @@ class PlanCache:
             [number for number, group in enumerate(groups) for _ in group["params"]],
             list(chain.from_iterable(self._geometry_of(group) for group in groups)),
             list(chain.from_iterable(names_of(number, group) for number, group in enumerate(groups))),
+            self._peers_of(params),
         )
         if self.has_masters and self.plan.shares:
             raise InvalidSettingError(
@@ -78,13 +84,20 @@ class PlanCache:
             self._waiting_masters = [masters.get(id(p)) for p in params]
         return self.plan
 
+    def _peers_of(self, params: Sequence[Tensor]) -> Peers | None:
+        if self._process_group is None:
+            return None
+        is_counted = self._is_counted or (lambda param: True)
+        return Peers(self._process_group, [bool(is_counted(param)) for param in params])
+
     @property
     def without_geometry(self) -> Plan:
         """The plan with T = 1 everywhere."""
         if not self.plan.is_weighted:
             return self.plan
         if self._without_geometry is None:
-            self._without_geometry = Plan(self.plan.params, self.plan.groups, names=self.plan.names)
+            plan = self.plan
+            self._without_geometry = Plan(plan.params, plan.groups, names=plan.names, peers=plan.peers)
         return self._without_geometry
 
     @property
@@ -166,7 +179,7 @@ class PlanCache:
         own = self._points.get(name)
         if own is None or own.layouts != self.plan.layouts:
             plan = self.plan
-            own = Plan([layout.empty() for layout in plan.layouts], plan.groups, plan.geometry, plan.names)
+            own = Plan([layout.empty() for layout in plan.layouts], plan.groups, plan.geometry, plan.names, plan.peers)
             self._points[name] = own
         return own, Snapshot.of(own, self._unperturbed_weights())
 

@@ -125,14 +125,16 @@ class StabilityMonitor:
         Raises:
             StepOrderError: in the middle of a step.
             ValueError: if groups differ in lr or rho, for which there is no theory; or the gradient is not finite.
-            UnsupportedTensorError: for DTensors; measure on a model that is not sharded.
+            UnsupportedTensorError: for DTensors and with a process_group; measure on a whole model.
         """
         if isinstance(self.optimizer, SharpnessAwareOptimizer) and self.optimizer.is_step_begun:
             raise StepOrderError("measure() was called in the middle of a step, while the weights are perturbed")
         lr, rho = self._one_of("lr", None), self._one_of("rho", 0.0)
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        if any(is_distributed(p) for p in params):
-            raise UnsupportedTensorError("StabilityMonitor cannot measure DTensors; use a model that is not sharded")
+        if any(is_distributed(p) for p in params) or getattr(self.optimizer, "process_group", None) is not None:
+            raise UnsupportedTensorError(
+                "StabilityMonitor cannot measure a model that is spread over ranks; use one that is whole"
+            )
         random = RandomState({p.device for p in params})
         try:
             with torch.enable_grad(), frozen_batch_norm(self.model, self._statistics):

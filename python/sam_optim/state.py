@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -25,10 +25,14 @@ class GroupsAndState(Moves, Optimizer):
     Attributes:
         base_optimizer: the base.
         master_weights: whether weights in bfloat16 and float16 have float32 masters.
+        process_group: of the ranks that hold other parameters of the same model; None if there are none.
+        counts_in_norm: whether this rank counts a parameter in sums over them; None for all.
     """
 
     base_optimizer: Optimizer
     master_weights: bool
+    process_group: Any
+    counts_in_norm: Callable[[Tensor], bool] | None
     _method_defaults: dict[str, Any]
 
     @property
@@ -185,7 +189,13 @@ class GroupsAndState(Moves, Optimizer):
             "method state": {},
             "previous closure": None,
             "descent handler": None,
-            "plans": PlanCache(self.geometry_of, self.is_perturbed_group, self.master_weights),
+            "plans": PlanCache(
+                self.geometry_of,
+                self.is_perturbed_group,
+                self.master_weights,
+                self.process_group,
+                self.counts_in_norm,
+            ),
             "update": BaseUpdate(self.base_optimizer, self.master_weights),
         }
 

@@ -191,6 +191,8 @@ class TrainStep:
         obstacle = self.optimizer.obstacle_to_side_by_side()
         if obstacle is not None:
             raise InvalidSettingError(obstacle)
+        if self.optimizer.process_group is not None:
+            raise InvalidSettingError("passes cannot run side by side with a process_group; use passes='sequential'")
         if self.perturbation == "micro_batch" and self.micro_batches > 1:
             raise InvalidSettingError("micro-batches with a perturbation of their own run one after the other")
         return StreamLanes(self._one_cuda_device("passes='streams'"))
@@ -198,6 +200,8 @@ class TrainStep:
     def _make_captured(self) -> CapturedSteps:
         if hasattr(self.model, "no_sync") or any(is_distributed(p) for p in self._params()):
             raise InvalidSettingError(f"capture=True cannot be used with {type(self.model).__name__}")
+        if self.optimizer.process_group is not None:
+            raise InvalidSettingError("capture=True cannot be used with a process_group")
         if self.scaler is not None and self.scaler.is_enabled():
             raise InvalidSettingError("capture=True cannot be used with GradScaler; bfloat16 needs no scaling")
         if not self.optimizer.is_capturable:
@@ -458,7 +462,11 @@ class _Step:
             owner.scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         assert owner.max_grad_norm is not None
-        nn.utils.clip_grad_norm_(params, owner.max_grad_norm)
+        if optimizer.process_group is None:
+            nn.utils.clip_grad_norm_(params, owner.max_grad_norm)
+        else:
+            norm = optimizer.gram(gradients)[0, 0].sqrt()
+            nn.utils.clip_grads_with_norm_(params, owner.max_grad_norm, norm)
         return gradients
 
     def _put_into_grad(self, gradients: Gradients) -> None:

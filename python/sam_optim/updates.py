@@ -67,6 +67,8 @@ class Updates(GroupsAndState):
                 )
             if rule == _FIXED:
                 rule = _ones  # GradScaler has looked for infinities in p.grad alone
+        if self.process_group is not None:
+            self.refuse_grad_scaler("each rank of the process_group would look for infinities in its own part alone")
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
         run: BegunStep | None = self._container["run"]

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import programs
+from sam_kernels import Peers, Plan, UnsupportedTensorError
+from sam_optim import SAM, InvalidSettingError, SAMPa, StabilityMonitor, TrainStep
+
+from . import plain_parts, programs
 from .ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
@@ -50,3 +53,34 @@ def test_train_gpt_example(tmp_path):
     if not path.exists():
         pytest.skip("the examples are not here")
     on_ranks(2, programs.train_gpt_example, 2, str(path), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        plain_parts.pipeline_stages,
+        plain_parts.experts,
+        plain_parts.an_infinity_on_one_rank,
+        plain_parts.grad_scaler_is_refused,
+    ],
+)
+def test_parts_that_are_plain_tensors(program):
+    on_ranks(2, program, 2)
+
+
+def test_what_a_process_group_rules_out():
+    """Told before anything is computed."""
+    model, group = programs.make_model(), object()
+    for given in ({"counts_in_norm": bool}, {}):
+        with pytest.raises(InvalidSettingError, match="process_group"):
+            optimizer = SAMPa(
+                model.parameters(), torch.optim.SGD, lr=0.1, process_group=group if not given else None, **given
+            )
+            TrainStep(model, optimizer, programs.loss_of, passes="streams")
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, process_group=group)
+    with pytest.raises(InvalidSettingError, match="process_group"):
+        TrainStep(model, optimizer, programs.loss_of, capture=True)(programs.data(1)[0])
+    with pytest.raises(UnsupportedTensorError, match="spread over ranks"):
+        StabilityMonitor(model, optimizer, programs.loss_of).measure(programs.data(1)[0])
+    with pytest.raises(ValueError, match="counted"):
+        Plan([torch.ones(2)], peers=Peers(group, []))
