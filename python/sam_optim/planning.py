@@ -22,9 +22,9 @@ Group = dict[str, Any]
 class PlanCache:
     """Plan and snapshot of all parameters, and which of them stay unperturbed.
 
+    It does not know the optimizer: the two would hold each other, and their memory would wait for Python's collector.
+
     Args:
-        geometry_of: from a group to T of each of its parameters, see :class:`sam_kernels.Plan`.
-        is_perturbed: whether a group takes part in the perturbation.
         has_masters: whether weights in bfloat16 and float16 have masters, see :class:`sam_kernels.Snapshot`.
         process_group: of the ranks that hold other parameters of the same model.
         is_counted: whether this rank counts a parameter in sums over them.
@@ -32,13 +32,10 @@ class PlanCache:
 
     def __init__(
         self,
-        geometry_of: Callable[[Group], Sequence[float | None]],
-        is_perturbed: Callable[[Group], bool],
         has_masters: bool = False,
         process_group: Any = None,
         is_counted: Callable[[Tensor], bool] | None = None,
     ) -> None:
-        self._geometry_of, self._is_perturbed = geometry_of, is_perturbed
         self._process_group, self._is_counted = process_group, is_counted
         self.has_masters = has_masters
         self._waiting_masters: Sequence[Tensor | None] | None = None  # for a snapshot that is not made yet
@@ -51,8 +48,17 @@ class PlanCache:
         self._widened: Plan | None = None
         self.plan = Plan([])
 
-    def update(self, groups: list[Group]) -> Plan:
+    def update(
+        self,
+        groups: list[Group],
+        geometry_of: Callable[[Group], Sequence[float | None]],
+        is_perturbed: Callable[[Group], bool],
+    ) -> Plan:
         """The plan of all parameters of all groups, as they are now.
+
+        Args:
+            geometry_of: from a group to T of each of its parameters, see :class:`sam_kernels.Plan`.
+            is_perturbed: whether a group takes part in the perturbation.
 
         Raises:
             StepOrderError: if they have changed while copies of the weights are held.
@@ -67,7 +73,7 @@ class PlanCache:
         self.plan = Plan(
             params,
             [number for number, group in enumerate(groups) for _ in group["params"]],
-            list(chain.from_iterable(self._geometry_of(group) for group in groups)),
+            list(chain.from_iterable(geometry_of(group) for group in groups)),
             list(chain.from_iterable(names_of(number, group) for number, group in enumerate(groups))),
             self._peers_of(params),
         )
@@ -76,7 +82,7 @@ class PlanCache:
                 "master_weights is not for DTensors: fully_shard with MixedPrecisionPolicy(param_dtype=torch.bfloat16) "
                 "keeps the shards, which the optimizer works on, in float32 by itself"
             )
-        flags = [self._is_perturbed(group) for group in groups for _ in group["params"]]
+        flags = [is_perturbed(group) for group in groups for _ in group["params"]]
         self._unperturbed = [index for index, perturbed in enumerate(flags) if not perturbed]
         self._snapshot, self._key = None, key
         self._points, self._without_geometry, self._widened = {}, None, None

@@ -168,7 +168,7 @@ class GroupsAndState(Moves, Optimizer):
     def _params(self) -> list[Tensor]:
         """All parameters, group by group, as the kernels' plan of this moment holds them."""
         plans: PlanCache = self._container["plans"]
-        return plans.update(self.param_groups).params
+        return plans.update(self.param_groups, self.geometry_of, self.is_perturbed_group).params
 
     def _complete_group(self, group: dict[str, Any], defaults: dict[str, Any]) -> None:
         for key, value in defaults.items():
@@ -189,13 +189,7 @@ class GroupsAndState(Moves, Optimizer):
             "method state": {},
             "previous closure": None,
             "descent handler": None,
-            "plans": PlanCache(
-                self.geometry_of,
-                self.is_perturbed_group,
-                self.master_weights,
-                self.process_group,
-                self.counts_in_norm,
-            ),
+            "plans": PlanCache(self.master_weights, self.process_group, self.counts_in_norm),
             "update": BaseUpdate(self.base_optimizer, self.master_weights),
         }
 
