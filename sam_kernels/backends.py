@@ -8,19 +8,26 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, reference
+from . import cpu, foreach, reference
 from .cuda import backend as cuda
 from .device_backend import DeviceBackend
 from .errors import BackendUnavailableError
+from .plan import Plan
 from .triton import backend as triton
 
 # A backend is a module, or an object, with the operations of `reference`.
 Backend = ModuleType | DeviceBackend
 
 # In order of preference.
-_BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
-# Those that serve a type of device without being asked for by name.
-_AUTOMATIC = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_BACKENDS: dict[str, Backend] = {
+    "cuda": cuda,
+    "triton": triton,
+    "cpu": cpu,
+    "foreach": foreach,
+    "reference": reference,
+}
+# Those that serve a type of device without being asked for by name, before `foreach`, which serves all.
+_AUTOMATIC = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 ENVIRONMENT_VARIABLE = "SAM_KERNELS_BACKEND"
 
@@ -73,5 +80,11 @@ _chosen: dict[str, Backend] = {}
 
 
 def _first_for(device: torch.device) -> Backend:
-    names = _AUTOMATIC.get(device.type, ("reference",))  # which serves every device
+    names = (*_AUTOMATIC.get(device.type, ()), "foreach")
     return next(_BACKENDS[name] for name in names if _BACKENDS[name].unavailable_reason() is None)
+
+
+def has_updates(plan: Plan, wanted: str | None = None) -> bool:
+    """Whether updates by a base optimizer are worth making here: on all devices by kernels, or by the definition."""
+    devices = [part.device for part, _ in plan.parts] or [plan.device]
+    return all(backend_for(device, wanted) is not foreach for device in devices)

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from .bases import Base, TensorList
 from .errors import DeviceChangedError
-from .plan import REAL_DTYPE, Layout, Plan, Snapshot, check_supported
+from .plan import REAL_DTYPE, Layout, Plan, Snapshot
 
 # The codes of enum class DType in csrc/common/scalar_types.h.
 _DTYPE_CODES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
@@ -75,14 +75,9 @@ class Binder:
         table = self.table(plan)
         odd = table.bind(self.native.WEIGHT, plan.tensors)
         if odd:
-            for index in odd:
-                param, layout = plan.tensors[index], plan.layouts[index]
-                if param.dtype != layout.dtype or param.device != layout.device or param.shape != layout.shape:
-                    device = plan.device
-                    plan.refresh()
-                    if plan.device != device or plan.parts:
-                        raise DeviceChangedError
-                    return self.bind_params(plan, staging)
+            if not all(plan.layouts[index].is_of(plan.tensors[index]) for index in odd):
+                refreshed(plan)
+                return self.bind_params(plan, staging)
             self._bind_odd(table, self.native.WEIGHT, plan, plan.tensors, odd, staging, written=True)
         return table
 
@@ -125,13 +120,7 @@ class Binder:
                 plan.names[index] if column == self.native.WEIGHT else f"the gradient or state of {plan.names[index]}"
             )
             assert tensor is not None
-            check_supported(tensor, role)
-            if tensor.shape != layout.shape:
-                raise ValueError(f"{role} has shape {tuple(tensor.shape)}, expected {tuple(layout.shape)}")
-            if tensor.device != layout.device:
-                raise ValueError(f"{role} is on {tensor.device}, expected {layout.device}")
-            if tensor.is_complex() and not layout.dtype.is_complex:
-                raise ValueError(f"{role} is complex ({tensor.dtype}), expected {layout.dtype}")
+            layout.check(tensor, role)
             if layout.dtype.is_complex != tensor.is_complex() or not layout.matches(tensor):
                 tensor = staging.stand_in(tensor, layout, written)
             table.set(column, index, tensor.data_ptr(), dtype_code(tensor.dtype))
@@ -166,6 +155,40 @@ class Binder:
             staging.write_back()
         rows = table.written_rows()
         increment_version(plan.tensors if rows is None else [plan.tensors[i] for i in rows])
+
+
+def refreshed(plan: Plan) -> None:
+    """Inspects changed parameters anew.
+
+    Raises:
+        DeviceChangedError: if they are now on another device, which another backend may serve.
+    """
+    device = plan.device
+    plan.refresh()
+    if plan.device != device or plan.parts:
+        raise DeviceChangedError
+
+
+def check(
+    plan: Plan, xs: Sequence[TensorList] = (), base: Base | None = None, snapshot: Snapshot | None = None
+) -> None:
+    """What binding to a native table checks, for backends without one. Raises before anything is changed."""
+    if not all(layout.is_of(t) for layout, t in zip(plan.layouts, plan.tensors, strict=True)):
+        refreshed(plan)
+    columns = [*xs, *(() if base is None else base.columns)]
+    for column in columns:
+        for index, entry in enumerate(column):
+            if entry is not None:
+                plan.layouts[index].check(entry, f"the gradient or state of {plan.names[index]}")
+    for index, step in enumerate(() if base is None else base.steps):
+        if step is not None and (step.numel() != 1 or step.dtype not in (torch.float32, torch.float64)):
+            raise ValueError(f"step of {plan.names[index]} must be one float32 or float64 element, got {step!r}")
+    if snapshot is None:
+        return
+    snapshot.fit(plan)
+    for copy, layout, flag in zip(snapshot.tensors, plan.layouts, snapshot.taken, strict=True):
+        if copy.dtype != layout.dtype and not flag:
+            raise ValueError("a snapshot's tensor is of another type than its weight, and no master")
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -55,7 +55,7 @@ def gram(xs: Sequence[TensorList], params: Params | None = None, *, backend: str
         params: the weights, for their geometry; without them T = 1.
 
     Returns:
-        Float64 tensor of shape (k, k) on the tensors' device.
+        Float64 tensor of shape (k, k) on the tensors' device; on the CPU where no kernels serve that.
     """
     if params is None:
         _check_lists(xs, len(xs[0]) if len(xs) > 0 else 0)

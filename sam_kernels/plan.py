@@ -86,6 +86,25 @@ class Layout(NamedTuple):
         pairs = zip(tensor.stride(), self.strides, self.shape, strict=True)
         return self.numel == 0 or all(own == wanted for own, wanted, size in pairs if size != 1)
 
+    def check(self, tensor: Tensor, role: str) -> None:
+        """Raises unless ``tensor`` can be a gradient or state of the parameter.
+
+        Raises:
+            UnsupportedTensorError: if no kernel can read it.
+            ValueError: if its shape, device or kind of numbers is another.
+        """
+        check_supported(tensor, role)
+        if tensor.shape != self.shape:
+            raise ValueError(f"{role} has shape {tuple(tensor.shape)}, expected {tuple(self.shape)}")
+        if tensor.device != self.device:
+            raise ValueError(f"{role} is on {tensor.device}, expected {self.device}")
+        if tensor.is_complex() and not self.dtype.is_complex:
+            raise ValueError(f"{role} is complex ({tensor.dtype}), expected {self.dtype}")
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is of this type, shape and device; its order in memory may be another."""
+        return tensor.dtype == self.dtype and tensor.device == self.device and tensor.shape == self.shape
+
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
         """A new tensor that matches."""
         return torch.empty_strided(self.shape, self.strides, dtype=dtype or self.dtype, device=self.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
+from .binding import check
 from .host import inverse_of, is_set
 from .plan import TAKEN, Plan, Snapshot
 from .report import LaunchReport
@@ -48,13 +49,14 @@ def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapsho
     T is that of the weights themselves: of their copy, where the snapshot holds one. The matrix lies on the tensors'
     device, or on the CPU if that device has no float64.
     """
+    check(plan, xs, snapshot=snapshot)
     if not has_float64(plan.device.type):
         return _gram_without_float64(plan, xs, weighted, snapshot)
     count = len(xs)
     result = torch.zeros(count, count, dtype=torch.float64, device=plan.device)
     for index in range(len(plan)):
         eta = plan.geometry[index] if weighted else None
-        scale = 1.0 if eta is None else _real(_unperturbed(plan, index, snapshot)).double().abs() + eta
+        scale = 1.0 if eta is None else _real(unperturbed(plan, index, snapshot)).double().abs() + eta
         columns = [None if x[index] is None else _real(x[index]).double() * scale for x in xs]
         for i, a in enumerate(columns):
             for j, b in enumerate(columns):
@@ -72,6 +74,7 @@ def perturb_(
     Where a copy is held already, w is that copy; tensors with a copy but without an entry are restored. A master is a
     copy that is always held, and is rounded to the tensor at the end.
     """
+    check(plan, xs, snapshot=snapshot)
     active = [i for i in range(len(plan)) if any(x[i] is not None for x in xs)]
     if snapshot is not None:
         restore_(plan, snapshot)
@@ -85,7 +88,7 @@ def perturb_(
         direction = _combination(plan, xs, i, coefficients, scale)
         if direction is None:
             continue
-        wide = _widened(_real(_unperturbed(plan, i, snapshot)))
+        wide = widened(_real(unperturbed(plan, i, snapshot)))
         eta = plan.geometry[i]
         if eta is not None:
             operator = wide.abs() + eta
@@ -96,6 +99,7 @@ def perturb_(
 @torch.no_grad()
 def restore_(plan: Plan, snapshot: Snapshot) -> None:
     """w <- snapshot where one is held, masters rounded. The flags stay; the caller clears them."""
+    check(plan, snapshot=snapshot)
     for i, param in enumerate(plan.tensors):
         if snapshot.taken[i]:
             param.copy_(snapshot.tensors[i])
@@ -104,6 +108,7 @@ def restore_(plan: Plan, snapshot: Snapshot) -> None:
 @torch.no_grad()
 def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
     """out <- sum_i c_i x_i; zero where no list has an entry."""
+    check(plan, xs)
     for i, out in enumerate(plan.tensors):
         total = _combination(plan, xs, i, coefficients, scale)
         if total is None:
@@ -117,7 +122,7 @@ def ascent_(
     plan: Plan, xs: Sequence[TensorList], rule: Rule, scale: FlatScale, snapshot: Snapshot | None
 ) -> LaunchReport:
     """Gram -> rule -> perturb with snapshot. A Gram matrix that is not finite leaves the weights themselves."""
-    report = _apply(rule, gram(plan, xs, True, snapshot))
+    report = applied(rule, gram(plan, xs, True, snapshot))
     if report.finite:
         perturb_(plan, xs, report.coefficients, scale, snapshot)
     elif snapshot is not None:
@@ -144,11 +149,12 @@ def descent_(
     Masters are updated, and rounded to the weights. A preview writes only weights of which a copy is held; copies,
     masters and state stay as they are. ``coefficients`` multiply the scales.
     """
+    check(plan, xs, base, snapshot)
     skip_update = is_set(found_inf)
     if coefficients is not None:
         scale = times(scale, coefficients)
     if rule.needs_gram and not skip_update:
-        report = _apply(rule, gram(plan, xs, weighted, snapshot))
+        report = applied(rule, gram(plan, xs, weighted, snapshot))
     else:
         empty = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device="cpu")
         report = LaunchReport(True, empty, Fixed()(empty))
@@ -166,7 +172,7 @@ def descent_(
             if snapshot is not None and snapshot.tensors[i].dtype != plan.tensors[i].dtype:
                 updated = snapshot.tensors[i].clone() if preview else snapshot.tensors[i]
             if gradient is None:
-                gradient = torch.zeros_like(_widened(weight))
+                gradient = torch.zeros_like(widened(weight))
             if isinstance(base, SGD):
                 _sgd(base, i, base.settings[plan.groups[i]], updated, gradient)
             else:
@@ -189,9 +195,14 @@ def two_points_(
     A Gram matrix that is not finite makes both of them the copies.
     """
     report = ascent_(ascended, [x], rule, scale, snapshot)
-    one = [1.0] * plan.group_count
-    descent_(plan, [x], base, snapshot, Fixed(), one, found_inf=not report.finite, preview=True)
+    step_ahead_(plan, x, base, snapshot, not report.finite)
     return report
+
+
+def step_ahead_(plan: Plan, x: TensorList, base: Base, snapshot: Snapshot, skips: bool) -> None:
+    """weights <- base(w, x), with w the snapshot's copies; the copies themselves if it skips."""
+    one = [1.0] * plan.group_count
+    descent_(plan, [x], base, snapshot, Fixed(), one, found_inf=skips, preview=True)
 
 
 @cache
@@ -212,7 +223,7 @@ def _gram_without_float64(plan: Plan, xs: Sequence[TensorList], weighted: bool, 
     factors: list[Tensor] = []  # of each product: the largest element of either tensor, and the sum of the rest
     for index in range(len(plan)):
         eta = plan.geometry[index] if weighted else None
-        scale = 1.0 if eta is None else _real(_unperturbed(plan, index, snapshot)).float().abs() + eta
+        scale = 1.0 if eta is None else _real(unperturbed(plan, index, snapshot)).float().abs() + eta
         scaled = []
         for number, x in enumerate(xs):
             if x[index] is not None and x[index].numel() > 0:  # type: ignore[union-attr]
@@ -231,11 +242,13 @@ def _gram_without_float64(plan: Plan, xs: Sequence[TensorList], weighted: bool, 
     return result
 
 
-def _unperturbed(plan: Plan, index: int, snapshot: Snapshot | None) -> Tensor:
+def unperturbed(plan: Plan, index: int, snapshot: Snapshot | None) -> Tensor:
+    """The weight itself: its copy, where one is held."""
     return plan.tensors[index] if snapshot is None or not snapshot.taken[index] else snapshot.tensors[index]
 
 
-def _apply(rule: Rule, matrix: Tensor) -> LaunchReport:
+def applied(rule: Rule, matrix: Tensor) -> LaunchReport:
+    """What a rule makes of a Gram matrix; zeros if that is not finite."""
     finite = bool(matrix.isfinite().all())
     return LaunchReport(finite, matrix, rule(matrix) if finite else torch.zeros_like(matrix[0]))
 
@@ -247,7 +260,7 @@ def _real(tensor: Tensor | None) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
     """In the type of the arithmetic."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -274,14 +287,14 @@ def _combination(
 
 
 def _sgd(base: SGD, index: int, s: SGDSettings, weight: Tensor, gradient: Tensor) -> None:
-    wide = _widened(weight)
+    wide = widened(weight)
     direction = (-gradient if s.maximize else gradient) + s.weight_decay * wide
     if s.momentum != 0.0:
         momentum_buffer = _real(base.momentum_buffer[index])
         if base.first[index]:
             buffer = direction
         else:
-            buffer = s.momentum * _widened(momentum_buffer) + (1.0 - s.dampening) * direction
+            buffer = s.momentum * widened(momentum_buffer) + (1.0 - s.dampening) * direction
         momentum_buffer.copy_(buffer)
         direction = direction + s.momentum * buffer if s.nesterov else buffer
     lr = float(s.lr)
@@ -290,7 +303,7 @@ def _sgd(base: SGD, index: int, s: SGDSettings, weight: Tensor, gradient: Tensor
 
 
 def _adam(base: Adam, index: int, s: AdamSettings, weight: Tensor, gradient: Tensor) -> None:
-    wide = _widened(weight)
+    wide = widened(weight)
     step_tensor = base.step[index]
     assert step_tensor is not None
     step_tensor += 1
@@ -299,13 +312,13 @@ def _adam(base: Adam, index: int, s: AdamSettings, weight: Tensor, gradient: Ten
     if not s.decoupled:
         gradient = gradient + s.weight_decay * wide
     moments = [_real(column[index]) for column in base.columns[: 3 if s.amsgrad else 2]]
-    exp_avg, exp_avg_sq = _widened(moments[0]), _widened(moments[1])
+    exp_avg, exp_avg_sq = widened(moments[0]), widened(moments[1])
     exp_avg = exp_avg + (1.0 - s.beta1) * (gradient - exp_avg)
     exp_avg_sq = exp_avg_sq * s.beta2 + (1.0 - s.beta2) * gradient * gradient
     moments[0].copy_(exp_avg)
     moments[1].copy_(exp_avg_sq)
     if s.amsgrad:
-        exp_avg_sq = torch.maximum(_widened(moments[2]), exp_avg_sq)
+        exp_avg_sq = torch.maximum(widened(moments[2]), exp_avg_sq)
         moments[2].copy_(exp_avg_sq)
     denominator = exp_avg_sq.sqrt() / (1.0 - s.beta2**step) ** 0.5 + s.eps
     lr = float(s.lr)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sam_kernels.cuda
+import sam_kernels.foreach
 import sam_kernels.triton
 from sam_kernels.backends import _BACKENDS
 from sam_kernels.cuda import backend as cuda_backend
@@ -62,6 +63,8 @@ def target_named(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.
     on_cpu = torch.device("cpu")
     if name == "cpu":
         return Target(sam_kernels.cpu, on_cpu, CPU_SIZES)
+    if name == "foreach":
+        return Target(sam_kernels.foreach, on_cpu, TRITON_SIZES)
     if name == "cuda shim":
         return Target(request.getfixturevalue("shim"), on_cpu, CUDA_SIZES)
     if name == "triton interpreter":
@@ -72,18 +75,18 @@ def target_named(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.
     return Target(backend, gpu, CUDA_SIZES)
 
 
-TARGETS = ["cpu", "cuda shim", "triton interpreter", *ON_GPU]
+TARGETS = ["cpu", "cuda shim", "triton interpreter", *ON_GPU, "foreach"]
 
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """Every native backend: as it is, by a stand-in where there is no GPU for it, and on a GPU where there is one."""
+    """Every backend but the definition: as it is, by a stand-in without a GPU, and on a GPU where there is one."""
     return target_named(request.param, request, monkeypatch)
 
 
-@pytest.fixture(params=TARGETS[1:])
+@pytest.fixture(params=TARGETS[1:-1])
 def gpu_target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
-    """The same without the backend that is for the CPU."""
+    """The same without the backends that are for the CPU and for any device."""
     return target_named(request.param, request, monkeypatch)
 
 

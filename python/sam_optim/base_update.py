@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 import sam_kernels
 from sam_kernels import SGD, Adam, AdamSettings, LaunchReport, Plan, SGDSettings, Snapshot
+from sam_kernels.backends import has_updates
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import inverse_of, is_set, lookup, missing, pick, same_objects
 from sam_kernels.plan import wide_dtype
@@ -95,7 +96,8 @@ class BaseUpdate:
             by_base_itself: never fuse, unless there are masters.
         """
         self.check_masters()
-        if self.has_masters or (not by_base_itself and FusedState.supports(self.base_optimizer)):
+        fuses = not by_base_itself and has_updates(descent.plan, descent.backend)
+        if self.has_masters or (fuses and FusedState.supports(self.base_optimizer)):
             return self._fused(descent)
         return self._by_base(descent)
 

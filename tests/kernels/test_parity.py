@@ -31,7 +31,12 @@ def test_gram(target, dtypes, lists, adaptive):
         for own, name in ((problem.to(target.device), target.name), (problem, "reference"))
     ]
     assert matrices[0].shape == (lists, lists)
-    torch.testing.assert_close(*matrices, rtol=1e-11, atol=1e-9)
+    torch.testing.assert_close(*matrices, **of_gram(target, adaptive))
+
+
+def of_gram(target, adaptive):
+    """Sums are those of float64 numbers everywhere, but `foreach` rounds T x to the weights' type before."""
+    return {"rtol": 1e-6, "atol": 1e-3} if adaptive and target.name == "foreach" else {"rtol": 1e-11, "atol": 1e-9}
 
 
 def ascend(problem, backend, lists):
@@ -266,7 +271,7 @@ def test_gram_of_an_own_rule_ignores_the_perturbation(target):
         sk.perturb_(plan, problem.xs, [5.0], snapshot=snapshot, backend=backend)
         rule = lambda gram: gram.diagonal().rsqrt()  # noqa: E731
         report = sk.ascent_(plan, problem.xs, rule=rule, scale=0.1, snapshot=snapshot, backend=backend)
-        problem.steps[:1] = [report.gram.clone()]
+        problem.steps[:1] = [report.gram.to(torch.float32 if target.name == "foreach" else torch.float64)]
 
     agree(target, Problem.random([600, 9, 300], adaptive=True), run)
 

@@ -115,7 +115,7 @@ def test_status_of_backends():
 def test_choice_of_backend(monkeypatch):
     cpu = torch.device("cpu")
     assert backend_for(cpu).name == "cpu"
-    assert backend_for(torch.device("meta")).name == "reference"
+    assert backend_for(torch.device("meta")).name == "foreach"
     monkeypatch.setenv("SAM_KERNELS_BACKEND", "reference")
     assert backend_for(cpu).name == "reference"
     assert backend_for(cpu, "cpu").name == "cpu"
@@ -132,6 +132,7 @@ sys.modules["sam_kernels._cpu"] = None  # importing it raises ImportError
 import torch, sam_kernels, sam_optim
 status = sam_kernels.backends()
 assert not status["cpu"].available and "reinstall" in status["cpu"].detail
+assert sam_kernels.backends()["foreach"].available
 weight = torch.nn.Parameter(torch.tensor([3.0, 1.0], dtype=torch.float64))
 optimizer = sam_optim.SAM([weight], torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
 for move in (optimizer.first_step, optimizer.second_step):

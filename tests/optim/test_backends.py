@@ -1,14 +1,18 @@
-"""The optimizers on the CUDA kernels: the same steps as on the reference, from Python objects to fibers or a GPU."""
+"""The optimizers on other backends than the CPU's: the same steps as on the reference, by fibers, a GPU, or torch."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sam_optim import AgnosticSAM, SAMPa, TrainStep
+from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
+from sam_optim.per_tensor import PerTensorSAM
 
+from ..little_device import little_device, moved
 from .cases import BASES, METHODS, Method, batches, loss_of, make_net, weights_of
 
 ALL_METHODS = [
@@ -88,3 +92,41 @@ def test_checkpoints_move_between_devices(gpu_target, base):
         step(on(gpu_target.device, batch))
     for a, b in zip(weights_of(model), wanted, strict=False):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-12)
+
+
+class CountedCalls(TorchDispatchMode):
+    """Calls of torch's functions that compute something; a function on lists counts once for each tensor."""
+
+    FREE = ("detach", "alias", "view", "unbind", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name.startswith("_foreach"):
+            self.count += len(args[0])
+        elif name not in self.FREE:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("base", [BASES[1], BASES[8]], ids=str)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_without_kernels_a_step_takes_fewer_calls_than_the_common_sam(adaptive, base):
+    """Where each call is a launch, as on Apple's GPUs."""
+    counts = []
+    for method in (PerTensorSAM, SAM):
+        with little_device():
+            params = [torch.nn.Parameter(moved(torch.randn(10))) for _ in range(100)]
+            optimizer = method(params, base.cls, rho=0.1, adaptive=adaptive, **base.settings)
+            for counted in (nullcontext(), CountedCalls()):
+                for p in params:
+                    p.grad = moved(torch.randn(10))
+                with counted:
+                    optimizer.first_step()
+                    optimizer.second_step()
+        counts.append(counted.count / len(params))
+    common, ours = counts
+    assert ours < common, (ours, common)

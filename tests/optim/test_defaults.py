@@ -80,11 +80,12 @@ def test_methods(method, base, within):
 
 
 @pytest.mark.parametrize("within", [default_device, default_dtype])
-@pytest.mark.parametrize("backend", ["reference", "cuda-shim", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "cuda-shim", "triton"])
 @pytest.mark.parametrize("method", [METHODS[0], VARIANTS[0], Method(SAMPa, {"rho": 0.1})], ids=str)
 def test_backends(request, backend, method, within):
-    if backend != "reference":
-        request.getfixturevalue({"cuda-shim": "shim", "triton": "interpreter"}[backend])
+    stand_ins = {"cuda-shim": "shim", "triton": "interpreter"}
+    if backend in stand_ins:
+        request.getfixturevalue(stand_ins[backend])
     base = BASES[8]
     assert_same(train(within, method, base, backend=backend), train(as_it_is, method, base, backend=backend))
 

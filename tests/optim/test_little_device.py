@@ -1,4 +1,4 @@
-"""On devices without float64, such as Apple's GPUs, everything works on the reference backend."""
+"""On devices without float64, such as Apple's GPUs, everything works on the backends that are plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .test_variants import METHODS as VARIANTS
 ALL = [*METHODS, *VARIANTS, *FAMILY, *COMBINED[7:], Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5})]
 
 
-def train(method, base, on_device):
+def train(method, base, on_device, backend):
     model = make_net(torch.float32)
     data = list(zip(batches(4, torch.float32), batches(4, torch.float32, size=5), strict=True))
     if on_device:
         model = moved_module(model)
         data = [tuple(tuple(moved(t) for t in batch) for batch in pair) for pair in data]
-    optimizer = method.make(model, base, backend="reference")
+    optimizer = method.make(model, base, backend=backend)
     step = TrainStep(model, optimizer, loss_of, max_grad_norm=0.5)
     for number, (batch, other) in enumerate(data):
         if number == 2:
@@ -37,23 +37,25 @@ def train(method, base, on_device):
     return [brought_back(p) for p in model.parameters()]
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
 @pytest.mark.parametrize("method", ALL, ids=str)
-def test_methods(method, base):
+def test_methods(method, base, backend):
     with little_device():
-        found = train(method, base, on_device=True)
-    for a, b in zip(found, train(method, base, on_device=False), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        found = train(method, base, True, backend)
+    for a, b in zip(found, train(method, base, False, "reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_master_weights():
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_master_weights(backend):
     def train_bfloat16(on_device):
         model = make_net(torch.bfloat16)
         data = batches(3, torch.bfloat16)
         if on_device:
             model = moved_module(model)
             data = [tuple(moved(t) for t in batch) for batch in data]
-        optimizer = METHODS[0].make(model, BASES[1], backend="reference", master_weights=True)
+        optimizer = METHODS[0].make(model, BASES[1], backend=backend, master_weights=True)
         step = TrainStep(model, optimizer, loss_of)
         for batch in data:
             step(batch)
@@ -101,9 +103,9 @@ def test_the_generator_of_any_accelerator_is_kept(monkeypatch):
     assert generator.state == 3
 
 
-def gram_of(xs, params, adaptive):
+def gram_of(xs, params, adaptive, backend=None):
     plan = sk.Plan(params, geometry=[0.01 if adaptive else None] * len(params))
-    matrix = sk.gram(xs, plan, backend="reference")
+    matrix = sk.gram(xs, plan, backend=backend)
     assert matrix.device.type == "cpu" and matrix.dtype == torch.float64
     return matrix
 
@@ -111,16 +113,17 @@ def gram_of(xs, params, adaptive):
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-def test_gram(dtype, adaptive, magnitude):
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gram(backend, dtype, adaptive, magnitude):
     shapes = [(3, 5), (0,), (), (70,), (2, 0)]
     params = [torch.randn(shape, dtype=dtype) for shape in shapes]
     xs = [[torch.randn(shape, dtype=dtype) * magnitude for shape in shapes] for _ in range(3)]
     xs[1][0] = None
     xs[2][3] = torch.zeros(70, dtype=dtype)
-    wanted = gram_of(xs, params, adaptive)
+    wanted = gram_of(xs, params, adaptive, "reference")
     with little_device():
         found = gram_of(
-            [[None if t is None else moved(t) for t in x] for x in xs], [moved(p) for p in params], adaptive
+            [[None if t is None else moved(t) for t in x] for x in xs], [moved(p) for p in params], adaptive, backend
         )
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted.diagonal().min()))
     assert torch.equal(found, found.T)
