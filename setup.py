@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.errors import BaseError, CCompilerError
 
 sys.path.insert(0, "csrc")
 import build_cuda
@@ -86,12 +87,22 @@ def cuda_extensions() -> list[Pybind11Extension]:
 
 class BuildExtensions(build_ext):
     def build_extension(self, ext: Pybind11Extension) -> None:
-        if isinstance(ext, CudaExtension):
-            ext.extra_objects = build_cuda.compile_kernels(ext.toolkit, ext.archs, Path("build")).objects
-        super().build_extension(ext)
+        try:
+            if isinstance(ext, CudaExtension):
+                ext.extra_objects = build_cuda.compile_kernels(ext.toolkit, ext.archs, Path("build")).objects
+            super().build_extension(ext)
+        except (BaseError, CCompilerError) as error:
+            raise SystemExit(
+                f"sam-kernels: {ext.name} could not be built: {error}\n"
+                "It needs GCC or Clang. With SAM_KERNELS_NO_EXTENSIONS=1 in the environment the package is installed "
+                "without the C++ and the CUDA kernels; Triton's remain on GPUs, and elsewhere PyTorch's own functions."
+            ) from error
 
 
 # Sources compile side by side.
 ParallelCompile("SAM_KERNELS_BUILD_JOBS", default=os.cpu_count() or 1).install()
 
-setup(ext_modules=[cpu_extension(), *cuda_extensions()], cmdclass={"build_ext": BuildExtensions})
+if os.environ.get("SAM_KERNELS_NO_EXTENSIONS") == "1":
+    setup()
+else:
+    setup(ext_modules=[cpu_extension(), *cuda_extensions()], cmdclass={"build_ext": BuildExtensions})

@@ -86,5 +86,7 @@ def _first_for(device: torch.device) -> Backend:
 
 def has_updates(plan: Plan, wanted: str | None = None) -> bool:
     """Whether updates by a base optimizer are worth making here: on all devices by kernels, or by the definition."""
+    if plan.tables:  # of a native backend
+        return True
     devices = [part.device for part, _ in plan.parts] or [plan.device]
     return all(backend_for(device, wanted) is not foreach for device in devices)
