@@ -9,7 +9,8 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -100,8 +101,7 @@ class SharpnessAwareOptimizer(Updates):
             raise InvalidSettingError("counts_in_norm says nothing without a process_group")
         base = make_base(params, base_optimizer, base_kwargs)
         prepare()
-        groups, state = base.param_groups, base.state
-        for group in groups:
+        for group in base.param_groups:
             self._complete_group(group, method_defaults)
 
         self.base_optimizer = base
@@ -115,9 +115,11 @@ class SharpnessAwareOptimizer(Updates):
         update: BaseUpdate = self._container["update"]
         update.check_masters()
         update.widen_state()
-        # torch's constructor sets up hooks and profiling, and empties groups and state, which are the base's own.
+        # torch's constructor sets up hooks and profiling. It also empties groups and state, which are the base's own,
+        # and adds a group, which makes some bases share their parameters out anew.
+        self.base_optimizer = cast(Any, SimpleNamespace(defaults={}, add_param_group=lambda group: None))
         super().__init__([{"params": []}], {})
-        base.param_groups, base.state = groups, state
+        self.base_optimizer = base
 
     # ------------------------------------------------------------------ the method
 

@@ -92,13 +92,25 @@ class GroupsAndState(Moves, Optimizer):
         """
         if not self._is_step_as_if_not_begun():
             self._refuse_mid_step("state_dict() was called")
-        state_dict = super().state_dict()
+        state_dict = self._state_dict_of_base()
         method_state = {name: list(v) for name, v in self._container["method state"].items()}
         masters = self._masters()
         if masters is not None:
             method_state[_MASTERS] = masters
         if method_state:
             state_dict["method_state"] = method_state
+        return state_dict
+
+    def _state_dict_of_base(self) -> dict[str, Any]:
+        """In the form that the base gives its own, with this optimizer's hooks."""
+        if type(self.base_optimizer).state_dict is Optimizer.state_dict:
+            return super().state_dict()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = dict(self.base_optimizer.state_dict())
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         return state_dict
 
     def _masters(self) -> list[Tensor | None] | None:
@@ -123,21 +135,24 @@ class GroupsAndState(Moves, Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        own_keys = [*self._method_defaults, "initial_rho"]
-        # A different number of groups is left to torch to complain of.
-        pairs = zip(state_dict["param_groups"], self.param_groups, strict=False)
-        merged = [{**{k: own[k] for k in own_keys if k in own}, **saved} for saved, own in pairs]
-        merged += state_dict["param_groups"][len(merged) :]
-        self.base_optimizer.load_state_dict({**state_dict, "param_groups": merged})
+        method_state = dict(state_dict.pop("method_state", {}))
+        saved_groups: list[dict[str, Any]] = state_dict.get("param_groups", [])  # a base may have a form of its own
+        if saved_groups:
+            own_keys = [*self._method_defaults, "initial_rho"]
+            # A different number of groups is left to torch to complain of.
+            pairs = zip(saved_groups, self.param_groups, strict=False)
+            merged = [{**{k: own[k] for k in own_keys if k in own}, **saved} for saved, own in pairs]
+            merged += saved_groups[len(merged) :]
+            state_dict["param_groups"] = merged
+        self.base_optimizer.load_state_dict(state_dict)
         params = self._params()
-        method_state = dict(state_dict.get("method_state", {}))
         plans: PlanCache = self._container["plans"]
         plans.masters = method_state.pop(_MASTERS, None)
         update: BaseUpdate = self._container["update"]
-        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        update.widen_state(
-            {p: state_dict["state"][k] for k, p in zip(keys, params, strict=True) if k in state_dict["state"]}
-        )
+        if self.master_weights:
+            keys = chain.from_iterable(group["params"] for group in saved_groups)
+            saved = state_dict["state"]
+            update.widen_state({p: saved[k] for k, p in zip(keys, params, strict=True) if k in saved})
         self._container["method state"] = {
             name: [
                 None if v is None else v.to(device=p.device, dtype=self._state_dtype(p), copy=True)

@@ -334,6 +334,37 @@ def gradients_in_buckets(rank: int, ranks: int) -> None:
         assert_close(model, wanted)
 
 
+def zero_redundancy(rank: int, ranks: int) -> None:
+    """ZeroRedundancyOptimizer as the base: each rank updates its share of the weights, all perturb all of them."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch.jit
+
+    for cls, base in ((SAM, SGD), (SAM, ADAMW), (GSAM, SGD), (SAM, UNFUSED)):
+        model, wanted = make_model(), make_model()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        zero = ZeroRedundancyOptimizer(wrapped.parameters(), base.cls, **base.settings)
+        optimizer = cls(wrapped.parameters(), zero, rho=0.1)
+        schedulers = []
+        for own, place, opt in (
+            (wrapped, (rank, ranks), optimizer),
+            (wanted, (0, 1), Method(cls, {"rho": 0.1}).make(wanted, base)),
+        ):
+            schedulers.append(torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5))
+            for _ in range(2):  # a learning rate of the optimizer's reaches the shares
+                train(TrainStep(own, opt, loss_of), *place)
+                schedulers[-1].step()
+        assert_close(model, wanted)
+        # Its state is gathered on one rank before it is saved, and each rank takes its share of it when it loads.
+        zero.consolidate_state_dict(to=0)
+        saved = [copy.deepcopy(optimizer.state_dict()) if rank == 0 else None]
+        torch.distributed.broadcast_object_list(saved)
+        again = copy.deepcopy(model)
+        resumed = cls(again.parameters(), ZeroRedundancyOptimizer(again.parameters(), base.cls, lr=1.0), rho=0.5)
+        resumed.load_state_dict(saved[0])
+        train(TrainStep(wrapped, optimizer, loss_of), rank, ranks)
+        train(TrainStep(nn.parallel.DistributedDataParallel(again), resumed, loss_of), rank, ranks)
+        assert_close(again, model, rtol=0.0, atol=0.0)
+
+
 def grad_scaler(rank: int, ranks: int) -> None:
     """An overflow that one rank alone sees, in either gradient: no rank perturbs or updates, and all scales fall."""
     mesh = init_device_mesh("cpu", (ranks,))

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
         programs.checkpoints,
         programs.data_parallel,
         programs.gradients_in_buckets,
+        programs.zero_redundancy,
         programs.grad_scaler,
     ],
 )

@@ -11,6 +11,7 @@ from torch import nn
 
 from sam_optim import (
     SAM,
+    FriendlySAM,
     StepOrderError,
     disable_running_stats,
     enable_running_stats,
@@ -469,3 +470,63 @@ def test_scaled_gradients_give_the_same_perturbation():
         results.append(weights_of(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+class KeepsMore(torch.optim.SGD):
+    """A base with something to keep that is not in its state, as wrappers of optimizers have."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.steps = 0
+        self.groups_added = 0
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        self.groups_added = getattr(self, "groups_added", 0) + 1
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+    def state_dict(self):
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.steps = state_dict["steps"]
+
+
+class OwnForm(KeepsMore):
+    """And whose state dict has another form than torch's."""
+
+    def state_dict(self):
+        return {"inner": super().state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict["inner"])
+
+
+@pytest.mark.parametrize("base", [KeepsMore, OwnForm])
+@pytest.mark.parametrize("method", [SAM, FriendlySAM])
+def test_bases_with_a_state_dict_of_their_own(method, base):
+    def make():
+        model = make_net()
+        return model, method(model.parameters(), base, rho=0.1, lr=0.05, momentum=0.9)
+
+    model, optimizer = make()
+    assert optimizer.base_optimizer.groups_added == 0  # none but those that it was made with
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda own: seen.append(own))
+    optimizer.register_state_dict_post_hook(lambda own, state_dict: {**state_dict, "mine": 1})
+    for number, batch in enumerate(batches(6)):
+        if number == 3:
+            saved = copy.deepcopy(optimizer.state_dict())
+            assert saved["mine"] == 1 and seen == [optimizer]
+            other, resumed = make()
+            other.load_state_dict(model.state_dict())
+            resumed.load_state_dict(saved)
+            assert resumed.base_optimizer.steps == optimizer.base_optimizer.steps == 3
+        step_by_hand(optimizer, model, batch)
+        if number >= 3:
+            step_by_hand(resumed, other, batch)
+    assert_same(weights_of(other), weights_of(model))
