@@ -3,43 +3,72 @@
 While statistics are frozen, a module works on throw-away copies of its buffers; nothing is ever written to the real
 ones. So normalisation itself is unchanged, any way of updating is covered (momentum, cumulative average, counters), and
 the helpers can be nested and called twice.
+
+Spectral normalisation keeps the vectors of a power iteration in the same way, but forward passes use them, too. So its
+copies begin where the unperturbed pass on the same batch began, as its dropout does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParametrization
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.hooks import RemovableHandle
 
 from .optimizer import SharpnessAwareOptimizer
+from .passes import TRAIN
 
 # From a module to the names of its buffers that a forward pass in training mode updates.
 StatisticsRule = Callable[[nn.Module], Iterable[str]]
 
 
 def running_statistics(module: nn.Module) -> Iterable[str]:
-    """The default rule: buffers with the names that torch's BatchNorm, InstanceNorm and SyncBatchNorm use.
+    """The default rule: the names that torch's BatchNorm, InstanceNorm and SyncBatchNorm use, and spectral_norm's.
 
     User-made classes that use these names are covered; for others pass a rule of your own.
     """
-    return ("running_mean", "running_var", "num_batches_tracked")
+    return ("running_mean", "running_var", "num_batches_tracked", *power_iteration(module))
+
+
+def power_iteration(module: nn.Module) -> Iterable[str]:
+    """The buffers of torch's spectral normalisation, as a parametrization and as a hook."""
+    if isinstance(module, SpectralNormParametrization):
+        return ("_u", "_v")
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    return [f"{hook.name}_{vector}" for hook in hooks for vector in "uv"]
+
+
+# Values of buffers, by the buffers' identities.
+Start = Mapping[int, Tensor]
+
+
+def start_of(model: nn.Module, rule: StatisticsRule) -> Start:
+    """Copies of those statistics, as they are now, that a forward pass uses: none in most models."""
+    found = {}
+    for module in model.modules():
+        for name in set(power_iteration(module)) & set(rule(module)):
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                found[id(buffer)] = buffer.clone()
+    return found
 
 
 class _Frozen:
     """Statistics put aside; the modules hold copies until :meth:`put_back`."""
 
-    def __init__(self, model: nn.Module, rule: StatisticsRule) -> None:
+    def __init__(self, model: nn.Module, rule: StatisticsRule, start: Start | None = None) -> None:
         self._originals: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         for module in model.modules():
             for name in rule(module):
                 buffer = module._buffers.get(name)
                 if buffer is not None:
                     self._originals.append((module._buffers, name, buffer))
-                    module._buffers[name] = buffer.clone()
+                    module._buffers[name] = (start or {}).get(id(buffer), buffer).clone()
 
     def put_back(self) -> None:
         for buffers, name, original in reversed(self._originals):
@@ -47,14 +76,17 @@ class _Frozen:
 
 
 @contextmanager
-def frozen_batch_norm(model: nn.Module, rule: StatisticsRule = running_statistics) -> Iterator[None]:
+def frozen_batch_norm(
+    model: nn.Module, rule: StatisticsRule = running_statistics, start: Start | None = None
+) -> Iterator[None]:
     """Within the block, forward passes leave the model's running statistics alone. May be nested.
 
     Args:
         model: all its modules are looked at.
         rule: names the buffers; see :func:`running_statistics`.
+        start: what the copies of some buffers begin with, see :func:`start_of`; the others begin as they are.
     """
-    frozen = _Frozen(model, rule)
+    frozen = _Frozen(model, rule, start)
     try:
         yield
     finally:
@@ -82,27 +114,53 @@ def freeze_in_perturbed_passes(
 ) -> RemovableHandle:
     """From now on, forward passes of ``model`` leave running statistics alone in perturbed passes.
 
-    However the passes are driven, by hand or by a closure, the statistics are then updated once a step.
+    However the passes are driven, by hand or by a closure, the statistics are then updated once a step. They are put
+    aside until the optimizer takes the gradient or abandons the step: a backward pass may run parts of the forward pass
+    again, as ``torch.utils.checkpoint`` makes it do.
 
     Returns:
         A handle; its ``remove()`` ends this.
     """
     frozen: list[_Frozen] = []
+    starts: dict[str, Start] = {}
+    started: set[str] = set()  # data of which this pass has begun
 
-    def before(module: nn.Module, args: Any) -> None:
-        if optimizer.waiting is not None and optimizer.waiting.perturbed:
-            frozen.append(_Frozen(model, rule))
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if frozen:
+    def end_of_pass() -> None:
+        started.clear()
+        while frozen:
             frozen.pop().put_back()
 
-    first = model.register_forward_pre_hook(before)
-    second = model.register_forward_hook(after, always_call=True)
-    return _BothHandles(first, second)
+    def before(module: nn.Module, args: Any) -> None:
+        waiting = optimizer.waiting
+        data = TRAIN if waiting is None else waiting.data
+        if waiting is not None and waiting.perturbed:
+            if not frozen:
+                frozen.append(_Frozen(model, rule, starts.get(data)))
+                optimizer.when_pass_ends(end_of_pass)
+        elif module.training and data not in started:
+            starts[data] = start_of(model, rule)
+            if starts[data]:
+                started.add(data)
+                optimizer.when_pass_ends(end_of_pass)
+
+    completed: list[bool] = []
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        completed.append(True)
+
+    def always_after(module: nn.Module, args: Any, output: Any) -> None:
+        if not completed:  # an exception
+            end_of_pass()
+        completed.clear()
+
+    return _Handles(
+        model.register_forward_pre_hook(before),
+        model.register_forward_hook(after),
+        model.register_forward_hook(always_after, always_call=True),
+    )
 
 
-class _BothHandles(RemovableHandle):
+class _Handles(RemovableHandle):
     def __init__(self, *handles: RemovableHandle) -> None:
         self._handles = handles
 

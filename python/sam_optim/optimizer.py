@@ -178,6 +178,7 @@ class SharpnessAwareOptimizer(Updates):
         # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
         grad_enabled = torch.is_grad_enabled()
         try:
+            self._end_pass()
             gradients = gradients_of(self._params())
             run: BegunStep | None = self._container["run"] or self._begin()
             if run is None:
@@ -268,6 +269,7 @@ class SharpnessAwareOptimizer(Updates):
                 if len(group.gradients) != len(group.passes):
                     raise StepOrderError(f"{len(group.gradients)} gradients were given for {len(group.passes)} passes")
                 goes_on = True
+                self._end_pass()
                 for gradients in group.gradients:
                     self._refuse_no_gradient(gradients, run)
                     goes_on = run.receive(gradients)
@@ -466,12 +468,22 @@ class SharpnessAwareOptimizer(Updates):
         report: StepReport = self._container["report"]
         return report
 
+    def when_pass_ends(self, call: Callable[[], None]) -> None:
+        """Calls back once: when the gradient of the pass under way is taken, or its step abandoned."""
+        self._container["at end of pass"].append(call)
+
+    def _end_pass(self) -> None:
+        waiting: list[Callable[[], None]] = self._container["at end of pass"]
+        while waiting:
+            waiting.pop()()
+
     @untraced
     def restore(self) -> None:
         """Abandons a step under way: the weights are as they were before it, bit for bit. Otherwise does nothing."""
         run: BegunStep | None = self._container["run"]
         self._container["run"] = None
         self._container.pop("descent", None)
+        self._end_pass()
         # A generator that is running is the one that the exception comes from, and ends by it.
         if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:
             run.passes.close()

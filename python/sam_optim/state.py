@@ -204,6 +204,7 @@ class GroupsAndState(Moves, Optimizer):
             "method state": {},
             "previous closure": None,
             "descent handler": None,
+            "at end of pass": [],
             "plans": PlanCache(self.master_weights, self.process_group, self.counts_in_norm),
             "update": BaseUpdate(self.base_optimizer, self.master_weights),
         }

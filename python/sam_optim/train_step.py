@@ -15,7 +15,7 @@ from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 from sam_kernels.sharding import is_distributed
 
-from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
+from .batch_norm import Start, StatisticsRule, frozen_batch_norm, running_statistics, start_of
 from .capture import CapturedDraws, CapturedSteps, Recorder
 from .errors import InvalidSettingError, StepOrderError
 from .optimizer import SharpnessAwareOptimizer
@@ -298,6 +298,7 @@ class _Step:
     def __init__(self, owner: TrainStep, batches: dict[str, Any], draws: Draws | CapturedDraws) -> None:
         self.owner, self.optimizer = owner, owner.optimizer
         self._batches, self._draws = batches, draws
+        self._starts: dict[str, Start] = {}  # of the pass on each batch that statistics learn from
         self._outputs: list[tuple[float, Any]] = []  # of the training batch's first pass: weights and results
         self._has_output = False
         self._sum: Gradients | None = None
@@ -371,8 +372,11 @@ class _Step:
         keeps_result = p.data == TRAIN and not p.perturbed and not self._has_output
         owner.forget_gathered_weights()
         with self._draws.of(p.data, p.perturbed), ExitStack() as stack:
-            if not p.updates_statistics:
-                stack.enter_context(frozen_batch_norm(owner.model, owner._statistics))
+            if p.updates_statistics:
+                self._starts[p.data] = start_of(owner.model, owner._statistics)
+            else:
+                start = self._starts.get(p.data)
+                stack.enter_context(frozen_batch_norm(owner.model, owner._statistics, start))
             for number, (share, part) in enumerate(parts):
                 with self._without_reduction(number + 1 < len(parts)):
                     output = self._forward_backward(owner._losses.get(p.data, owner.loss_fn), part, share)

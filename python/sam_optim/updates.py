@@ -38,6 +38,10 @@ class Updates(GroupsAndState):
     def _end(self) -> None:
         """The step is over."""
 
+    @abstractmethod
+    def _end_pass(self) -> None:
+        """The gradient of the pass under way is taken."""
+
     def descend(self, *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0) -> None:
         """Restores the weights and updates them by the base optimizer with a combination of gradient lists.
 
@@ -157,6 +161,7 @@ class Updates(GroupsAndState):
         if run is None or run.waiting is None or not run.waiting.last:
             raise StepOrderError("combine_gradients() was called before the backward of a step's last pass")
         with self.restore_on_error():
+            self._end_pass()
             gradients = gradients_of(self._params())
             self._refuse_no_gradient(gradients, run)
             self._container["combining"] = True

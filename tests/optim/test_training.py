@@ -8,18 +8,29 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sam_optim import (
     SAM,
     FriendlySAM,
     StepOrderError,
+    TrainStep,
     disable_running_stats,
     enable_running_stats,
     freeze_in_perturbed_passes,
     frozen_batch_norm,
 )
 
-from .cases import BASES, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+from .cases import (
+    BASES,
+    assert_same,
+    batches,
+    by_every_pass_closure,
+    loss_of,
+    make_net,
+    step_by_hand,
+    weights_of,
+)
 
 FUSED_AND_NOT = [BASES[1], BASES[6], BASES[8], BASES[10]]
 
@@ -417,6 +428,72 @@ def test_an_exception_in_the_perturbed_forward_puts_statistics_back():
     with pytest.raises(RuntimeError):
         model(torch.randn(12, 8))
     assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
+
+
+class Checkpointed(nn.Module):
+    """Whose backward pass runs the normalisation's forward pass once more."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.normalised, self.last = nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return self.last(checkpoint(self.normalised, self.first(x), use_reentrant=self.reentrant))
+
+
+def spectral_model(spectral_norm):
+    return nn.Sequential(spectral_norm(nn.Linear(7, 9)), nn.Tanh(), spectral_norm(nn.Linear(9, 3)))
+
+
+MODELS_WITH_STATISTICS = {
+    "checkpointed": lambda: Checkpointed(False),
+    "checkpointed, reentrant": lambda: Checkpointed(True),
+    "spectral norm": lambda: spectral_model(nn.utils.parametrizations.spectral_norm),
+    "spectral norm by a hook": lambda: spectral_model(nn.utils.spectral_norm),
+}
+
+
+def state_after_steps(name, driver, rho=0.0, **options):
+    torch.manual_seed(0)
+    model = MODELS_WITH_STATISTICS[name]().double()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SAM(model.parameters(), base, rho=rho)
+    step = TrainStep(model, optimizer, loss_of, **options)
+    if driver in ("hand", "closure"):
+        freeze_in_perturbed_passes(model, optimizer)
+    for batch in batches(4):
+        if driver == "base":
+            base.zero_grad()
+            for part in zip(*(t.chunk(options.get("micro_batches", 1)) for t in batch), strict=True):
+                (loss_of(model, part) / options.get("micro_batches", 1)).backward()
+            base.step()
+        elif driver == "hand":
+            step_by_hand(optimizer, model, batch)
+        elif driver == "closure":
+            optimizer.closure_runs = "every_pass"
+            by_every_pass_closure(optimizer, model, batch)
+        else:
+            step(batch)
+    return [value.detach().clone() for value in model.state_dict().values()]
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
+@pytest.mark.parametrize("driver", ["hand", "closure", "TrainStep"])
+@pytest.mark.parametrize("name", MODELS_WITH_STATISTICS)
+def test_what_forward_passes_keep_is_as_without_sam(name, driver):
+    assert_same(state_after_steps(name, driver), state_after_steps(name, "base"))
+    assert_same(state_after_steps(name, driver, rho=0.2), state_after_steps(name, "hand", rho=0.2))
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
+@pytest.mark.parametrize("perturbation", ["batch", "micro_batch"])
+@pytest.mark.parametrize("name", MODELS_WITH_STATISTICS)
+def test_what_forward_passes_keep_with_micro_batches(name, perturbation):
+    options = {"micro_batches": 2, "perturbation": perturbation}
+    found, wanted = (state_after_steps(name, driver, **options) for driver in ("TrainStep", "base"))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 # ---------------------------------------------------------------- long runs and low precision
