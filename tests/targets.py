@@ -70,12 +70,14 @@ def target_named(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.
     if name == "triton interpreter":
         return Target(request.getfixturevalue("interpreter"), on_cpu, TRITON_SIZES)
     gpu = torch.device("cuda", torch.cuda.current_device())
+    if name == "foreach on a GPU":
+        return Target(sam_kernels.foreach, gpu, TRITON_SIZES)
     backend, small = (cuda_backend, TUNING) if name.startswith("cuda") else (triton_backend, TRITON_TUNING)
     monkeypatch.setattr(backend, "tuning", small if name.endswith("small") else type(small)())
     return Target(backend, gpu, CUDA_SIZES)
 
 
-TARGETS = ["cpu", "cuda shim", "triton interpreter", *ON_GPU, "foreach"]
+TARGETS = ["cpu", "cuda shim", "triton interpreter", *ON_GPU, "foreach", _on_gpu("foreach on a GPU")]
 
 
 @pytest.fixture(params=TARGETS)
@@ -84,7 +86,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
     return target_named(request.param, request, monkeypatch)
 
 
-@pytest.fixture(params=TARGETS[1:-1])
+@pytest.fixture(params=TARGETS[1:-2])
 def gpu_target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
     """The same without the backends that are for the CPU and for any device."""
     return target_named(request.param, request, monkeypatch)

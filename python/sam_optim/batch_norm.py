@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParametrization
@@ -59,20 +59,30 @@ def start_of(model: nn.Module, rule: StatisticsRule) -> Start:
 
 
 class _Frozen:
-    """Statistics put aside; the modules hold copies until :meth:`put_back`."""
+    """Statistics put aside; the modules hold copies until :meth:`put_back`.
 
-    def __init__(self, model: nn.Module, rule: StatisticsRule, start: Start | None = None) -> None:
-        self._originals: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    Args:
+        model, rule, start: see :func:`frozen_batch_norm`.
+        again: also those that somebody has put aside already. Then they must come back in the reverse order.
+    """
+
+    _all: ClassVar[WeakSet[_Frozen]] = WeakSet()
+
+    def __init__(self, model: nn.Module, rule: StatisticsRule, start: Start | None = None, again: bool = True) -> None:
+        self._originals: dict[tuple[int, str], tuple[dict[str, Tensor | None], Tensor]] = {}
+        aside = set() if again else {key for other in self._all for key in other._originals}
         for module in model.modules():
             for name in rule(module):
-                buffer = module._buffers.get(name)
-                if buffer is not None:
-                    self._originals.append((module._buffers, name, buffer))
+                buffer, key = module._buffers.get(name), (id(module._buffers), name)
+                if buffer is not None and key not in aside:
+                    self._originals.setdefault(key, (module._buffers, buffer))
                     module._buffers[name] = (start or {}).get(id(buffer), buffer).clone()
+        self._all.add(self)
 
     def put_back(self) -> None:
-        for buffers, name, original in reversed(self._originals):
+        for (_, name), (buffers, original) in self._originals.items():
             buffers[name] = original
+        self._all.discard(self)
 
 
 @contextmanager
@@ -135,7 +145,8 @@ def freeze_in_perturbed_passes(
         data = TRAIN if waiting is None else waiting.data
         if waiting is not None and waiting.perturbed:
             if not frozen:
-                frozen.append(_Frozen(model, rule, starts.get(data)))
+                # A block around the pass, as TrainStep's, puts back what it has put aside before the pass is over.
+                frozen.append(_Frozen(model, rule, starts.get(data), again=False))
                 optimizer.when_pass_ends(end_of_pass)
         elif module.training and data not in started:
             starts[data] = start_of(model, rule)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sam_optim import (
+    GSAM,
     SAM,
     FriendlySAM,
     StepOrderError,
@@ -494,6 +495,40 @@ def test_what_forward_passes_keep_with_micro_batches(name, perturbation):
     found, wanted = (state_after_steps(name, driver, **options) for driver in ("TrainStep", "base"))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.2])
+def test_frozen_by_a_hook_within_train_step(rho):
+    """Statistics that both put aside come back, and they are the same tensors."""
+    torch.manual_seed(0)
+    model = Checkpointed(False).double()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=rho, lr=0.1, momentum=0.9)
+    for _ in range(2):
+        freeze_in_perturbed_passes(model, optimizer)
+    step = TrainStep(model, optimizer, loss_of)
+    originals = list(model.buffers())
+    for batch in batches(4):
+        step(batch)
+        assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
+    wanted = state_after_steps("checkpointed", "TrainStep", rho=rho)
+    assert_same([v.detach() for v in model.state_dict().values()], wanted)
+
+
+def test_an_abandoned_step_puts_statistics_back():
+    """An exception after the perturbed forward pass; combine_gradients() ends a pass, too."""
+    model = normed_model()
+    optimizer = GSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5)
+    freeze_in_perturbed_passes(model, optimizer, rule)
+    batch = batches(1, torch.float32)[0]
+    for ends_by in (optimizer.restore, optimizer.combine_gradients):
+        loss_of(model, batch).backward()
+        originals = list(model.buffers())
+        optimizer.first_step(zero_grad=True)
+        loss_of(model, batch).backward()
+        assert not any(a is b for a, b in zip(model.buffers(), originals, strict=True))
+        ends_by()
+        assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
+        optimizer.zero_grad()
 
 
 # ---------------------------------------------------------------- long runs and low precision
