@@ -13,7 +13,7 @@ from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
 from sam_optim.per_tensor import PerTensorSAM
 
 from ..little_device import little_device, moved
-from .cases import BASES, METHODS, Method, batches, loss_of, make_net, weights_of
+from .cases import BASES, METHODS, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
 
 ALL_METHODS = [
     *METHODS,
@@ -130,3 +130,20 @@ def test_without_kernels_a_step_takes_fewer_calls_than_the_common_sam(adaptive, 
         counts.append(counted.count / len(params))
     common, ours = counts
     assert ours < common, (ours, common)
+
+
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_parameters_that_change_between_steps(backend):
+    """Their type, here, where no table of a native backend would notice: copies are of the new one."""
+    model = make_net(torch.float32)
+    optimizer = METHODS[0].make(model, BASES[0], backend=backend, lr=0.0)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p))
+        before = weights_of(model)
+        for batch in batches(2, dtype):
+            step_by_hand(optimizer, model, batch)
+            assert_same(weights_of(model), before)
+        assert optimizer.last_step.ascent.finite

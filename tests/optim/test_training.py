@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sam_optim import (
+    CRSAM,
     GSAM,
     SAM,
     FriendlySAM,
@@ -529,6 +530,21 @@ def test_an_abandoned_step_puts_statistics_back():
         ends_by()
         assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
         optimizer.zero_grad()
+
+
+def test_statistics_come_back_when_passes_are_run_in_groups():
+    model = normed_model()
+    optimizer = CRSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5)  # two perturbed passes, one after the other
+    freeze_in_perturbed_passes(model, optimizer, rule)
+    batch = batches(1, torch.float32)[0]
+    counts = []
+    for group in optimizer.each_group():
+        counts.append(model[1].num_batches_tracked.item())
+        loss_of(model, batch).backward()
+        group.gradients = [[p.grad for p in model.parameters()]]
+        optimizer.zero_grad()
+    assert counts == [0, 1, 1]
+    assert model[1].num_batches_tracked == 1
 
 
 # ---------------------------------------------------------------- long runs and low precision
