@@ -111,7 +111,7 @@ class MomentumSAM(SAM):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
-        if not {"momentum", "betas"} & set(self.base_optimizer.defaults):
+        if not {"momentum", "betas"} & set(self.defaults):
             base = type(self.base_optimizer).__name__
             raise InvalidSettingError(f"MomentumSAM perturbs along the base optimizer's momentum, and {base} has none")
 

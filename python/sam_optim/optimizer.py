@@ -100,7 +100,7 @@ class SharpnessAwareOptimizer(Updates):
         if counts_in_norm is not None and process_group is None:
             raise InvalidSettingError("counts_in_norm says nothing without a process_group")
         base = make_base(params, base_optimizer, base_kwargs)
-        shared = sorted(set(base.defaults) & set(method_defaults))
+        shared = sorted(set(getattr(base, "defaults", ())) & set(method_defaults))
         if shared:
             raise InvalidSettingError(
                 f"{type(base).__name__} cannot be the base optimizer: it keeps {', '.join(shared)} in its groups, "

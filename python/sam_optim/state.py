@@ -72,7 +72,7 @@ class GroupsAndState(Moves, Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """Defaults of the base optimizer and of the method."""
-        return {**self.base_optimizer.defaults, **self._method_defaults}
+        return {**getattr(self.base_optimizer, "defaults", {}), **self._method_defaults}
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:

@@ -105,3 +105,29 @@ def test_a_base_that_was_anothers_base_before():
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     SAM(model.parameters(), base, rho=0.3)
     assert SAM(model.parameters(), copy.copy(base)).param_groups[0]["rho"] == 0.3
+
+
+class Plain:
+    """An optimizer that is none of torch's: groups, state and a step."""
+
+    def __init__(self, params, lr):
+        self.param_groups = [{"params": list(params), "lr": lr}]
+        self.state = {}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+
+
+def test_a_base_that_is_not_torchs():
+    found = []
+    for base in (Plain, torch.optim.SGD):
+        model = make_net()
+        optimizer = SAM(model.parameters(), base, rho=0.1, lr=0.05, backend="foreach")
+        for batch in batches(3):
+            step_by_hand(optimizer, model, batch)
+        found.append(weights_of(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
