@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import sam_kernels as sk
@@ -14,7 +16,7 @@ from sam_kernels import Peers
 from sam_optim import GSAM, SAM, StepOrderError, TrainStep
 
 from ..optim.cases import Method
-from .programs import METHODS, SGD, assert_close, data, loss_of, make_model
+from .programs import ADAMW, METHODS, SGD, assert_close, data, loss_of, make_model, of_rank
 
 STEPS = 4
 
@@ -143,3 +145,24 @@ def grad_scaler_is_refused(rank: int, ranks: int) -> None:
     with pytest.raises(StepOrderError, match="process_group"):
         step(data(1)[0])
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def pipeline_of_shards(rank: int, ranks: int) -> None:
+    """Two stages, each FSDP2's over two ranks: sums over shards within a stage, then over stages."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))
+    stage_number, shard = mesh.get_coordinate() or (0, 0)
+    for method, base in ((Method(SAM, {"rho": 0.1}), SGD), (Method(GSAM, {"rho": 0.1}), ADAMW)):
+        whole, wanted = make_model(), make_model()
+        own = [whole[:2], whole[2:]][stage_number]
+        fully_shard(own, mesh=mesh["shard"])
+        optimizer = method.make(own, base, process_group=mesh.get_group("stage"))
+        stage = PipelineStage(own, stage_number, 2, torch.device("cpu"), group=mesh.get_group("stage"))
+        schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda y, t: (y.squeeze(1) - t).pow(2).mean())
+        reference = method.make(wanted, base)
+        for batch in data(STEPS):
+            x, y = of_rank(batch, shard, 2)
+            for _ in optimizer.each_pass():
+                _ = schedule.step(x) if stage_number == 0 else schedule.step(target=y)
+            for _ in reference.each_pass():
+                loss_of(wanted, batch).backward()
+        assert_close(own, [wanted[:2], wanted[2:]][stage_number])

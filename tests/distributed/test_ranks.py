@@ -69,6 +69,10 @@ def test_parts_that_are_plain_tensors(program):
     on_ranks(2, program, 2)
 
 
+def test_a_pipeline_of_shards():
+    on_ranks(4, plain_parts.pipeline_of_shards, 4)
+
+
 def test_what_a_process_group_rules_out():
     """Told before anything is computed."""
     model, group = programs.make_model(), object()
