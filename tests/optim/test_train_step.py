@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 from sam_kernels import Deflected
-from sam_optim import SAM, AgnosticSAM, InvalidSettingError, Pass, SAMPa, StepOrderError, TrainStep, Update, split_batch
+from sam_optim import (
+    SAM,
+    AgnosticSAM,
+    InvalidSettingError,
+    Pass,
+    SAMPa,
+    StepOrderError,
+    TrainStep,
+    Update,
+    frozen_batch_norm,
+    split_batch,
+)
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 
@@ -467,3 +478,42 @@ def test_errors():
     with pytest.raises(StepOrderError, match="begun elsewhere"):
         TrainStep(model, sam, loss_of)(batch)
     assert_same(weights_of(model), before)
+
+
+# ---------------------------------------------------------------- which samples
+
+
+def toy_samples():
+    """l1 = 1/2 w' diag(1, 4) w and l2 = 1/2 |w - (-2, -11)|^2, from (3, 1): two samples of a batch."""
+    model = nn.ParameterList([nn.Parameter(torch.tensor([v], dtype=torch.float64)) for v in (3.0, 1.0)])
+
+    def losses_of(model, samples):
+        w = torch.cat(list(model))
+        curvature, minimum = samples
+        return (0.5 * curvature * (w - minimum) ** 2).sum(1)
+
+    samples = (
+        torch.tensor([[1.0, 4.0], [1.0, 1.0]], dtype=torch.float64),
+        torch.tensor([[0.0, 0.0], [-2.0, -11.0]], dtype=torch.float64),
+    )
+    return model, losses_of, samples
+
+
+def test_each_sample_its_own_perturbation():
+    """m-SAM (arXiv 2212.04343) with a shard for each of two samples."""
+    model, losses_of, samples = toy_samples()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    step = TrainStep(model, optimizer, lambda m, b: losses_of(m, b).mean(), micro_batches=2, perturbation="micro_batch")
+    step(samples)
+    assert [w.item() for w in model] == pytest.approx([2.5753846154, 0.0969230769], abs=1e-10)
+
+
+def test_the_samples_of_largest_loss():
+    """K-SAM (arXiv 2210.12864): both gradients on the k samples whose loss is largest, as docs/usage.md has it."""
+    model, losses_of, samples = toy_samples()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    step = TrainStep(model, optimizer, lambda m, b: losses_of(m, b).mean())
+    with torch.no_grad(), frozen_batch_norm(model):
+        hardest = losses_of(model, samples).topk(1).indices
+    step(tuple(t[hardest] for t in samples))
+    assert [w.item() for w in model] == pytest.approx([2.4807692308, -0.2461538462], abs=1e-10)
