@@ -25,7 +25,7 @@ class RandomState:
 
 def _generators(devices: Iterable[torch.device]) -> Iterator[tuple[Any, torch.device]]:
     """The accelerators that have a generator, with the modules of torch that have its functions."""
-    for device in set(devices):
+    for device in dict.fromkeys(devices):  # as a set, but torch.compile understands it
         module = None if device.type == "cpu" else getattr(torch, device.type, None)
         if hasattr(module, "get_rng_state"):
             yield module, device

@@ -86,7 +86,8 @@ def test_backends(request, backend, method, within):
     stand_ins = {"cuda-shim": "shim", "triton": "interpreter"}
     if backend in stand_ins:
         request.getfixturevalue(stand_ins[backend])
-    base = BASES[8]
+    # The base's own steps, whose step counts torch 2.11 puts on the default device.
+    base = BASES[1] if backend == "foreach" else BASES[8]
     assert_same(train(within, method, base, backend=backend), train(as_it_is, method, base, backend=backend))
 
 
