@@ -141,6 +141,7 @@ class Plan:
     Attributes:
         tensors: the memory of the parameters: themselves, or this rank's parts of them.
         shares: how DTensors among them are spread over ranks; empty if there are none.
+        sums_over_ranks: whether a Gram matrix takes a sum over ranks, which no launch can make.
 
     Raises:
         UnsupportedTensorError: for a tensor that no kernel can work on.
@@ -177,6 +178,7 @@ class Plan:
     def refresh(self) -> None:
         """Inspects the parameters anew, after one of them changed its dtype, device, shape or strides."""
         self.shares = shares_of(self.params)
+        self.sums_over_ranks = bool(self.shares) or self.peers is not None
         self._by_share: list[Plan] = []
         self.tensors: list[Tensor] = self.params
         if self.shares:
@@ -210,11 +212,6 @@ class Plan:
             local_part(entry, param, f"the gradient or state of {name}")
             for entry, param, name in zip(column, self.params, self.names, strict=True)
         ]
-
-    @property
-    def sums_over_ranks(self) -> bool:
-        """Whether a Gram matrix takes a sum over ranks, which no launch can make."""
-        return bool(self.shares) or self.peers is not None
 
     @property
     def has_moved(self) -> bool:

@@ -178,7 +178,8 @@ class SharpnessAwareOptimizer(Updates):
         # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
         grad_enabled = torch.is_grad_enabled()
         try:
-            self._end_pass()
+            if self._container["at end of pass"]:
+                self._end_pass()
             gradients = gradients_of(self._params())
             run: BegunStep | None = self._container["run"] or self._begin()
             if run is None:
