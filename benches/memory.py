@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 
 import torch
+from torch._C._profiler import _EventType
 
 
 def peak_bytes(make_step: Callable[[], Callable[[], object]]) -> int:
@@ -25,9 +26,26 @@ def peak_bytes(make_step: Callable[[], Callable[[], object]]) -> int:
             step()
     finally:
         gc.enable()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
+    sizes: dict[int, int] = {}
+    for pointer, size in _allocations(profile):
+        if size > 0:
+            sizes[pointer] = size
+            held += size
+        else:
+            # Of memory that is older than this, the profiler tells the size that an earlier profile saw at its address.
+            held -= sizes.pop(pointer, 0)
         peak = max(peak, held)
     return peak
+
+
+def _allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
+    """Addresses and sizes of what was allocated, or, with sizes below zero, freed, in the order of time."""
+    found = []
+    waiting = list(profile.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(pointer, size) for _, pointer, size in sorted(found)]

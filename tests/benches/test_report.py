@@ -154,3 +154,24 @@ def test_peak_memory():
         return step
 
     assert peak_bytes(make_step) == pytest.approx(16e6, rel=0.01)
+
+
+def test_peak_memory_after_an_earlier_profile():
+    """The profiler keeps the sizes of what it saw allocated and not freed; the addresses are used again."""
+    import torch
+
+    from benches.memory import peak_bytes
+
+    kept = []
+    peak_bytes(lambda: lambda: kept.append(torch.ones(10**6)))
+    addresses = {t.data_ptr() for t in kept}
+    kept.clear()
+    again = [torch.ones(10**6) for _ in range(4)]
+    assert addresses & {t.data_ptr() for t in again} or pytest.skip("the addresses are not used again")
+
+    def make_step():
+        again.clear()
+        held = torch.ones(2 * 10**6)
+        return lambda: held.sum().item()
+
+    assert peak_bytes(make_step) == pytest.approx(8e6, rel=0.01)
