@@ -163,10 +163,10 @@ def test_peak_memory_after_an_earlier_profile():
     from benches.memory import peak_bytes
 
     kept = []
-    peak_bytes(lambda: lambda: kept.append(torch.ones(10**6)))
+    peak_bytes(lambda: lambda: kept.extend(torch.ones(10**5) for _ in range(20)))
     addresses = {t.data_ptr() for t in kept}
     kept.clear()
-    again = [torch.ones(10**6) for _ in range(4)]
+    again = [torch.ones(10**5) for _ in range(100)]
     assert addresses & {t.data_ptr() for t in again} or pytest.skip("the addresses are not used again")
 
     def make_step():
