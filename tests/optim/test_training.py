@@ -1,4 +1,4 @@
-"""What training loops do around the optimizer: GradScaler, accumulation, resume, clipping, BatchNorm, low precision."""
+"""What training loops do around the optimizer: GradScaler, accumulation, resume, clipping, low precision."""
 
 from __future__ import annotations
 
@@ -8,26 +8,17 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from sam_optim import (
-    CRSAM,
-    GSAM,
     SAM,
     FriendlySAM,
     StepOrderError,
-    TrainStep,
-    disable_running_stats,
-    enable_running_stats,
-    freeze_in_perturbed_passes,
-    frozen_batch_norm,
 )
 
 from .cases import (
     BASES,
     assert_same,
     batches,
-    by_every_pass_closure,
     loss_of,
     make_net,
     step_by_hand,
@@ -327,279 +318,6 @@ def test_state_replaced_between_steps_is_noticed():
     assert_same(weights_of(model), weights_of(other))
 
 
-# ---------------------------------------------------------------- BatchNorm
-
-
-class OwnNorm(nn.Module):
-    """A user's norm class: statistics under other names, replaced instead of updated in place."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.register_buffer("average", torch.zeros(features))
-
-    def forward(self, x):
-        self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
-        return x - x.mean(0)
-
-
-def normed_model():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Sequential(nn.BatchNorm1d(9, momentum=None), OwnNorm(9)), nn.Linear(9, 3)
-    )
-
-
-def rule(module):
-    return ("average", "running_mean", "running_var", "num_batches_tracked")
-
-
-def buffers_of(model):
-    return [b.clone() for b in model.buffers()]
-
-
-def test_frozen_batch_norm_nests_and_spares_every_buffer():
-    model = normed_model()
-    x = torch.randn(12, 7)
-    model(x)
-    before = buffers_of(model)
-    originals = list(model.buffers())
-    with frozen_batch_norm(model, rule):
-        y = model(x)
-        with frozen_batch_norm(model, rule):
-            model(torch.full((12, 7), float("inf")))
-        model(x)
-    assert_same(buffers_of(model), before)
-    assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
-    y.sum().backward()
-    # The same normalisation, whether frozen or not.
-    torch.testing.assert_close(model(x), y)
-    assert not torch.equal(next(model.buffers()), before[0])
-
-
-def test_disable_twice_enable_once():
-    model = normed_model()
-    x = torch.randn(12, 7)
-    before = buffers_of(model)
-    disable_running_stats(model, rule)
-    disable_running_stats(model, rule)
-    model(x)
-    enable_running_stats(model)
-    assert_same(buffers_of(model), before)
-    enable_running_stats(model)
-    model(x)
-    assert not any(torch.equal(a, b) for a, b in zip(buffers_of(model), before, strict=True))
-
-
-def test_own_norm_classes_need_the_rule():
-    model = normed_model()
-    before = buffers_of(model)
-    with frozen_batch_norm(model):
-        model(torch.randn(12, 7))
-    changed = [not torch.equal(a, b) for a, b in zip(buffers_of(model), before, strict=True)]
-    assert sum(changed) == 1  # OwnNorm's average
-
-
-@pytest.mark.parametrize("driver", ["hand", "closure"])
-def test_statistics_are_updated_once_a_step(driver):
-    model = normed_model()
-    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.5, closure_runs="every_pass")
-    handle = freeze_in_perturbed_passes(model, optimizer, rule)
-    wanted_model = normed_model()
-    for x, y in batches(3, torch.float32):
-        wanted_model(x)
-        if driver == "hand":
-            step_by_hand(optimizer, model, (x, y))
-        else:
-            optimizer.step(lambda x=x, y=y: loss_of(model, (x, y)).backward())
-            optimizer.zero_grad()
-    assert_same(buffers_of(model), buffers_of(wanted_model))
-    handle.remove()
-    step_by_hand(optimizer, model, batches(1, torch.float32)[0])
-    assert model[1].num_batches_tracked == 5
-
-
-def test_an_exception_in_the_perturbed_forward_puts_statistics_back():
-    model = normed_model()
-    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5)
-    freeze_in_perturbed_passes(model, optimizer, rule)
-    originals = list(model.buffers())
-    batch = batches(1, torch.float32)[0]
-    loss_of(model, batch).backward()
-    originals = list(model.buffers())
-    optimizer.first_step(zero_grad=True)
-    with pytest.raises(RuntimeError):
-        model(torch.randn(12, 8))
-    assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
-
-
-class Checkpointed(nn.Module):
-    """Whose backward pass runs the normalisation's forward pass once more."""
-
-    def __init__(self, reentrant):
-        super().__init__()
-        self.first, self.normalised, self.last = nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)
-        self.reentrant = reentrant
-
-    def forward(self, x):
-        return self.last(checkpoint(self.normalised, self.first(x), use_reentrant=self.reentrant))
-
-
-def spectral_model(spectral_norm):
-    return nn.Sequential(spectral_norm(nn.Linear(7, 9)), nn.Tanh(), spectral_norm(nn.Linear(9, 3)))
-
-
-MODELS_WITH_STATISTICS = {
-    "checkpointed": lambda: Checkpointed(False),
-    "checkpointed, reentrant": lambda: Checkpointed(True),
-    "spectral norm": lambda: spectral_model(nn.utils.parametrizations.spectral_norm),
-    "spectral norm by a hook": lambda: spectral_model(nn.utils.spectral_norm),
-}
-
-
-def state_after_steps(name, driver, rho=0.0, **options):
-    torch.manual_seed(0)
-    model = MODELS_WITH_STATISTICS[name]().double()
-    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = SAM(model.parameters(), base, rho=rho)
-    step = TrainStep(model, optimizer, loss_of, **options)
-    if driver in ("hand", "closure"):
-        freeze_in_perturbed_passes(model, optimizer)
-    for batch in batches(4):
-        if driver == "base":
-            base.zero_grad()
-            for part in zip(*(t.chunk(options.get("micro_batches", 1)) for t in batch), strict=True):
-                (loss_of(model, part) / options.get("micro_batches", 1)).backward()
-            base.step()
-        elif driver == "hand":
-            step_by_hand(optimizer, model, batch)
-        elif driver == "closure":
-            optimizer.closure_runs = "every_pass"
-            by_every_pass_closure(optimizer, model, batch)
-        else:
-            step(batch)
-    return [value.detach().clone() for value in model.state_dict().values()]
-
-
-@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
-@pytest.mark.parametrize("driver", ["hand", "closure", "TrainStep"])
-@pytest.mark.parametrize("name", MODELS_WITH_STATISTICS)
-def test_what_forward_passes_keep_is_as_without_sam(name, driver):
-    assert_same(state_after_steps(name, driver), state_after_steps(name, "base"))
-    assert_same(state_after_steps(name, driver, rho=0.2), state_after_steps(name, "hand", rho=0.2))
-
-
-@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
-@pytest.mark.parametrize("perturbation", ["batch", "micro_batch"])
-@pytest.mark.parametrize("name", MODELS_WITH_STATISTICS)
-def test_what_forward_passes_keep_with_micro_batches(name, perturbation):
-    options = {"micro_batches": 2, "perturbation": perturbation}
-    found, wanted = (state_after_steps(name, driver, **options) for driver in ("TrainStep", "base"))
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.2])
-def test_frozen_by_a_hook_within_train_step(rho):
-    """Statistics that both put aside come back, and they are the same tensors."""
-    torch.manual_seed(0)
-    model = Checkpointed(False).double()
-    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=rho, lr=0.1, momentum=0.9)
-    for _ in range(2):
-        freeze_in_perturbed_passes(model, optimizer)
-    step = TrainStep(model, optimizer, loss_of)
-    originals = list(model.buffers())
-    for batch in batches(4):
-        step(batch)
-        assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
-    wanted = state_after_steps("checkpointed", "TrainStep", rho=rho)
-    assert_same([v.detach() for v in model.state_dict().values()], wanted)
-
-
-def test_an_abandoned_step_puts_statistics_back():
-    """An exception after the perturbed forward pass; combine_gradients() ends a pass, too."""
-    model = normed_model()
-    optimizer = GSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5)
-    freeze_in_perturbed_passes(model, optimizer, rule)
-    batch = batches(1, torch.float32)[0]
-    for ends_by in (optimizer.restore, optimizer.combine_gradients):
-        loss_of(model, batch).backward()
-        originals = list(model.buffers())
-        optimizer.first_step(zero_grad=True)
-        loss_of(model, batch).backward()
-        assert not any(a is b for a, b in zip(model.buffers(), originals, strict=True))
-        ends_by()
-        assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
-        optimizer.zero_grad()
-
-
-def test_statistics_come_back_when_passes_are_run_in_groups():
-    model = normed_model()
-    optimizer = CRSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5)  # two perturbed passes, one after the other
-    freeze_in_perturbed_passes(model, optimizer, rule)
-    batch = batches(1, torch.float32)[0]
-    counts = []
-    for group in optimizer.each_group():
-        counts.append(model[1].num_batches_tracked.item())
-        loss_of(model, batch).backward()
-        group.gradients = [[p.grad for p in model.parameters()]]
-        optimizer.zero_grad()
-    assert counts == [0, 1, 1]
-    assert model[1].num_batches_tracked == 1
-
-
-# ---------------------------------------------------------------- long runs and low precision
-
-
-@pytest.mark.parametrize("base", [BASES[1], BASES[8]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_ten_thousand_steps_with_lr_zero_keep_every_bit(base, dtype, adaptive):
-    weights = [nn.Parameter(torch.randn(n).to(dtype)) for n in (1, 17, 600)]
-    with torch.no_grad():
-        weights[1][:2] = torch.tensor([-0.0, 0.0])
-    before = [w.detach().clone() for w in weights]
-    optimizer = SAM(weights, base.cls, rho=0.5, adaptive=adaptive, **{**base.settings, "lr": 0.0})
-    gradients = [[torch.randn_like(w) for w in weights] for _ in range(10)]
-    for step in range(10_000):
-        for move, offset in ((optimizer.first_step, 0), (optimizer.second_step, 3)):
-            for w, g in zip(weights, gradients[(step + offset) % 10], strict=True):
-                w.grad = g
-            move()
-    for w, b in zip(weights, before, strict=True):
-        assert torch.equal(w, b)
-        assert torch.equal(torch.signbit(w), torch.signbit(b))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_train(dtype):
-    model, optimizer = make(BASES[1], dtype, rho=0.5)
-    data = batches(1, dtype, size=24)
-    losses = [step_by_hand(optimizer, model, data[0]) for _ in range(40)]
-    assert losses[-1] < 0.7 * losses[0]
-
-
-def test_float32_weights_with_bfloat16_gradients():
-    weight = nn.Parameter(torch.ones(1000))
-    weight.grad_dtype = torch.bfloat16
-    optimizer = SAM([weight], torch.optim.SGD, lr=0.5, momentum=0.9, rho=1.0)
-    for move in (optimizer.first_step, optimizer.second_step):
-        weight.grad = torch.full((1000,), 2.0, dtype=torch.bfloat16)
-        move()
-    torch.testing.assert_close(weight.detach(), torch.zeros(1000))
-    assert optimizer.state[weight]["momentum_buffer"].dtype == torch.float32
-
-
-def test_scaled_gradients_give_the_same_perturbation():
-    results = []
-    for scale in (1.0, 2.0**16):
-        model, optimizer = make(BASES[0])
-        (scale * loss_of(model, batches(1)[0])).backward()
-        optimizer.first_step()
-        results.append(weights_of(model))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
-
-
 class KeepsMore(torch.optim.SGD):
     """A base with something to keep that is not in its state, as wrappers of optimizers have."""
 
@@ -658,3 +376,56 @@ def test_bases_with_a_state_dict_of_their_own(method, base):
         if number >= 3:
             step_by_hand(resumed, other, batch)
     assert_same(weights_of(other), weights_of(model))
+
+
+# ---------------------------------------------------------------- long runs and low precision
+
+
+@pytest.mark.parametrize("base", [BASES[1], BASES[8]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_ten_thousand_steps_with_lr_zero_keep_every_bit(base, dtype, adaptive):
+    weights = [nn.Parameter(torch.randn(n).to(dtype)) for n in (1, 17, 600)]
+    with torch.no_grad():
+        weights[1][:2] = torch.tensor([-0.0, 0.0])
+    before = [w.detach().clone() for w in weights]
+    optimizer = SAM(weights, base.cls, rho=0.5, adaptive=adaptive, **{**base.settings, "lr": 0.0})
+    gradients = [[torch.randn_like(w) for w in weights] for _ in range(10)]
+    for step in range(10_000):
+        for move, offset in ((optimizer.first_step, 0), (optimizer.second_step, 3)):
+            for w, g in zip(weights, gradients[(step + offset) % 10], strict=True):
+                w.grad = g
+            move()
+    for w, b in zip(weights, before, strict=True):
+        assert torch.equal(w, b)
+        assert torch.equal(torch.signbit(w), torch.signbit(b))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_train(dtype):
+    model, optimizer = make(BASES[1], dtype, rho=0.5)
+    data = batches(1, dtype, size=24)
+    losses = [step_by_hand(optimizer, model, data[0]) for _ in range(40)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_float32_weights_with_bfloat16_gradients():
+    weight = nn.Parameter(torch.ones(1000))
+    weight.grad_dtype = torch.bfloat16
+    optimizer = SAM([weight], torch.optim.SGD, lr=0.5, momentum=0.9, rho=1.0)
+    for move in (optimizer.first_step, optimizer.second_step):
+        weight.grad = torch.full((1000,), 2.0, dtype=torch.bfloat16)
+        move()
+    torch.testing.assert_close(weight.detach(), torch.zeros(1000))
+    assert optimizer.state[weight]["momentum_buffer"].dtype == torch.float32
+
+
+def test_scaled_gradients_give_the_same_perturbation():
+    results = []
+    for scale in (1.0, 2.0**16):
+        model, optimizer = make(BASES[0])
+        (scale * loss_of(model, batches(1)[0])).backward()
+        optimizer.first_step()
+        results.append(weights_of(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
