@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from sam_optim import (
     AESAM,
     SAM,
-    AgnosticSAM,
     IntervalSAM,
     RandomizedSAM,
     ReservoirMemory,
@@ -21,13 +19,11 @@ from sam_optim import (
 )
 
 from .cases import BASES, METHODS, Method, assert_same, batches, loss_of, make_net, weights_of
-from .test_combined_gradient import METHODS as COMBINED
-from .test_family import METHODS as FAMILY
+from .every import EVERY_METHOD, take_steps
 from .test_variants import METHODS as VARIANTS
 
 # The base itself makes the other steps.
 IN_SOME_STEPS = (IntervalSAM, RandomizedSAM, AESAM)
-ALL = [*METHODS, *VARIANTS, *FAMILY, *COMBINED[7:], Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5})]
 
 
 @contextmanager
@@ -56,23 +52,16 @@ def as_it_is():
 
 def train(within, method, base, dtype=torch.float64, **more):
     model = make_net(dtype, batch_norm=True)
-    data = list(zip(batches(4, dtype), batches(4, dtype, size=5), strict=True))
+    data = batches(4, dtype), batches(4, dtype, size=5)
     with within():
         optimizer = method.make(model, base, **more)
-        step = TrainStep(model, optimizer, loss_of, max_grad_norm=0.5)
-        for number, (batch, other) in enumerate(data):
-            if number == 2:
-                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            kind = "memory_batch" if "MGSER" in type(optimizer).__name__ else "validation_batch"
-            step(batch, **{kind: other}, **({"previous_batch": data[1][0]} if number == 2 else {}))
-        assert optimizer.last_step.updated
-        repr(optimizer.last_step.ascent)
+        take_steps(TrainStep(model, optimizer, loss_of, max_grad_norm=0.5), *data)
     return weights_of(model)
 
 
 @pytest.mark.parametrize("within", [default_device, default_dtype])
 @pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
-@pytest.mark.parametrize("method", ALL, ids=str)
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
 def test_methods(method, base, within):
     if within is default_device and (not base.fused or (method.cls in IN_SOME_STEPS and base.cls is torch.optim.AdamW)):
         pytest.skip("the base's own steps, whose step counts torch 2.11 puts on the default device")

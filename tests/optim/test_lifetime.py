@@ -9,14 +9,10 @@ import weakref
 import pytest
 import torch
 
-from sam_optim import AgnosticSAM, TrainStep
+from sam_optim import TrainStep
 
-from .cases import BASES, METHODS, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
-from .test_combined_gradient import METHODS as COMBINED
-from .test_family import METHODS as FAMILY
-from .test_variants import METHODS as VARIANTS
-
-ALL = [*METHODS, *VARIANTS, *FAMILY, *COMBINED[7:], Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5})]
+from .cases import BASES, METHODS, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+from .every import EVERY_METHOD
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +50,7 @@ def train(method, base, by_hand, **more):
 
 @pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
-@pytest.mark.parametrize("method", ALL, ids=str)
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
 def test_everything_is_freed_at_once(no_collector, method, base, by_hand):
     assert [reference() for reference in train(method, base, by_hand)] == [None] * 3
 

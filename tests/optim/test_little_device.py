@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 import sam_kernels as sk
-from sam_optim import SAM, AgnosticSAM, RandomState, ReservoirMemory, StabilityMonitor, TrainStep
+from sam_optim import SAM, RandomState, ReservoirMemory, StabilityMonitor, TrainStep
 
 from ..little_device import DEVICE, brought_back, little_device, moved, moved_module
-from .cases import BASES, METHODS, Method, batches, loss_of, make_net
-from .test_combined_gradient import METHODS as COMBINED
-from .test_family import METHODS as FAMILY
-from .test_variants import METHODS as VARIANTS
-
-ALL = [*METHODS, *VARIANTS, *FAMILY, *COMBINED[7:], Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5})]
+from .cases import BASES, METHODS, batches, loss_of, make_net
+from .every import EVERY_METHOD, take_steps
 
 
 def train(method, base, on_device, backend):
     model = make_net(torch.float32)
-    data = list(zip(batches(4, torch.float32), batches(4, torch.float32, size=5), strict=True))
+    data = [batches(4, torch.float32), batches(4, torch.float32, size=5)]
     if on_device:
         model = moved_module(model)
-        data = [tuple(tuple(moved(t) for t in batch) for batch in pair) for pair in data]
+        data = [[tuple(moved(t) for t in batch) for batch in own] for own in data]
     optimizer = method.make(model, base, backend=backend)
-    step = TrainStep(model, optimizer, loss_of, max_grad_norm=0.5)
-    for number, (batch, other) in enumerate(data):
-        if number == 2:
-            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        kind = "memory_batch" if "MGSER" in type(optimizer).__name__ else "validation_batch"
-        step(batch, **{kind: other}, **({"previous_batch": data[1][0]} if number == 2 else {}))
-    assert optimizer.last_step.updated
-    repr(optimizer.last_step.ascent)
+    take_steps(TrainStep(model, optimizer, loss_of, max_grad_norm=0.5), *data)
     return [brought_back(p) for p in model.parameters()]
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
-@pytest.mark.parametrize("method", ALL, ids=str)
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
 def test_methods(method, base, backend):
     with little_device():
         found = train(method, base, True, backend)
