@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .moves import StepReport
 from .optimizer import SharpnessAwareOptimizer
+from .randomness import Draws
 
 # Steps that are made one kernel at a time before the first is recorded: state comes into being, libraries choose.
 WARMUP_STEPS = 3
@@ -73,11 +74,17 @@ class _Recorded:
 class CapturedDraws:
     """Random draws in a recorded step: each pass has a generator of its own, and passes on one batch the same seed.
 
-    Seeds are drawn anew for each replay, by the generator of the CPU.
+    Seeds are drawn anew for each replay, by the generator of the CPU. What the host draws is drawn while the step is
+    recorded, alike in passes on one batch, and is the same in every replay.
+
+    Args:
+        device: of everything.
+        generators: of the program's own, see :class:`RandomState`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, generators: Sequence[Any] = ()) -> None:
         self._device = device
+        self._on_host = Draws((), generators=generators)
         self._generators: dict[str, list[torch.Generator]] = {}
         self._seeds: dict[str, int] = {}
         self._used: dict[str, int] = {}
@@ -102,12 +109,17 @@ class CapturedDraws:
         own = self._generators.get(name)
         number = self._used.get(name, 0)
         self._used[name] = number + 1
-        if not own:
+        with self._on_host.of(name, perturbed), self._on_device(own[number % len(own)] if own else None):
+            yield
+
+    @contextmanager
+    def _on_device(self, own: torch.Generator | None) -> Iterator[None]:
+        if own is None:
             yield
             return
         default = torch.cuda.default_generators[self._device.index or 0]
         before = default.graphsafe_get_state()
-        default.graphsafe_set_state(own[number % len(own)])
+        default.graphsafe_set_state(own)
         try:
             yield
         finally:
@@ -183,7 +195,7 @@ class CapturedSteps:
     def _record(self, leaves: list[Any], structure: Any) -> _Recorded:
         own = [leaf.to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batches = tree_unflatten(own, structure)
-        draws = CapturedDraws(self._device)
+        draws = CapturedDraws(self._device, self._optimizer.generators)
         recorded = _Recorded([leaf for leaf in own if isinstance(leaf, Tensor)], draws)
         generators = draws.prepare(list(batches), 4)
         self.is_recording = True

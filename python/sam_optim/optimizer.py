@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -24,7 +24,7 @@ from .errors import InvalidSettingError, StepOrderError
 from .moves import StepReport
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup
 from .planning import PlanCache
-from .randomness import RandomState
+from .randomness import Draws
 from .updates import Updates
 
 ClosureRuns = Literal["second_pass", "every_pass"]
@@ -58,6 +58,9 @@ class SharpnessAwareOptimizer(Updates):
     Attributes:
         base_optimizer: the base; ``param_groups`` and ``state`` are its own.
         last_step: a :class:`StepReport`.
+        generators: random generators of the program's own from which passes draw, see :class:`RandomState`; to be set.
+            What runs a step's passes (closures, ``TrainStep``, the glue for trainers) lets them draw alike, as it does
+            with the global ones. They are not copied or saved with the optimizer.
 
     Raises:
         InvalidSettingError: for a setting out of range.
@@ -81,6 +84,8 @@ class SharpnessAwareOptimizer(Updates):
 
     # Whether micro-batches may be perturbed each along its own gradient, one step of the method for each.
     perturbs_micro_batches = True
+
+    generators: Sequence[Any] = ()
 
     def __init__(
         self,
@@ -143,6 +148,10 @@ class SharpnessAwareOptimizer(Updates):
     def loads(self) -> int:
         """How often state was loaded: what was recorded before works on tensors that are no longer the state."""
         return int(self._container["loads"])
+
+    def devices(self) -> set[torch.device]:
+        """Of the parameters."""
+        return {param.device for group in self.param_groups for param in group["params"]}
 
     def report_again(self, report: StepReport) -> None:
         """Makes a report that of the last step, for a step that a CUDA graph has made again."""
@@ -369,8 +378,7 @@ class SharpnessAwareOptimizer(Updates):
             self._container["in step()"] = False
 
     def _run_closures(self, closures: dict[str, Closure | None], closure_runs: ClosureRuns) -> Any:
-        devices = {param.device for group in self.param_groups for param in group["params"]}
-        before: dict[str, RandomState] = {}  # the first pass on each batch
+        draws = Draws(self.devices(), generators=self.generators)
         losses: list[Any] = []
         if not self.is_step_begun:
             if closure_runs == "every_pass":
@@ -385,14 +393,9 @@ class SharpnessAwareOptimizer(Updates):
             if chosen is None:
                 if not waiting.may_be_empty:
                     raise StepOrderError(f"{type(self).__name__} needs a closure for the {waiting.data} batch as well")
-            elif waiting.perturbed and waiting.data in before:
-                after = RandomState(devices)
-                before[waiting.data].restore()
-                losses.append(_call(chosen))
-                after.restore()
             else:
-                before.setdefault(waiting.data, RandomState(devices))
-                losses.append(_call(chosen))
+                with draws.of(waiting.data, waiting.perturbed):
+                    losses.append(_call(chosen))
             waiting = self.advance()
         return losses[0] if losses else None
 

@@ -167,7 +167,7 @@ class GroupsAndState(Moves, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_mid_step("the optimizer was copied or pickled")
-        dropped = ("_container", "step", "grad_scale", "found_inf")
+        dropped = ("_container", "step", "grad_scale", "found_inf", "generators")
         kept = {key: value for key, value in self.__dict__.items() if key not in dropped}
         return {**kept, "method state": self._container["method state"], "masters": self._masters()}
 

@@ -153,7 +153,7 @@ class TrainStep:
             result = self._captured.step(batches)
             random = None
         else:
-            draws = Draws(self._devices(), {} if random is None else {PREVIOUS: random})
+            draws = self._draws({} if random is None else {PREVIOUS: random})
             result = self._make_step(batches, draws)
             random = draws.first_of(TRAIN)
         if self.optimizer.uses_previous_batch:
@@ -217,7 +217,7 @@ class TrainStep:
         device = next(iter(self._devices()))
 
         def make_step(batches: dict[str, Any], draws: CapturedDraws | None) -> Any:
-            return self._make_step(batches, Draws(self._devices()) if draws is None else draws)
+            return self._make_step(batches, self._draws() if draws is None else draws)
 
         return CapturedSteps(self.optimizer, device, make_step, recorder)
 
@@ -231,6 +231,9 @@ class TrainStep:
             names = ", ".join(sorted(map(str, devices)))
             raise InvalidSettingError(f"{wanted_for} needs all parameters on one CUDA device; they are on {names}")
         return device
+
+    def _draws(self, known: dict[str, RandomState] | None = None) -> Draws:
+        return Draws(self._devices(), known, self.optimizer.generators)
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-
 from .errors import StepOrderError
 from .optimizer import SharpnessAwareOptimizer
 from .passes import PREVIOUS, TRAIN, Pass
@@ -89,7 +87,7 @@ class WindowedPasses:
         with optimizer.restore_on_error():
             if not self._window:
                 self._begin(optimizer, run)
-            micro_batch = micro_batch._replace(random=RandomState(_devices_of(optimizer)))
+            micro_batch = micro_batch._replace(random=_random_state(optimizer))
             result = run(micro_batch)
             self._window = (*self._window, micro_batch)
             if is_full():
@@ -125,16 +123,18 @@ class WindowedPasses:
         optimizer.combine_gradients()  # what the trainer clips and unscales
 
     def _run(self, p: Pass, optimizer: SharpnessAwareOptimizer, run: Run, window: Sequence[MicroBatch]) -> None:
-        after = RandomState(_devices_of(optimizer))
+        after = _random_state(optimizer)
         micro_batches = self.batches_for(p.data, window)
-        with self._rerunning(len(micro_batches)):
-            for micro_batch in micro_batches:
-                if p.perturbed and micro_batch.random is not None:
-                    micro_batch.random.restore()
-                run(micro_batch)
-        if p.perturbed:
-            after.restore()
+        try:
+            with self._rerunning(len(micro_batches)):
+                for micro_batch in micro_batches:
+                    if p.perturbed and micro_batch.random is not None:
+                        micro_batch.random.restore()
+                    run(micro_batch)
+        finally:
+            if p.perturbed:
+                after.restore()
 
 
-def _devices_of(optimizer: SharpnessAwareOptimizer) -> set[torch.device]:
-    return {p.device for group in optimizer.param_groups for p in group["params"]}
+def _random_state(optimizer: SharpnessAwareOptimizer) -> RandomState:
+    return RandomState(optimizer.devices(), optimizer.generators)
