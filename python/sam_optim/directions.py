@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .construction import BaseOptimizer
@@ -131,7 +130,8 @@ class MomentumSAM(SAM):
     def passes(self) -> Passes:
         momentum = self._momentum()
         if any(v is not None for v in momentum):
-            self.ascend(momentum, rule=self._rule, scale=[[_negative(rho)] for [rho] in self._radii()])
+            # A base that maximises keeps the momentum of -f.
+            self.ascend(momentum, rule=self._rule, scale=[[-rho] for [rho] in self._radii()], follows_maximize=False)
         g_plus = yield Pass(last=True)
         yield Update(g_plus)
 
@@ -148,7 +148,3 @@ class MomentumSAM(SAM):
         super().validate_group(group)
         if group.get("momentum") == 0.0:
             raise InvalidSettingError("Invalid momentum: 0; MomentumSAM perturbs along the base optimizer's momentum")
-
-
-def _negative(rho: float | Tensor) -> float | Tensor:
-    return torch.neg(rho) if isinstance(rho, Tensor) else -rho

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import sam_kernels
 from sam_kernels import LaunchReport
@@ -56,10 +57,17 @@ class StepReport(NamedTuple):
 class Moves:
     """The moves of a method but the last, which is a step of the optimizer.
 
+    A base optimizer with ``maximize`` minimises -f, and so must the method around it. Gradients are those of f
+    everywhere; the moves by which a method leaves or changes the weights itself take them with the other sign in groups
+    that maximise. That is enough: all lists of a group turn together, so Gram matrices, and what rules make of them,
+    are the same for f and -f, also where some groups maximise and others do not.
+
     Attributes:
+        base_optimizer: the base.
         backend: name of the kernels' backend; None for the best there is.
     """
 
+    base_optimizer: Optimizer
     backend: str | None
     _container: dict[str, Any]  # because some wrappers of optimizers swallow the writing of attributes
 
@@ -72,14 +80,33 @@ class Moves:
         plans: PlanCache = self._container["plans"]
         return sam_kernels.gram(lists, plans.without_geometry, backend=self.backend)
 
-    def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> None:
-        """Perturbs the weights along a combination of gradient lists, keeping their copies."""
+    def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0, follows_maximize: bool = True) -> None:
+        """Perturbs the weights along a combination of gradient lists, keeping their copies.
+
+        Args:
+            follows_maximize: take the lists with the other sign in groups that maximise, as is right for gradients and
+                averages of them. False for lists that have the sign of what is minimised already, as the base
+                optimizer's momentum.
+        """
+        if follows_maximize:
+            scale = self._uphill(scale, len(lists))
         plans: PlanCache = self._container["plans"]
         xs = [plans.perturbed_only(x) for x in lists]
         ascent = sam_kernels.ascent_(
             plans.plan, xs, rule=rule, scale=scale, snapshot=plans.snapshot, backend=self.backend
         )
         self._container["report"] = StepReport(ascent)
+
+    def _uphill(self, scale: Scale, lists: int) -> Scale:
+        """The scale, with the other sign in groups that maximise. A tensor's value is not looked at."""
+        base = self.base_optimizer
+        # Bases that keep it as an attribute do not look for it in their groups.
+        own = getattr(base, "maximize", None)
+        flags = [own if isinstance(own, bool) else group.get("maximize", False) for group in base.param_groups]
+        if not any(flags):
+            return scale
+        rows = [[scale] * lists] * len(flags) if isinstance(scale, (int, float, Tensor)) else scale
+        return [[-x for x in row] if up else row for row, up in zip(rows, flags, strict=False)]
 
     def combined(self, lists: Sequence[Gradients], rule: RuleLike = _FIXED, scale: Scale = 1.0) -> Gradients | None:
         """The gradient that a descent with these lists would take, in new tensors, None where no list has an entry.
@@ -121,6 +148,7 @@ class Moves:
 
     def ascended(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> list[Tensor]:
         """Where :meth:`ascend` would lead, in memory of its own, kept from step to step; the weights stay."""
+        scale = self._uphill(scale, len(lists))
         plans: PlanCache = self._container["plans"]
         plan, weights = plans.point("ascended")
         xs = [plans.perturbed_only(x) for x in lists]
@@ -133,6 +161,7 @@ class Moves:
 
         For fused base optimizers; others can update the model's weights alone.
         """
+        scale = self._uphill(scale, 1)
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
         ascended, weights = plans.point("ascended")
@@ -163,7 +192,8 @@ class Moves:
             )
 
     def add_to_weights(self, *lists: Gradients, scale: Scale) -> None:
-        """w <- w + sum of scaled lists, plainly: no geometry, no copies, nothing of the base optimizer's."""
+        """w <- w + sum of scaled gradient lists, plainly: no geometry, no copies, nothing of the base optimizer's."""
+        scale = self._uphill(scale, len(lists))
         plans: PlanCache = self._container["plans"]
         sam_kernels.perturb_(plans.widened, lists, [1.0] * len(lists), scale=scale, backend=self.backend)
         if plans.has_masters:

@@ -26,7 +26,8 @@ class SAM(SharpnessAwareOptimizer):
         g  = gradient at w                      e = rho g / |g|                (eq. 2)
         g+ = gradient at w + e                  w <- base_optimizer(w, g+)
 
-    The norm runs over all parameters together. Weight decay is the base optimizer's and does not enter e.
+    The norm runs over all parameters together. Weight decay is the base optimizer's and does not enter e. With the base
+    optimizer's ``maximize``, in all groups or in some, the steps are those that minimise -f.
 
     Args:
         params: parameters, (name, parameter) pairs or group dicts. A group may set ``rho``, ``adaptive``, ``eta``, and

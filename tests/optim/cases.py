@@ -24,6 +24,16 @@ class Base:
     def __str__(self) -> str:
         return ",".join([self.cls.__name__, *(f"{k}={v}" for k, v in self.settings.items())])
 
+    @property
+    def sign(self) -> float:
+        """-1 if it maximises f, which is to minimise -f."""
+        return -1.0 if self.settings.get("maximize") else 1.0
+
+    def minimizing(self, params: Any) -> torch.optim.Optimizer:
+        """For the oracles: the base without ``maximize``, to be given gradients of ``sign`` times f."""
+        settings = {k: v for k, v in copy.deepcopy(self.settings).items() if k != "maximize"}
+        return self.cls(params, **settings)
+
 
 BASES = [
     Base(torch.optim.SGD, {"lr": 0.05}),
@@ -125,10 +135,15 @@ def by_every_pass_closure(optimizer: Any, model: nn.Module, batch: tuple[Tensor,
     return optimizer.step(closure)
 
 
-def oracle_step(model: nn.Module, base: torch.optim.Optimizer, rho: float, geometry: Any, batch: Any) -> None:
-    """SAM from its formula: e = rho T^2 g / |T g|, then torch's own base optimizer with the gradient at w + e."""
+def oracle_step(
+    model: nn.Module, base: torch.optim.Optimizer, rho: float, geometry: Any, batch: Any, sign: float = 1.0
+) -> None:
+    """SAM from its formula: e = rho T^2 g / |T g|, then torch's own base optimizer with the gradient at w + e.
+
+    Of sign times the loss, which the base minimises.
+    """
     base.zero_grad()
-    loss_of(model, batch).backward()
+    (sign * loss_of(model, batch)).backward()
     named = dict(model.named_parameters())
     before = {name: w.detach().clone() for name, w in named.items()}
     operators = {name: geometry(name, w) for name, w in before.items()}
@@ -137,7 +152,7 @@ def oracle_step(model: nn.Module, base: torch.optim.Optimizer, rho: float, geome
         for name, w in named.items():
             w.copy_(before[name] + rho * operators[name] ** 2 * w.grad / norm)
     base.zero_grad()
-    loss_of(model, batch).backward()
+    (sign * loss_of(model, batch)).backward()
     with torch.no_grad():
         for name, w in named.items():
             w.copy_(before[name])

@@ -70,10 +70,10 @@ def test_rho_of_each_group_scales_one_common_direction():
 def test_trajectory(method, base, backend):
     ours, theirs = make_net(), make_net()
     optimizer = method.make(ours, base, backend=backend)
-    oracle = base.cls(theirs.parameters(), **copy.deepcopy(base.settings))
+    oracle = base.minimizing(theirs.parameters())
     for batch in batches(12):
         step_by_hand(optimizer, ours, batch)
-        oracle_step(theirs, oracle, method.settings["rho"], method.geometry, batch)
+        oracle_step(theirs, oracle, method.settings["rho"], method.geometry, batch, base.sign)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):

@@ -116,13 +116,13 @@ def oracle(base: Base, rho, lam, count=6, adaptive=False, warm_start="gradient")
     """The formulas in plain torch; the look-ahead by a copy of the base optimizer."""
     model = make_net()
     named = list(model.parameters())
-    optimizer = base.cls(named, **copy.deepcopy(base.settings))
+    optimizer = base.minimizing(named)
 
     def gradient(weights, batch):
         with torch.no_grad():
             for p, w in zip(named, weights, strict=True):
                 p.copy_(w)
-        return torch.autograd.grad(loss_of(model, batch), named)
+        return torch.autograd.grad(base.sign * loss_of(model, batch), named)
 
     data = batches(count)
     x = weights_of(model)
@@ -132,7 +132,7 @@ def oracle(base: Base, rho, lam, count=6, adaptive=False, warm_start="gradient")
         norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(operator, g_y, strict=True)))
         x_tilde = [w + rho * t**2 * g / (norm + 1e-12) for w, t, g in zip(x, operator, g_y, strict=True)]
         twins = [w.clone().requires_grad_() for w in x]
-        ahead = base.cls(twins, **copy.deepcopy(base.settings))
+        ahead = base.minimizing(twins)
         ahead.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for twin, g in zip(twins, g_y, strict=True):
             twin.grad = g.clone()

@@ -60,11 +60,11 @@ def test_toy_problem(method, settings, wanted, backend):
 
 
 class Oracle:
-    """The methods written out on one long vector, with torch's own base optimizer."""
+    """The methods written out on one long vector, with torch's own base optimizer, which minimises."""
 
     def __init__(self, method, base, rho=0.1):
         self.model = make_net()
-        self.base = base.cls(self.model.parameters(), **copy.deepcopy(base.settings))
+        self.base, self.sign = base.minimizing(self.model.parameters()), base.sign
         self.method, self.rho, self.number, self.kept = method, rho, 0, None
 
     @property
@@ -77,7 +77,7 @@ class Oracle:
     def gradient(self, at, batch):
         before = self.weights.clone()
         self.put(at)
-        gradients = torch.autograd.grad(loss_of(self.model, batch), list(self.model.parameters()))
+        gradients = torch.autograd.grad(self.sign * loss_of(self.model, batch), list(self.model.parameters()))
         self.put(before)
         return torch.cat([g.reshape(-1) for g in gradients])
 
