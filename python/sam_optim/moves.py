@@ -91,7 +91,7 @@ class Moves:
         Args:
             *lists: one to three gradient lists; those of earlier passes have to be kept, ``Pass(kept=True)``.
             rule: makes the coefficients of the lists' Gram matrix.
-            scale: a number, or one for each group and list, ``[[rho, rho], ...]``; see :meth:`radii`.
+            scale: a number, or one for each group and list, ``[[rho, rho], ...]``.
             follows_maximize: take the lists with the other sign in groups that maximise, as is right for gradients and
                 averages of them. False for lists that have the sign of what is minimised already, as the base
                 optimizer's momentum.
