@@ -44,8 +44,15 @@ class ReservoirMemory:
             columns: tensors whose first dimension is the batch's; as many, and of the same types and shapes, each time.
 
         Raises:
+            TypeError: for something else than tensors.
             ValueError: if they are not.
         """
+        for column in columns:
+            if not isinstance(column, Tensor):
+                raise TypeError(
+                    f"a memory keeps tensors, got a {type(column).__name__}: hand them over one by one, always in the "
+                    "same order, as add(x, y), add(*pair) or add(batch['x'], batch['y'])"
+                )
         if not columns or any(c.dim() == 0 or len(c) != len(columns[0]) for c in columns):
             raise ValueError(f"a batch needs tensors of one length, got shapes {[tuple(c.shape) for c in columns]}")
         if not self._columns:

@@ -105,3 +105,11 @@ def test_dark_experience_loss():
     torch.testing.assert_close(der, 0.3 * squares)
     both = dark_experience_loss(logits, stored, alpha=0.3, labelled_logits=other, labels=labels, beta=0.8)
     torch.testing.assert_close(both, 0.3 * squares + 0.8 * entropy)
+
+
+def test_only_tensors_are_kept():
+    memory = ReservoirMemory(3)
+    for columns in [({"x": torch.ones(2)},), ([torch.ones(2)],), (torch.ones(2), [1, 2])]:
+        with pytest.raises(TypeError, match=r"a memory keeps tensors, got a (dict|list).*add\(x, y\)"):
+            memory.add(*columns)
+    assert memory.seen == 0
