@@ -8,6 +8,7 @@ from .batch_norm import (
     frozen_batch_norm,
     running_statistics,
 )
+from .batches import split_batch
 from .continual import ReservoirMemory, dark_experience_loss
 from .directions import MomentumSAM, UnifiedSAM, VaSSO
 from .errors import InvalidSettingError, StepOrderError
@@ -23,7 +24,7 @@ from .sam import ASAM, SAM
 from .sampa import SAMPa
 from .schedules import LambdaRho, RhoFollowsLR
 from .stability import Stability, StabilityMonitor, edge_of_stability
-from .train_step import TrainStep, split_batch
+from .train_step import TrainStep
 from .variants import CRSAM, GSAM, WSAM, FriendlySAM, LookSAM, StableSAM
 
 __all__ = [

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .batches import is_single_value
+from .errors import InvalidSettingError
 from .moves import StepReport
 from .optimizer import SharpnessAwareOptimizer
 from .randomness import Draws
@@ -228,8 +230,18 @@ class CapturedSteps:
 
 
 def _kind_of(leaf: Any) -> Any:
-    """What a recorded step depends on: of a tensor its shape and type, of anything else its value."""
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+    """What a recorded step depends on: of a tensor its shape and type, of anything else its value.
+
+    Raises:
+        InvalidSettingError: for what has no value that could be compared, and may hold tensors that a graph must read.
+    """
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype
+    if not is_single_value(leaf):
+        raise InvalidSettingError(
+            f"capture=True reads batches of tensors in tuples, lists and dicts, not a {type(leaf).__name__}"
+        )
+    return repr(leaf)
 
 
 def _settings_of(optimizer: SharpnessAwareOptimizer) -> Any:

@@ -71,12 +71,13 @@ class Isolated:
     Args:
         model: whose parameters the others are among.
         params: of which gradients are wanted, in this order.
+        modules: the model, or a list of it and others that evaluations use.
 
     Raises:
         InvalidSettingError: if the model does not hold one of them, or is wrapped for parallel training.
     """
 
-    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, params: Sequence[Tensor], modules: nn.Module | None = None) -> None:
         is_wrapped = hasattr(model, "no_sync") or any(isinstance(m, nn.DataParallel) for m in model.modules())
         if is_wrapped or any(is_distributed(p) for p in params):
             raise InvalidSettingError(
@@ -84,7 +85,7 @@ class Isolated:
                 "use passes='sequential'"
             )
         self._params = list(params)
-        self._model = _Holder(model)
+        self._model = _Holder(model if modules is None else modules)
         names: dict[int, str] = {id(p): name for name, p in self._model.named_parameters()}
         strangers = [index for index, p in enumerate(self._params) if id(p) not in names]
         if strangers:

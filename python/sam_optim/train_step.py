@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import pairwise
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sam_kernels.host import same_objects
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 from sam_kernels.sharding import is_distributed
 
 from .batch_norm import Start, StatisticsRule, frozen_batch_norm, running_statistics, start_of
+from .batches import Share, Split, Weight, split_batch, split_off, weighed_parts
 from .capture import CapturedDraws, CapturedSteps, Recorder
 from .errors import InvalidSettingError, StepOrderError
+from .means import Denominator, denominators, refuse_other_means
 from .optimizer import SharpnessAwareOptimizer
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
 from .randomness import Draws, RandomState
@@ -25,6 +28,9 @@ from .side_by_side import Isolated, Lanes, OneLane, StreamLanes
 
 Perturbation = Literal["batch", "micro_batch"]
 LossFunction = Callable[[nn.Module, Any], Any]
+
+# On other devices than the CPU, steps in which it is looked at what the loss is a mean over: it makes the host wait.
+_CHECKED_STEPS = 3
 
 
 class TrainStep:
@@ -45,19 +51,29 @@ class TrainStep:
     Args:
         model: in training mode, as the caller has put it.
         optimizer: of the model's parameters.
-        loss_fn: called as ``loss_fn(model, batch)``; returns the loss, a mean over the batch's samples, or a tuple or
-            list whose first entry it is.
-        micro_batches: run each pass in so many parts of the batch and accumulate their gradients.
+        loss_fn: called as ``loss_fn(model, batch)``; returns the loss, a mean over the batch's samples (or over what
+            ``weight`` says), or a tuple or list whose first entry it is.
+        micro_batches: run each pass in so many parts of the batch and accumulate their gradients. BatchNorm normalises
+            each part by itself and learns from each, as it does wherever gradients are accumulated.
         perturbation: with micro-batches, ``"batch"`` perturbs once along the gradient of the whole batch, so that the
-            step is that of the whole batch. ``"micro_batch"`` perturbs for each part along its own gradient and
-            averages the gradients there (m-SAM, Foret et al. 2021, section 4.1); it takes memory for one more gradient.
+            step is that of the whole batch (BatchNorm excepted). ``"micro_batch"`` perturbs for each part along its own
+            gradient and averages the gradients there (m-SAM, Foret et al. 2021, section 4.1); it takes memory for one
+            more gradient.
         max_grad_norm: clips the gradient that the base optimizer takes to this norm.
         scaler: a ``torch.amp.GradScaler``; the step then also updates it.
-        autocast: data type to run forward passes in, by ``torch.autocast``.
+        autocast: data type to run forward passes in, by ``torch.autocast``: ``torch.bfloat16`` or ``torch.float16``.
         validation: for methods with a validation batch, where ``step(batch)`` takes it from: an iterable, begun again
-            when it is exhausted, or the share of each training batch that is split off its end for it.
+            when it is exhausted (an iterator cannot be, and ends with an error), or the share of each training batch
+            that is split off its end for it. A ``split`` of your own makes parts of one size, so the share is 0.5 then.
         memory_loss: for methods with a batch from memory, its loss, if that is another than ``loss_fn``.
-        split: from a batch and a number to that many parts; by default tensors are split along their first dimension.
+        split: from a batch and a number to that many parts; by default :func:`split_batch`, which says what it cuts.
+        weight: of a micro-batch, from a part to a number: how much the mean over it counts in the mean over the batch.
+            By default its samples, or, where some of its targets (64-bit integers) are -100, which cross entropy
+            ignores, the number of the others. For a loss that is another mean, over tokens, say so:
+            ``lambda part: (part["labels"] != -100).sum()``, with the labels shifted as the loss shifts them. A loss of
+            which autograd's graph shows that it is a mean over something else is refused.
+        other_modules: modules besides ``model`` that ``loss_fn`` uses and that have running statistics, as a
+            discriminator or a teacher in training mode; these are treated as the model's.
         statistics: names BatchNorm's running statistics, see :func:`running_statistics`.
         passes: ``"sequential"``: one after the other. ``"streams"``: passes that do not depend on each other (SAMPa's
             two, Agnostic-SAM's first two) at the same time, on CUDA streams, each with leaf tensors and running
@@ -88,41 +104,43 @@ class TrainStep:
         autocast: torch.dtype | None = None,
         validation: Any = None,
         memory_loss: LossFunction | None = None,
-        split: Callable[[Any, int], Sequence[Any]] | None = None,
+        split: Split | None = None,
+        weight: Weight | None = None,
+        other_modules: Sequence[nn.Module] = (),
         statistics: StatisticsRule = running_statistics,
         passes: Literal["auto", "sequential", "streams"] = "sequential",
         capture: bool = False,
     ) -> None:
         if not isinstance(optimizer, SharpnessAwareOptimizer):
             raise TypeError(f"TrainStep drives the optimizers of sam_optim, not {type(optimizer).__name__}")
-        if micro_batches < 1:
-            raise InvalidSettingError(f"Invalid micro_batches: {micro_batches}; it must be at least 1")
+        _check_functions(loss_fn=loss_fn, memory_loss=memory_loss, split=split, weight=weight, statistics=statistics)
+        _check_modules(model, other_modules)
+        _check_settings(micro_batches, max_grad_norm, scaler, autocast)
+        _check_validation(validation, split)
         if perturbation not in ("batch", "micro_batch"):
             raise InvalidSettingError(f"Invalid perturbation: {perturbation!r}; it is 'batch' or 'micro_batch'")
         if perturbation == "micro_batch" and not optimizer.perturbs_micro_batches:
-            raise InvalidSettingError(
-                f"{type(optimizer).__name__} has no perturbation of its own for each micro-batch, or its class does "
-                "not say perturbs_micro_batches = True beside passes()"
-            )
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            raise InvalidSettingError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0")
-        if isinstance(validation, (int, float)) and not 0.0 < validation < 1.0:
-            raise InvalidSettingError(f"Invalid validation: {validation}; a share lies between 0 and 1")
-        obstacle = optimizer.obstacle_to_grad_scaler()
-        if obstacle is not None and scaler is not None and scaler.is_enabled():
-            raise InvalidSettingError(obstacle)
+            raise InvalidSettingError(f"{type(optimizer).__name__} has no perturbation of its own for each micro-batch")
+        if scaler is not None and not optimizer.takes_scaled_gradients and scaler.is_enabled():
+            raise InvalidSettingError(f"{type(optimizer).__name__} cannot be used with GradScaler; use bfloat16")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
-        self.micro_batches, self.perturbation = micro_batches, perturbation
+        self.micro_batches, self.perturbation = int(micro_batches), perturbation
         self.max_grad_norm, self.scaler, self.autocast = max_grad_norm, scaler, autocast
         self.validation = validation
         self._losses = {MEMORY: memory_loss or loss_fn}
-        self._split = split or split_batch
+        self._split, self._weight = split, weight
+        self._looked_at = 0  # steps in which it was looked at what the loss is a mean over
+        self._modules = nn.ModuleList([model, *other_modules]) if other_modules else model
         self._statistics = statistics
         self._gathering: list[Any] = [m for m in model.modules() if hasattr(m, "set_reshard_after_backward")]
         self._choose_passes(passes)
         self._captured = self._make_captured() if capture else None
         self._validation_batches: Iterator[Any] | None = None
         self._previous: tuple[Any, RandomState | None] | None = None
+        self._loaded_draws: RandomState | None = None
+        self._known: dict[str, RandomState] = {}  # draws of batches of which the step under way repeats them
+        self._first_draws: RandomState | None = None
+        self._clipped_params: tuple[list[Tensor], list[Tensor]] = [], []
 
     def __call__(
         self, batch: Any, validation_batch: Any = None, *, previous_batch: Any = None, memory_batch: Any = None
@@ -148,20 +166,46 @@ class TrainStep:
             self.optimizer.restore()
             raise StepOrderError("a step was begun elsewhere and not completed; the weights have been restored")
         batch, validation_batch = self._with_validation(batch, validation_batch)
-        if previous_batch is None and self._previous is not None:
-            previous_batch, random = self._previous
-        else:
-            random = None
+        draws = self._loaded_draws
+        if self._previous is not None and (previous_batch is None or previous_batch is self._previous[0]):
+            previous_batch, draws = self._previous
+        self._known = {} if draws is None else {PREVIOUS: draws}
+        self._first_draws = None
         batches = {TRAIN: batch, VALIDATION: validation_batch, PREVIOUS: previous_batch, MEMORY: memory_batch}
-        if self._captured is not None:
-            result = self._captured.step(batches)
-            random = None
-        else:
-            draws = self._draws({} if random is None else {PREVIOUS: random})
-            result = self._make_step(batches, draws)
-            random = draws.first_of(TRAIN)
+        result = self._make_eager_step(batches) if self._captured is None else self._captured.step(batches)
         if self.optimizer.uses_previous_batch:
-            self._previous = (batch, random)
+            self._previous = (batch, self._first_draws)
+        self._loaded_draws = None
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this object keeps from step to step, for a run that is to go on bit for bit; tensors and numbers alone.
+
+        That is the state of the random generators that the last training batch was first used with, for methods that
+        use it again in the next step (SAMPa). To go on, load model, optimizer, the generators' states and this, and
+        give the batch itself once: ``step(batch, previous_batch=batch_before)``. Not in it: the batch, where an
+        iterable of validation batches stood, and draws of captured steps.
+        """
+        draws = self._loaded_draws if self._previous is None else self._previous[1]
+        return {"previous_draws": None if draws is None else draws.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the state of a :meth:`state_dict`; what this object has seen so far is forgotten.
+
+        Raises:
+            ValueError: if it is not one, or of another number of ``optimizer.generators``.
+        """
+        if "previous_draws" not in state_dict:
+            raise ValueError(f"this is no state of a TrainStep: it holds {sorted(state_dict)}, not 'previous_draws'")
+        saved = state_dict["previous_draws"]
+        generators = self.optimizer.generators
+        self._loaded_draws = None if saved is None else RandomState.from_state_dict(saved, generators)
+        self._previous = None
+
+    def _make_eager_step(self, batches: dict[str, Any]) -> Any:
+        draws = Draws(self._devices(), self._known, self.optimizer.generators)
+        result = self._make_step(batches, draws)
+        self._first_draws = draws.first_of(TRAIN)
         return result
 
     def _make_step(self, batches: dict[str, Any], draws: Draws | CapturedDraws) -> Any:
@@ -184,7 +228,7 @@ class TrainStep:
         if wanted == "sequential":
             return
         try:
-            self._isolated = Isolated(self.model, self._params())
+            self._isolated = Isolated(self.model, self._params(), self._modules)
             self._lanes = self._make_lanes()
             self.passes = "streams"
         except InvalidSettingError:
@@ -210,10 +254,7 @@ class TrainStep:
             raise InvalidSettingError("capture=True cannot be used with GradScaler; bfloat16 needs no scaling")
         if not self.optimizer.is_capturable:
             method = type(self.optimizer).__name__
-            raise InvalidSettingError(
-                f"capture=True cannot be used with {method}, whose steps differ from each other, or whose class does "
-                "not say is_capturable = True beside passes()"
-            )
+            raise InvalidSettingError(f"capture=True cannot be used with {method}, whose steps differ from each other")
         base = self.optimizer.base_optimizer
         needs_capturable = isinstance(base, (torch.optim.Adam, torch.optim.AdamW))
         if needs_capturable and not all(group["capturable"] or group["fused"] for group in base.param_groups):
@@ -224,7 +265,7 @@ class TrainStep:
         device = next(iter(self._devices()))
 
         def make_step(batches: dict[str, Any], draws: CapturedDraws | None) -> Any:
-            return self._make_step(batches, self._draws() if draws is None else draws)
+            return self._make_eager_step(batches) if draws is None else self._make_step(batches, draws)
 
         return CapturedSteps(self.optimizer, device, make_step, recorder)
 
@@ -239,9 +280,6 @@ class TrainStep:
             raise InvalidSettingError(f"{wanted_for} needs all parameters on one CUDA device; they are on {names}")
         return device
 
-    def _draws(self, known: dict[str, RandomState] | None = None) -> Draws:
-        return Draws(self._devices(), known, self.optimizer.generators)
-
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}
 
@@ -252,11 +290,11 @@ class TrainStep:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether the model has running statistics."""
+        """Whether the model or the other modules have running statistics."""
         return next(self._buffers_of_statistics(), None) is not None
 
     def _buffers_of_statistics(self) -> Iterator[Tensor]:
-        for module in self.model.modules():
+        for module in self._modules.modules():
             for name in self._statistics(module):
                 buffer = module._buffers.get(name)
                 if buffer is not None:
@@ -265,27 +303,54 @@ class TrainStep:
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def _params_as_clipped(self) -> list[Tensor]:
+        """In the model's order, in which everybody clips them: sums of another order differ in their last bit."""
+        params = self._params()
+        if not same_objects(params, self._clipped_params[0]):
+            place = {id(p): number for number, p in enumerate(self.model.parameters())}
+            self._clipped_params = params, sorted(params, key=lambda p: place.get(id(p), len(place)))
+        return [p for p in self._clipped_params[1] if p.grad is not None]
+
     def _with_validation(self, batch: Any, validation_batch: Any) -> tuple[Any, Any]:
         if validation_batch is not None or self.validation is None:
             return batch, validation_batch
         if isinstance(self.validation, (int, float)):
-            return _split_off(batch, float(self.validation))
+            if self._split is None or self._split is split_batch:
+                return split_off(batch, float(self.validation))
+            train, validation = self._split(batch, 2)
+            return train, validation
         if self._validation_batches is None:
             self._validation_batches = iter(self.validation)
         drawn = next(self._validation_batches, _NOTHING)
         if drawn is _NOTHING:
+            if self._validation_batches is self.validation:
+                raise ValueError(
+                    f"validation is exhausted: a {type(self.validation).__name__} cannot be begun again. Give "
+                    "TrainStep the loader itself, not iter(loader), or an iterator without an end."
+                )
             self._validation_batches = iter(self.validation)
             drawn = next(self._validation_batches, _NOTHING)
             if drawn is _NOTHING:
                 raise ValueError("validation has no batches")
         return batch, drawn
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether a step is being recorded, and not made."""
+        return self._captured is not None and self._captured.is_recording
+
+    @property
+    def looks_at_means(self) -> bool:
+        """Whether it is to be looked at in this step what the loss is a mean over: not where the user has said so."""
+        if self.micro_batches == 1 or self._weight is not None or self.is_recording:
+            return False
+        return self._looked_at < _CHECKED_STEPS or all(device.type == "cpu" for device in self._devices())
+
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Weights are restored by the optimizer; running statistics and scaled gradients here."""
         # What is only recorded changes nothing.
-        is_recording = self._captured is not None and self._captured.is_recording
-        saved = [] if is_recording else [(buffer, buffer.clone()) for buffer in self._buffers_of_statistics()]
+        saved = [] if self.is_recording else [(buffer, buffer.clone()) for buffer in self._buffers_of_statistics()]
         try:
             yield
         except BaseException:
@@ -309,8 +374,9 @@ class _Step:
         self.owner, self.optimizer = owner, owner.optimizer
         self._batches, self._draws = batches, draws
         self._starts: dict[str, Start] = {}  # of the pass on each batch that statistics learn from
-        self._outputs: list[tuple[float, Any]] = []  # of the training batch's first pass: weights and results
+        self._outputs: list[tuple[Share, Any]] = []  # of the training batch's first pass: weights and results
         self._has_output = False
+        self._means: list[list[Denominator]] = []  # what the loss of each part was a mean over
         self._sum: Gradients | None = None
         self._is_finite = True
 
@@ -322,8 +388,7 @@ class _Step:
         with self.optimizer.descents_to(self._finish):
             if self.owner._lanes is None:
                 for p in self.optimizer.each_pass():
-                    with self.optimizer.restore_on_error():
-                        self._run(p, self._of(parts, p))
+                    self._run(p, self._of(parts, p))
             else:
                 for group in self.optimizer.each_group():
                     group.gradients = self._run_group(group.passes, parts, self.owner._lanes)
@@ -334,14 +399,15 @@ class _Step:
         parts = {name: self._parts(batch, count) for name, batch in self._batches.items() if batch is not None}
         train = parts[TRAIN]
         for number, (share, part) in enumerate(train):
+            own: dict[str, list[tuple[Share, Any]]]
             own = {name: [(1.0, entries[number % len(entries)][1])] for name, entries in parts.items()}
             own[TRAIN] = [(1.0, part)]
             self._draws.begin_part()
             self._has_output = False
             with self.optimizer.descents_to(self._add_to_sum(share)):
                 for p in self.optimizer.each_pass():
-                    with self.optimizer.restore_on_error():
-                        self._run(p, self._of(own, p), share)
+                    self._run(p, self._of(own, p), share)
+        self._look_at_means([share for share, _ in train])
         if self._is_finite:
             assert self._sum is not None
             self._finish([self._sum], _FIXED, 1.0)
@@ -350,9 +416,9 @@ class _Step:
         """Of the unperturbed pass on the training batch; None if there was none."""
         if not self._outputs:
             return None
-        if len(self._outputs) == 1:
+        if self.owner.micro_batches == 1:
             return self._outputs[0][1]
-        losses = sum(share * _loss_of(output) for share, output in self._outputs)
+        losses = sum(share * _counted(_loss_of(output), share) for share, output in self._outputs)
         if all(isinstance(output, Tensor) for _, output in self._outputs):
             return losses
         return losses, [list(output[1:]) for _, output in self._outputs]
@@ -360,7 +426,7 @@ class _Step:
     # ------------------------------------------------------------------ passes
 
     def _run_group(
-        self, passes: Sequence[Pass], parts: dict[str, list[tuple[float, Any]]], lanes: Lanes
+        self, passes: Sequence[Pass], parts: dict[str, list[tuple[Share, Any]]], lanes: Lanes
     ) -> list[Gradients]:
         """The gradients of passes that do not depend on each other."""
         isolated = self.owner._isolated
@@ -379,25 +445,28 @@ class _Step:
             lanes = OneLane()  # they would write into the same buffers at once
         return [gradients for gradients, _ in lanes.run([call_of(p) for p in passes])]
 
-    def _run(self, p: Pass, parts: list[tuple[float, Any]], share_of_step: float = 1.0) -> None:
+    def _run(self, p: Pass, parts: list[tuple[Share, Any]], share_of_step: Share = 1.0) -> None:
         owner = self.owner
         keeps_result = p.data == TRAIN and not p.perturbed and not self._has_output
         owner.forget_gathered_weights()
         with self._draws.of(p.data, p.perturbed), ExitStack() as stack:
             if p.updates_statistics:
-                self._starts[p.data] = start_of(owner.model, owner._statistics)
+                self._starts[p.data] = start_of(owner._modules, owner._statistics)
             else:
                 start = self._starts.get(p.data)
-                stack.enter_context(frozen_batch_norm(owner.model, owner._statistics, start))
+                stack.enter_context(frozen_batch_norm(owner._modules, owner._statistics, start))
             for number, (share, part) in enumerate(parts):
                 with self._without_reduction(number + 1 < len(parts)):
-                    output = self._forward_backward(owner._losses.get(p.data, owner.loss_fn), part, share)
+                    loss_fn = owner._losses.get(p.data, owner.loss_fn)
+                    output = self._forward_backward(loss_fn, part, share, keeps_result)
                 if keeps_result:
                     self._outputs.append((share * share_of_step, _detached(output)))
         if keeps_result:
             self._has_output = True
+            if len(parts) > 1:
+                self._look_at_means([share for share, _ in parts])
 
-    def _forward_backward(self, loss_fn: LossFunction, batch: Any, share: float) -> Any:
+    def _forward_backward(self, loss_fn: LossFunction, batch: Any, share: Share, is_first: bool) -> Any:
         owner = self.owner
         # The caller's own autocast may hold 16-bit copies of weights, which a recorded graph would read for ever.
         torch.clear_autocast_cache()
@@ -408,11 +477,20 @@ class _Step:
                 device = next(iter(owner._devices())).type
                 with torch.autocast(device, dtype=owner.autocast):
                     output = loss_fn(owner.model, batch)
-            loss = _loss_of(output) * share
+            loss = _loss_of(output)
+            if is_first and owner.looks_at_means:
+                self._means.append(denominators(loss))
+            loss = _counted(loss, share) * share
             if owner.scaler is not None:
                 loss = owner.scaler.scale(loss)
             loss.backward()
         return output
+
+    def _look_at_means(self, shares: Sequence[Share]) -> None:
+        """Refuses what is not a mean over what micro-batches weigh, before anything is updated."""
+        if self.owner.looks_at_means:
+            self.owner._looked_at += 1
+            refuse_other_means(self._means, [float(share) for share in shares])
 
     def _without_reduction(self, wanted: bool) -> AbstractContextManager[None]:
         """DistributedDataParallel and FSDP2 reduce gradients over ranks with the last micro-batch alone."""
@@ -423,7 +501,7 @@ class _Step:
             return _without_sync(model)
         return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
-    def _of(self, parts: dict[str, list[tuple[float, Any]]], p: Pass) -> list[tuple[float, Any]]:
+    def _of(self, parts: dict[str, list[tuple[Share, Any]]], p: Pass) -> list[tuple[Share, Any]]:
         name = p.data
         found = parts.get(name)
         if found is not None:
@@ -438,13 +516,16 @@ class _Step:
             )
         raise StepOrderError(f"{method} needs a {name} batch: step(batch, {name}_batch), or TrainStep({name}=...)")
 
-    def _parts(self, batch: Any, count: int) -> list[tuple[float, Any]]:
-        """Micro-batches with their shares of the batch's samples."""
+    def _parts(self, batch: Any, count: int) -> list[tuple[Share, Any]]:
+        """Micro-batches with what they count."""
         if count == 1:
             return [(1.0, batch)]
-        parts = list(self.owner._split(batch, count))
-        sizes = [_samples_of(part) for part in parts]
-        return [(size / sum(sizes), part) for size, part in zip(sizes, parts, strict=True)]
+        owner = self.owner
+        parts = weighed_parts(batch, count, owner._split, owner._weight, waits=not owner.is_recording)
+        if hasattr(owner.model, "no_sync") or owner._gathering:
+            return parts  # ranks have to meet in each of them
+        # A mean over nothing is NaN, and so is its gradient.
+        return [(share, part) for share, part in parts if isinstance(share, Tensor) or share > 0.0]
 
     # ------------------------------------------------------------------ descents
 
@@ -476,7 +557,7 @@ class _Step:
         self._put_into_grad(gradients)
         if owner.scaler is not None and owner.scaler.is_enabled():
             owner.scaler.unscale_(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        params = owner._params_as_clipped()
         assert owner.max_grad_norm is not None
         if optimizer.process_group is None:
             nn.utils.clip_grad_norm_(params, owner.max_grad_norm)
@@ -490,7 +571,7 @@ class _Step:
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
 
-    def _add_to_sum(self, share: float) -> Callable[[Sequence[Gradients], RuleLike, Scale], None]:
+    def _add_to_sum(self, share: Share) -> Callable[[Sequence[Gradients], RuleLike, Scale], None]:
         """Adds a micro-batch's share of the final gradient, and goes back to the weights themselves."""
 
         def handler(lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> None:
@@ -499,6 +580,9 @@ class _Step:
             optimizer.return_to_copies()
             if gradients is None:
                 self._is_finite = False
+            elif isinstance(share, Tensor):
+                own = [None if g is None else g * share for g in gradients]
+                self._sum = optimizer.added(self._sum, own, 1.0)
             else:
                 self._sum = optimizer.added(self._sum, gradients, share)
 
@@ -520,9 +604,17 @@ def _without_sync(model: Any) -> Iterator[None]:
 
 def _loss_of(output: Any) -> Tensor:
     loss = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_fn must return the loss first, a tensor of one element, got {type(loss).__name__}")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn must return the loss first, a tensor of one element, got {got}")
     return loss
+
+
+def _counted(loss: Tensor, share: Share) -> Tensor:
+    """The loss of a part; 0 if it counts nothing, where a mean over nothing would be NaN."""
+    if isinstance(share, Tensor):
+        return torch.where(share > 0.0, loss, 0.0)
+    return loss if share > 0.0 else torch.where(torch.zeros_like(loss, dtype=torch.bool), loss, 0.0)
 
 
 def _detached(output: Any) -> Any:
@@ -530,44 +622,57 @@ def _detached(output: Any) -> Any:
     return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
 
-def _samples_of(batch: Any) -> int:
-    for leaf in tree_flatten(batch)[0]:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    raise ValueError("the batch holds no tensor with a first dimension; give TrainStep a split of your own")
+# ---------------------------------------------------------------- settings
 
 
-def split_batch(batch: Any, count: int) -> list[Any]:
-    """Cuts a batch into ``count`` parts of nearly equal size along the first dimension of each of its tensors.
-
-    Args:
-        batch: tensors in any nesting of tuples, lists and dicts. Tensors without dimensions, tensors whose first
-            dimension is not the batch's, and other entries go into every part.
-        count: at most the number of samples.
-
-    Raises:
-        ValueError: if there are fewer samples than parts.
-    """
-    samples = _samples_of(batch)
-    if samples < count:
-        raise ValueError(f"a batch of {samples} samples cannot be split into {count} micro-batches")
-    bounds = [samples * number // count for number in range(count + 1)]
-    return [_sliced(batch, samples, start, end) for start, end in pairwise(bounds)]
+def _check_functions(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not callable(function) and not (function is None and name not in ("loss_fn", "statistics")):
+            raise InvalidSettingError(f"Invalid {name}: {function!r}; it must be a function")
 
 
-def _split_off(batch: Any, share: float) -> tuple[Any, Any]:
-    """A batch without its last samples, and these; at least one sample in either."""
-    samples = _samples_of(batch)
-    if samples < 2:
-        raise ValueError("a batch of one sample cannot be split into a training and a validation batch")
-    cut = min(max(round(samples * (1.0 - share)), 1), samples - 1)
-    return _sliced(batch, samples, 0, cut), _sliced(batch, samples, cut, samples)
+def _check_modules(model: Any, others: Any) -> None:
+    if isinstance(others, nn.Module):
+        raise InvalidSettingError("Invalid other_modules: a module; it must be a list of them: [module]")
+    for name, module in [("model", model), *(("other_modules", other) for other in others)]:
+        if not isinstance(module, nn.Module):
+            raise InvalidSettingError(f"Invalid {name}: {type(module).__name__}; TrainStep drives torch.nn.Modules")
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+            raise InvalidSettingError(
+                f"Invalid {name}: TorchScript, whose buffers TrainStep cannot put aside for a pass. Give it the module "
+                "that was scripted, by torch.compile if it is to be compiled; or drive the optimizer by each_pass()."
+            )
 
 
-def _sliced(batch: Any, samples: int, start: int, end: int) -> Any:
-    leaves, structure = tree_flatten(batch)
-    cut = [
-        leaf[start:end] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples else leaf
-        for leaf in leaves
-    ]
-    return tree_unflatten(cut, structure)
+def _check_settings(micro_batches: Any, max_grad_norm: Any, scaler: Any, autocast: Any) -> None:
+    is_whole = hasattr(type(micro_batches), "__index__") and not isinstance(micro_batches, (bool, Tensor))
+    if not is_whole or micro_batches < 1:
+        raise InvalidSettingError(f"Invalid micro_batches: {micro_batches!r}; it must be a whole number, at least 1")
+    if max_grad_norm is not None:
+        is_number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
+        if not is_number or not max_grad_norm > 0.0:
+            raise InvalidSettingError(f"Invalid max_grad_norm: {max_grad_norm!r}; it must be a number above 0, or None")
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise InvalidSettingError(f"Invalid scaler: {scaler!r}; it must be a torch.amp.GradScaler, or None")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise InvalidSettingError(
+            f"Invalid autocast: {autocast!r}; it must be torch.bfloat16, torch.float16 (with a scaler), or None"
+        )
+
+
+def _check_validation(validation: Any, split: Split | None) -> None:
+    if validation is None:
+        return
+    if isinstance(validation, (int, float)):
+        if isinstance(validation, bool) or not 0.0 < validation < 1.0:
+            raise InvalidSettingError(f"Invalid validation: {validation}; a share lies between 0 and 1")
+        if split not in (None, split_batch) and validation != 0.5:
+            raise InvalidSettingError(
+                f"Invalid validation: {validation}; a split of your own makes parts of one size, so the share can be "
+                "0.5 alone. Cut it off yourself: step(batch, validation_batch)."
+            )
+    elif isinstance(validation, (Tensor, str, bytes, Mapping)) or not hasattr(type(validation), "__iter__"):
+        raise InvalidSettingError(
+            f"Invalid validation: {type(validation).__name__}; it must be a share between 0 and 1 or an iterable of "
+            "batches, as a DataLoader. A single batch is given to the step: step(batch, validation_batch)."
+        )

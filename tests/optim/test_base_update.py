@@ -20,11 +20,10 @@ class UnfusedSGD(torch.optim.SGD):
 class Combining(SharpnessAwareOptimizer):
     """Two gradient lists in the descent, combined by a rule."""
 
-    takes_scaled_gradients = True
     arguments: ClassVar[dict] = {}
 
     def passes(self) -> Passes:
-        g = yield Pass(kept=True)
+        g = yield Pass()
         self.ascend(g, rule=sk.Normalized(), scale=0.1)
         g_plus = yield Pass(perturbed=True)
         yield Update(g_plus, g, **self.arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from contextlib import contextmanager
 
 import pytest
@@ -198,3 +199,33 @@ def test_an_autocast_around_replays_sees_new_weights(monkeypatch):
         before = model(data[0][0])
         step(data[-1])
         assert not torch.equal(model(data[0][0]), before)
+
+
+@pytest.mark.parametrize("batch", [UserDict(x=batches(1)[0]), batches(1)[0][0].numpy()], ids=["UserDict", "array"])
+def test_what_a_graph_cannot_read_is_refused(recorder, batch):
+    """What lies in it would be that of the recorded step for ever."""
+    model = make_net()
+    step = TrainStep(model, METHODS[0].make(model, SGD), lambda m, b: loss_of(m, batches(1)[0]), capture=True)
+    for _ in range(WARMUP_STEPS):
+        step(batch)
+    with pytest.raises(InvalidSettingError, match="capture=True reads batches of tensors"):
+        step(batch)
+
+
+@pytest.mark.parametrize("perturbation", ["batch", "micro_batch"])
+@pytest.mark.parametrize("weight", [None, lambda part: (part[1] != -100).sum()])
+def test_labels_are_counted_in_the_graph(monkeypatch, perturbation, weight):
+    """Without waiting for them: the shares of micro-batches are tensors then, and made anew by each replay."""
+    data = batches(4)
+    for number, (_, y) in enumerate(data[1:]):
+        y[: 3 + number] = -100
+    data[3][1][:4] = -100  # all of a part
+    results = []
+    for records in (False, True):
+        monkeypatch.setattr(TrainStep, "is_recording", records)
+        model = make_net()
+        more = {"micro_batches": 3, "perturbation": perturbation, "weight": weight}
+        step = TrainStep(model, METHODS[0].make(model, SGD), loss_of, **more)
+        results.append([*[step(batch) for batch in data], *weights_of(model)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)

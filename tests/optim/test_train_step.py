@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
+import itertools
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from sam_optim import (
     frozen_batch_norm,
     split_batch,
 )
+from sam_optim.side_by_side import OneLane
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 
@@ -328,8 +332,6 @@ def test_an_exception_leaves_weights_and_statistics(name, number, options):
 class _Deflecting(SAM):
     """A method whose descent needs a Gram matrix."""
 
-    perturbs_micro_batches = True
-
     def passes(self):
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())
@@ -438,18 +440,6 @@ def test_the_first_step_after_a_checkpoint():
     assert_same(weights_of(model), wanted)
 
 
-def test_batches_of_any_nesting_are_split():
-    batch = {"x": torch.arange(10), "more": [torch.arange(20).reshape(10, 2), "name", torch.tensor(3.0)], "n": 7}
-    parts = split_batch(batch, 4)
-    assert [len(part["x"]) for part in parts] == [2, 3, 2, 3]
-    assert torch.equal(torch.cat([part["more"][0] for part in parts]), batch["more"][0])
-    assert all(part["more"][1] == "name" and part["more"][2] == 3.0 and part["n"] == 7 for part in parts)
-    with pytest.raises(ValueError, match="3 samples cannot be split into 4"):
-        split_batch(torch.ones(3), 4)
-    with pytest.raises(ValueError, match="split of your own"):
-        split_batch("text", 2)
-
-
 def test_errors():
     model = make_net()
     sam = METHODS["SAM"](model)
@@ -458,9 +448,34 @@ def test_errors():
         ({"perturbation": "sample"}, "perturbation"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"validation": 1.5}, "validation"),
+        ({"micro_batches": 2.0}, "Invalid micro_batches: 2.0"),
+        ({"micro_batches": True}, "Invalid micro_batches: True"),
+        ({"micro_batches": "2"}, "Invalid micro_batches: '2'"),
+        ({"micro_batches": torch.tensor(2)}, "Invalid micro_batches"),
+        ({"max_grad_norm": float("nan")}, "Invalid max_grad_norm: nan"),
+        ({"max_grad_norm": True}, "Invalid max_grad_norm: True"),
+        ({"max_grad_norm": torch.tensor(1.0)}, "Invalid max_grad_norm"),
+        ({"autocast": "bfloat16"}, "Invalid autocast: 'bfloat16'; it must be torch.bfloat16"),
+        ({"autocast": True}, "Invalid autocast: True"),
+        ({"autocast": torch.float32}, "Invalid autocast"),
+        ({"scaler": True}, "Invalid scaler: True"),
+        ({"validation": True}, "Invalid validation: True"),
+        ({"validation": batches(1)[0][0]}, "Invalid validation: Tensor"),
+        ({"validation": {"x": 1}}, "Invalid validation: dict"),
+        ({"validation": object()}, "Invalid validation: object"),
+        ({"split": 2}, "Invalid split: 2"),
+        ({"weight": 2}, "Invalid weight: 2"),
+        ({"memory_loss": "loss"}, "Invalid memory_loss: 'loss'"),
+        ({"statistics": None}, "Invalid statistics: None"),
+        ({"other_modules": model}, "Invalid other_modules: a module"),
+        ({"other_modules": [None]}, "Invalid other_modules: NoneType"),
     ]:
         with pytest.raises(InvalidSettingError, match=message):
             TrainStep(model, sam, loss_of, **settings)
+    with pytest.raises(InvalidSettingError, match="Invalid loss_fn"):
+        TrainStep(model, sam, loss_of(model, batches(1)[0]))
+    with pytest.raises(InvalidSettingError, match="Invalid model: function"):
+        TrainStep(lambda x: x, sam, loss_of)
     with pytest.raises(TypeError, match="SGD"):
         TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_of)
     with pytest.raises(InvalidSettingError, match="SAMPa has no perturbation of its own"):
@@ -474,12 +489,232 @@ def test_errors():
         TrainStep(model, METHODS["AgnosticSAM"](model), loss_of, validation=[])(batch)
     with pytest.raises(TypeError, match="must return the loss first"):
         TrainStep(model, sam, lambda model, batch: 1.0)(batch)
+    with pytest.raises(TypeError, match=r"the loss first.*shape \(12,\)"):
+        TrainStep(model, sam, lambda model, batch: model(batch[0])[:, 0])(batch)
     loss_of(model, batch).backward()
     before = weights_of(model)
     sam.first_step()
     with pytest.raises(StepOrderError, match="begun elsewhere"):
         TrainStep(model, sam, loss_of)(batch)
     assert_same(weights_of(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused():
+    scripted = torch.jit.script(make_net(batch_norm=True))
+    for model in (scripted, nn.Sequential(scripted)):
+        with pytest.raises(InvalidSettingError, match=r"TorchScript.*torch.compile"):
+            TrainStep(model, METHODS["SAM"](model), loss_of)
+
+
+def test_iterators_of_validation_batches():
+    """One that ends cannot be begun again; one without an end need not."""
+    model, other = make_net(), make_net()
+    loader = batches(2, size=4)
+    step = TrainStep(model, METHODS["AgnosticSAM"](model), loss_of, validation=iter(loader))
+    endless = TrainStep(other, METHODS["AgnosticSAM"](other), loss_of, validation=itertools.cycle(loader))
+    for batch in batches(2):
+        step(batch)
+        endless(batch)
+    before = weights_of(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="validation is exhausted: a list_iterator cannot be begun again"):
+            step(batch)
+    assert_same(weights_of(model), before)
+    endless(batch)
+    step(batch, loader[0])
+    assert_same(weights_of(model), weights_of(other))
+
+
+# ---------------------------------------------------------------- going on
+
+
+def resumed_run(model, optimizer, saved, **options):
+    """A step object in the state of another process, through a file as it is loaded by default."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"])
+    step = TrainStep(model, optimizer, loss_of, **options)
+    step.load_state_dict(saved["step"])
+    return step
+
+
+@pytest.mark.parametrize("warm_start", ["gradient", "zero"])
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}], ids=str)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_sampa_with_dropout_goes_on_bit_for_bit(steps, options, warm_start):
+    """The batch of the step before is drawn for as it was when it was first used, in another process too."""
+
+    def make():
+        model = make_net(dropout=0.5, batch_norm=True)
+        return model, SAMPa(model.parameters(), torch.optim.SGD, rho=0.1, warm_start=warm_start, **SGD)
+
+    train = batches(6)
+    model, optimizer = make()
+    step = TrainStep(model, optimizer, loss_of, **options)
+    torch.manual_seed(7)
+    for batch in train[:steps]:
+        step(batch)
+    saved = {
+        "model": copy.deepcopy(model.state_dict()),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "step": step.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    for batch in train[steps:]:
+        step(batch)
+    wanted = [*weights_of(model), *(b.clone() for b in model.buffers())]
+
+    model, optimizer = make()
+    torch.manual_seed(8)
+    step = resumed_run(model, optimizer, saved, **options)
+    with pytest.raises(StepOrderError, match="previous_batch"):
+        step(train[steps])
+    torch.set_rng_state(saved["random"])
+    again = step.state_dict()["previous_draws"]
+    assert again is None or torch.equal(again["cpu"], saved["step"]["previous_draws"]["cpu"])
+    step(train[steps], previous_batch=train[steps - 1])
+    for batch in train[steps + 1 :]:
+        step(batch)
+    assert_same([*weights_of(model), *model.buffers()], wanted)
+    with pytest.raises(ValueError, match="no state of a TrainStep"):
+        step.load_state_dict(optimizer.state_dict())
+
+
+def test_nothing_to_go_on_with():
+    """Of methods that do not use a batch again."""
+    model = make_net(dropout=0.5)
+    step = TrainStep(model, METHODS["SAM"](model), loss_of)
+    step(batches(1)[0])
+    assert step.state_dict() == {"previous_draws": None}
+    step.load_state_dict(step.state_dict())
+
+
+def drive(driver, model, optimizer, batch):
+    """A step without whatever else a driver does."""
+    if driver == "each_pass":
+        for _ in optimizer.each_pass():
+            loss_of(model, batch).backward()
+    elif driver == "closure":
+        optimizer.step(lambda: loss_of(model, batch).backward(), closure_runs="every_pass")
+    else:
+        TrainStep(model, optimizer, loss_of, max_grad_norm=1.0 if driver == "clipped" else None)(batch)
+
+
+@pytest.mark.parametrize("driver", ["each_pass", "closure", "TrainStep", "clipped"])
+@pytest.mark.parametrize("on_base", [False, True], ids=["optimizer", "base"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_schedulers_come_after_steps_that_update_nothing(driver, on_base, base):
+    """SAMPa's first, and one of infinite gradients: torch would warn of the order, and the test with it."""
+    for infinite in (False, True):
+        model = make_net()
+        if infinite:
+            optimizer = _Deflecting(model.parameters(), base, rho=0.1, lr=0.1)
+        else:
+            optimizer = SAMPa(model.parameters(), base, rho=0.1, lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer.base_optimizer if on_base else optimizer, 1)
+        before = weights_of(model)
+        x, y = batches(1)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            drive(driver, model, optimizer, (x * float("inf") if infinite else x, y))
+            scheduler.step()
+        assert_same(weights_of(model), before)
+
+
+# ---------------------------------------------------------------- other modules
+
+
+class _Critic(nn.Module):
+    """A discriminator with statistics of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(3, dtype=torch.float64), nn.Linear(3, 1, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.last(self.norm(x)).pow(2).mean()
+
+
+@pytest.mark.parametrize("method", ["SAM", "AgnosticSAM"])
+@pytest.mark.parametrize("lanes", [False, True], ids=["sequential", "side by side"])
+def test_statistics_of_other_modules(method, lanes, monkeypatch):
+    """They learn once a step, from the training batch at the weights, and an exception undoes it."""
+    if lanes and method == "SAM":
+        pytest.skip("has no passes to run side by side")
+    monkeypatch.setattr(TrainStep, "_make_lanes", lambda self: OneLane())
+    model, critic = make_net(), _Critic()
+    calls = []
+
+    def loss(model, batch):
+        calls.append(None)
+        logits = model(batch[0])
+        value = loss_of(model, batch) + critic(logits)
+        if fails and len(calls) == 2:
+            raise KeyboardInterrupt
+        return value
+
+    options = {"passes": "streams"} if lanes else {}
+    step = TrainStep(model, METHODS[method](model), loss, other_modules=[critic], **options)
+    for batch, other in zip(batches(3), batches(3, size=5), strict=True):
+        fails = False
+        wanted = copy.deepcopy(critic)
+        wanted(model(batch[0]))
+        step(batch, other)
+        assert_same([b.clone() for b in critic.buffers()], list(wanted.buffers()))
+        fails = True
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            step(batch, other)
+        assert_same([b.clone() for b in critic.buffers()], list(wanted.buffers()))
+
+
+# ---------------------------------------------------------------- rho = 0
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("groups", [False, True], ids=["one group", "two groups"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipped_steps_at_rho_zero_are_the_base(base, groups, scaled):
+    """Also where the groups have another order than the model, which makes another sum of the norm."""
+
+    def make():
+        torch.manual_seed(0)
+        layers = [nn.Linear(7, 64), nn.Tanh(), nn.Linear(64, 200), nn.Tanh(), nn.Dropout(0.1), nn.Linear(200, 3)]
+        model = nn.Sequential(*layers)
+        params = list(model.parameters())
+        kinds = [[p for p in params if p.dim() < 2], [p for p in params if p.dim() > 1]]
+        return model, ([{"params": kind} for kind in kinds] if groups else params)
+
+    results = []
+    for plain in (True, False):
+        model, params = make()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+        torch.manual_seed(3)
+        if plain:
+            optimizer = base(params, lr=0.05)
+            for batch in batches(20, torch.float32):
+                loss = loss_of(model, batch)
+                (scaler.scale(loss) if scaled else loss).backward()
+                if scaled:
+                    scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                if scaled:
+                    scaler.step(optimizer)
+                    scaler.update()
+                else:
+                    optimizer.step()
+                optimizer.zero_grad()
+        else:
+            step = TrainStep(model, SAM(params, base, rho=0.0, lr=0.05), loss_of, max_grad_norm=0.5, scaler=scaler)
+            for batch in batches(20, torch.float32):
+                step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
 
 
 # ---------------------------------------------------------------- which samples
