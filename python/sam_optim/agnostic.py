@@ -38,7 +38,8 @@ class AgnosticSAM(SAM):
         normalizer: what divides g_v'. ``"own"`` is |g_v'|; ``"first"`` is |g_v|, the literal reading of the form in
             which both perturbations share one factor.
         smoothing: beta of a moving average m <- beta m + (1 - beta) g_v' that takes the place of g_v'; 0 for none. A
-            beta of 0.9 has been reported; what exactly is smoothed is our reading.
+            beta of 0.9 has been reported; what exactly is smoothed is our reading. With smoothing GradScaler is
+            refused: the average would mix gradients of different scales.
 
     Passes: training and validation at w (independent of each other), for ``"agnostic"`` validation at its perturbation,
     and training at w + e. Drive them by ``each_pass()``, or by ``step(closure, validation_closure)``::
@@ -49,6 +50,9 @@ class AgnosticSAM(SAM):
     """
 
     yields_passes_together = True
+    is_capturable = True
+    perturbs_micro_batches = True
+    _scaling_obstacle = "with smoothing it averages gradients over steps, whose scales differ"
 
     def __init__(
         self,
@@ -73,6 +77,10 @@ class AgnosticSAM(SAM):
         self.variant, self.normalizer, self.smoothing = variant, normalizer, smoothing
         self._more_settings = {"rho_val": rho_val}
         super().__init__(params, base_optimizer, rho_train, adaptive, closure_runs=closure_runs, **kwargs)
+
+    @property
+    def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
+        return self.smoothing == 0.0
 
     def passes(self) -> Passes:
         g_train, g_val = yield [Pass(kept=True), Pass(VALIDATION, kept=True)]

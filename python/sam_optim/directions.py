@@ -26,21 +26,26 @@ class UnifiedSAM(SAM):
     GradScaler is refused with k below 1: the perturbation has the gradient's scale.
     """
 
+    is_capturable = True
+    perturbs_micro_batches = True
+    _scaling_obstacle = "its perturbation has the gradient's scale"
+
     def __init__(
         self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, k: float = 0.5, **kwargs: Any
     ) -> None:
         if not 0.0 <= k <= 1.0:
             raise InvalidSettingError(f"Invalid k: {k}; it must lie between 0 and 1")
         self.k = k
-        self.takes_scaled_gradients = k == 1.0
         super().__init__(params, base_optimizer, rho, **kwargs)
+
+    @property
+    def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
+        return self.k == 1.0
 
     def passes(self) -> Passes:
         g = yield Pass()
         self.ascend(g, rule=self._mixed, scale=self._radii())
         g_plus = yield Pass(perturbed=True, last=True)
-        if not self.takes_scaled_gradients:
-            self.refuse_grad_scaler("its perturbation has the gradient's scale")
         yield Update(g_plus)
 
     def _mixed(self, gram: Tensor) -> Tensor:
@@ -64,7 +69,9 @@ class VaSSO(SAM):
     """
 
     takes_scaled_gradients = False
+    is_capturable = True
     perturbs_micro_batches = False
+    _scaling_obstacle = "it averages gradients over steps, whose scales differ"
 
     def __init__(
         self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, theta: float = 0.9, **kwargs: Any
@@ -79,7 +86,6 @@ class VaSSO(SAM):
         direction = self.moving_average("direction", g, 1.0 - self.theta)
         self.ascend(direction, rule=self._rule, scale=self._radii())
         g_plus = yield Pass(perturbed=True, last=True)
-        self.refuse_grad_scaler("it averages gradients over steps, whose scales differ")
         yield Update(g_plus)
 
 
@@ -98,6 +104,8 @@ class MomentumSAM(SAM):
     ``first_step()`` and ``second_step()`` it is right too, but the first gradient is computed for nothing.
     """
 
+    takes_scaled_gradients = True
+    is_capturable = True
     perturbs_micro_batches = False
 
     def __init__(

@@ -42,12 +42,14 @@ class SharpnessAwareTrainerMixin(WindowedPasses):
         """One micro-batch, as the Trainer calls it; with the last of a window all further passes.
 
         Raises:
-            StepOrderError: where the method asks for batches that :meth:`batches_for` does not have.
+            StepOrderError: where the method asks for batches that :meth:`batches_for` does not have, or cannot take the
+                scaled gradients of ``fp16``.
         """
         optimizer = sharpness_aware(self.optimizer)  # type: ignore[attr-defined]
         make_step = super().training_step  # type: ignore[misc]
         if optimizer is not None and not self._window:
             self._refuse_what_hides_parameters(optimizer)
+            optimizer.refuse_scaler(self.accelerator.scaler)  # type: ignore[attr-defined]
         loss: Tensor = (
             make_step(model, inputs, *more)
             if optimizer is None

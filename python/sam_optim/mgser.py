@@ -47,6 +47,9 @@ class MGSERSAM(SAM):
 
     yields_passes_together = True
     takes_scaled_gradients = False
+    is_capturable = True
+    perturbs_micro_batches = True
+    _scaling_obstacle = "it would look for infinities in the gradients of the last pass alone"
 
     def __init__(
         self,
@@ -71,6 +74,5 @@ class MGSERSAM(SAM):
             Pass(perturbed=True, kept=True),
             Pass(MEMORY, perturbed=True, kept=True, may_be_empty=True, last=True),
         ]
-        self.refuse_grad_scaler("it would look for infinities in the gradients of the last pass alone")
         weights = [[1.0, 1.0, self.mu]] * len(self.param_groups)
         yield Update(g_task_plus, g_memory_plus, g_memory, scale=weights)

@@ -18,7 +18,7 @@ from sam_kernels.scales import Scale
 
 from .base_update import BaseUpdate, Outcome, added, combined_gradient
 from .errors import StepOrderError
-from .passes import Gradients
+from .passes import Gradients, refuse_overwritten
 from .planning import PlanCache
 
 _FIXED = Fixed()
@@ -77,17 +77,26 @@ class Moves:
 
     def gram(self, *lists: Gradients) -> Tensor:
         """The Gram matrix of gradient lists, float64, shape (k, k), with T = 1 and of all ranks' parts together."""
+        refuse_overwritten(lists)
         plans: PlanCache = self._container["plans"]
         return sam_kernels.gram(lists, plans.without_geometry, backend=self.backend)
 
     def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0, follows_maximize: bool = True) -> None:
         """Perturbs the weights along a combination of gradient lists, keeping their copies.
 
+        From the weights themselves, also where they are perturbed: a second call takes the place of the first. To go on
+        from w + e1, keep the gradient that led there and give both: ``ascend(g1, g2, rule=Normalized(), ...)`` leads to
+        w + rho g1 / |g1| + rho g2 / |g2|, with norms in the geometry of w.
+
         Args:
+            *lists: one to three gradient lists; those of earlier passes have to be kept, ``Pass(kept=True)``.
+            rule: makes the coefficients of the lists' Gram matrix.
+            scale: a number, or one for each group and list, ``[[rho, rho], ...]``.
             follows_maximize: take the lists with the other sign in groups that maximise, as is right for gradients and
                 averages of them. False for lists that have the sign of what is minimised already, as the base
                 optimizer's momentum.
         """
+        refuse_overwritten(lists)
         if follows_maximize:
             scale = self._uphill(scale, len(lists))
         plans: PlanCache = self._container["plans"]
@@ -113,6 +122,7 @@ class Moves:
 
         None altogether if the rule needs a Gram matrix and that is not finite: the descent would update nothing.
         """
+        refuse_overwritten(lists)
         return combined_gradient(self._container["plans"].plan, lists, rule, scale, self.backend)
 
     def added(self, total: Gradients | None, gradients: Gradients, share: float) -> Gradients:
@@ -148,6 +158,7 @@ class Moves:
 
     def ascended(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> list[Tensor]:
         """Where :meth:`ascend` would lead, in memory of its own, kept from step to step; the weights stay."""
+        refuse_overwritten(lists)
         scale = self._uphill(scale, len(lists))
         plans: PlanCache = self._container["plans"]
         plan, weights = plans.point("ascended")
@@ -181,7 +192,7 @@ class Moves:
         return bool(self._container["in place"])
 
     def refuse_grad_scaler(self, reason: str) -> None:
-        """For methods to call before they descend.
+        """For methods that can tell only within a step; others say ``takes_scaled_gradients`` in their class.
 
         Raises:
             StepOrderError: if GradScaler drives the step.
@@ -193,6 +204,7 @@ class Moves:
 
     def add_to_weights(self, *lists: Gradients, scale: Scale) -> None:
         """w <- w + sum of scaled gradient lists, plainly: no geometry, no copies, nothing of the base optimizer's."""
+        refuse_overwritten(lists)
         scale = self._uphill(scale, len(lists))
         plans: PlanCache = self._container["plans"]
         sam_kernels.perturb_(plans.widened, lists, [1.0] * len(lists), scale=scale, backend=self.backend)
@@ -201,6 +213,7 @@ class Moves:
 
     def combine_into(self, state: list[Tensor | None], lists: Sequence[Gradients], coefficients: Any) -> None:
         """state <- the lists combined, where some list has an entry; entries of the state come into being as needed."""
+        refuse_overwritten(lists)
         index = [i for i, entries in enumerate(zip(*lists, strict=True)) if any(e is not None for e in entries)]
         params = self._params()
         for i in index:
@@ -219,6 +232,7 @@ class Moves:
         Args:
             starts_at_gradient: m is the first gradient; otherwise it starts at zero.
         """
+        refuse_overwritten([gradients])
         average = self.method_state(name)
         changed = gradients
         if starts_at_gradient:

@@ -17,9 +17,6 @@ from .sam import SAM
 class _OccasionalSAM(SAM):
     """Steps with one pass, and steps with two: driven by ``each_pass()``, closures or ``TrainStep``, to save passes."""
 
-    perturbs_micro_batches = False
-    is_capturable = False
-
     def __init__(
         self,
         params: Any,
@@ -38,6 +35,9 @@ class _OccasionalSAM(SAM):
 class _ScheduledSAM(_OccasionalSAM):
     """Of which a step's number tells what it is. Steps are counted in each group's ``occasional_step``."""
 
+    takes_scaled_gradients = True
+    is_capturable = False
+    perturbs_micro_batches = False
     _more_settings: dict[str, Any] = {"occasional_step": 0}  # noqa: RUF012
 
     @property
@@ -145,6 +145,9 @@ class AESAM(_OccasionalSAM):
     """
 
     takes_scaled_gradients = False
+    is_capturable = False
+    perturbs_micro_batches = False
+    _scaling_obstacle = "it compares norms of gradients over steps, whose scales differ"
     _more_settings: dict[str, Any] = {"aesam_mean": None, "aesam_variance": 0.0}  # noqa: RUF012
 
     def __init__(
@@ -163,7 +166,6 @@ class AESAM(_OccasionalSAM):
 
     def passes(self) -> Passes:
         g = yield Pass()
-        self.refuse_grad_scaler("it compares norms of gradients over steps, whose scales differ")
         if self._is_large(g):
             self.ascend(g, rule=self._rule, scale=self._radii())
             g = yield Pass(perturbed=True, last=True)

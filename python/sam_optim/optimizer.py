@@ -6,9 +6,11 @@ A method is a generator of gradient passes (:meth:`SharpnessAwareOptimizer.passe
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sam_kernels.host import gradients as gradients_of
+from sam_kernels.host import missing
 
 from .base_update import BaseUpdate
 from .compiling import prepare, untraced
@@ -29,6 +32,18 @@ from .updates import Updates
 
 ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
+
+
+_UNDECLARED = (
+    "its class does not say takes_scaled_gradients = True beside passes(), as a method may where gradients of another "
+    "scale make the same perturbation, an update of that scale, and nothing else"
+)
+_PROMISES: dict[str, Any] = {
+    "takes_scaled_gradients": False,
+    "is_capturable": False,
+    "perturbs_micro_batches": False,
+    "_scaling_obstacle": _UNDECLARED,
+}
 
 
 class SharpnessAwareOptimizer(Updates):
@@ -76,14 +91,30 @@ class SharpnessAwareOptimizer(Updates):
     # Whether passes() yields passes together, which a driver may run side by side.
     yields_passes_together = False
 
-    # Whether GradScaler may be used: nothing that a method keeps or adds depends on the gradients' scale.
-    takes_scaled_gradients = True
+    # What passes() promises. Each holds for the passes() that it is declared with, or after; see __init_subclass__.
 
-    # Whether every step makes the same moves, so that one can be recorded and replayed for all.
-    is_capturable = True
+    # GradScaler may be used: gradients c times as large, in all passes of a step, make the perturbation that they would
+    # make without c and an update c times as large, and nothing that is kept from step to step depends on c.
+    takes_scaled_gradients: bool = False
 
-    # Whether micro-batches may be perturbed each along its own gradient, one step of the method for each.
-    perturbs_micro_batches = True
+    # Every step makes the same moves, so that one can be recorded and replayed for all.
+    is_capturable: bool = False
+
+    # Micro-batches may be perturbed each along its own gradient, one step of the method for each.
+    perturbs_micro_batches: bool = False
+
+    # Why GradScaler may not be used.
+    _scaling_obstacle = _UNDECLARED
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Promises of a class hold for its own ``passes()``, not for one that a class derived from it puts in place."""
+        super().__init_subclass__(**kwargs)
+        owners = cls.__mro__
+        passes = next(number for number, owner in enumerate(owners) if "passes" in vars(owner))
+        for name, value in _PROMISES.items():
+            declared = next(number for number, owner in enumerate(owners) if name in vars(owner))
+            if declared > passes:
+                setattr(cls, name, value)
 
     generators: Sequence[Any] = ()
 
@@ -143,6 +174,28 @@ class SharpnessAwareOptimizer(Updates):
         if self.yields_passes_together:
             return None
         return f"{type(self).__name__} has no passes that can run side by side: each needs the gradient before it"
+
+    def obstacle_to_grad_scaler(self) -> str | None:
+        """Why this method cannot be used with GradScaler; None if it can."""
+        if self.takes_scaled_gradients:
+            if self.process_group is None:
+                return None
+            reason = "each rank of the process_group would look for infinities in its own part alone"
+        else:
+            reason = self._scaling_obstacle
+        return f"{type(self).__name__} cannot be used with GradScaler: {reason}. Use bfloat16, which needs no scaling."
+
+    def refuse_scaler(self, scaler: Any) -> None:
+        """For drivers that know the scaler before a step begins, which otherwise is refused at its end.
+
+        Args:
+            scaler: a GradScaler, or None.
+
+        Raises:
+            StepOrderError: if it is enabled and the method cannot be used with it.
+        """
+        if scaler is not None and getattr(scaler, "is_enabled", bool)():
+            self._refuse_scaled_step()
 
     @property
     def loads(self) -> int:
@@ -211,7 +264,7 @@ class SharpnessAwareOptimizer(Updates):
         return self.waiting
 
     def begin(self) -> Pass | None:
-        """Begins a step, for drivers that hand each gradient over by :meth:`advance`.
+        """Begins a step, for drivers that hand each gradient over by :meth:`advance`. Clears the gradients.
 
         Returns:
             The pass whose gradient the method wants first; None if it wants none for this step, which is over then.
@@ -224,7 +277,7 @@ class SharpnessAwareOptimizer(Updates):
     @untraced
     def _begin_for(self, action: str) -> Pass | None:
         self._refuse_second_begin(action)
-        self._params()
+        self._clear_leftovers()
         self._begin()
         return self.waiting
 
@@ -235,8 +288,10 @@ class SharpnessAwareOptimizer(Updates):
                 x, y = train_batch if p.data == "train" else validation_batch
                 loss_fn(model(x), y).backward()
 
-        Gradients are cleared after each pass. If the body raises, or is left by break, the weights are restored. To
-        clip, do it after the backward of the pass that is ``last``.
+        Gradients are cleared before the first pass and after each, so accumulate within the body. If the body raises,
+        or is left by break, the weights are restored and the gradients cleared. To clip, do it after the backward of
+        the pass that is ``last``. Passes of two optimizers go one within the other or one after the other: ``zip()``
+        leaves the second before its update, and a warning says so.
 
         Args:
             step: what makes the update, called when the last pass is through; by default this optimizer's ``step()``.
@@ -246,6 +301,8 @@ class SharpnessAwareOptimizer(Updates):
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored).
         """
+        # accelerate's wrapper knows its scaler.
+        self.refuse_scaler(getattr(getattr(step, "__self__", None), "scaler", None))
         waiting = self._begin_for("each_pass()")
         passes = None if waiting is None else self._container["run"].passes
         try:
@@ -259,7 +316,24 @@ class SharpnessAwareOptimizer(Updates):
         finally:
             # A body that was left early leaves this step under way; another step is none of this loop's business.
             if self.is_step_begun and self._container["run"].passes is passes:
+                makes_no_update = waiting is not None and waiting.last and self._has_gradients()
                 self.restore()
+                if makes_no_update:
+                    warnings.warn(
+                        "each_pass() was left after the backward of its last pass, so this step makes no update. (Of "
+                        "zip(one.each_pass(), two.each_pass()) that happens to the second in every step.) Where it is "
+                        "meant, call restore() before leaving.",
+                        stacklevel=2,
+                    )
+
+    def _has_gradients(self) -> bool:
+        gradients = gradients_of(self._params())
+        return len(missing(gradients)) < len(gradients)
+
+    def _clear_leftovers(self) -> None:
+        """What a pass of a step before left behind would be added to the first gradient of this one."""
+        if self._has_gradients():
+            self.zero_grad()
 
     def each_group(self) -> Iterator[PassGroup]:
         """As :meth:`each_pass`, for drivers that run passes side by side; the body sets each group's ``gradients``.
@@ -268,7 +342,7 @@ class SharpnessAwareOptimizer(Updates):
             StepOrderError: if a step is already begun (the weights are then restored), or gradients are missing.
         """
         self._refuse_second_begin("each_group()")
-        self._params()
+        self._clear_leftovers()
         self._container["side by side"] = True
         run: BegunStep | None = None
         try:
@@ -347,18 +421,22 @@ class SharpnessAwareOptimizer(Updates):
 
         Raises:
             StepOrderError: without closure if no step is begun or passes are missing; with a closure that cannot run
-                again, or under GradScaler; without a validation closure where the method needs one. Whatever is
-                raised, also by a closure, the weights are then as they were before the step.
+                again, or under GradScaler, which some methods cannot take at all; without a validation closure where
+                the method needs one. Whatever is raised, also by a closure, the weights are then as they were before
+                the step, and gradients of its passes are cleared.
         """
         grad_enabled = torch.is_grad_enabled()
         try:
             self._container["in step()"] = True
+            if hasattr(self, "grad_scale"):
+                self._refuse_scaled_step()
             if "descent" in self._container:
                 lists, rule, scale = self._container.pop("descent")
                 return self.descend(*lists, rule=rule, scale=scale)
             if closure is None:
                 return self._finish()
             self._refuse_amp_closure()
+            self._refuse_what_lightning_does_between(closure)
             previous = previous_closure or self._container["previous closure"]
             closures = {
                 TRAIN: closure,
@@ -404,16 +482,23 @@ class SharpnessAwareOptimizer(Updates):
         self._container["report"] = StepReport()
         self.catch_up()
         try:
-            run = self._container["run"] = BegunStep(self.passes())
-        except StopIteration:
-            self._end()
-            return None
+            try:
+                run = self._container["run"] = BegunStep(self.passes(), type(self).__name__)
+            except StopIteration:
+                self._end()
+                return None
         except BaseException:
             self.restore()
             raise
         return run
 
     def _end(self) -> None:
+        plans: PlanCache = self._container["plans"]
+        if plans.holds_copies:
+            raise StepOrderError(
+                f"passes() of {type(self).__name__} ended with the weights perturbed: it has to yield Update(...) "
+                "last, which takes them back. For a step without an update, call return_to_copies()"
+            )
         self._container["run"] = None
         # Schedulers ask whether step() has come before them. A step that updates nothing (SAMPa's first, or one whose
         # gradients are not finite) need not have called it, nor the base's.
@@ -442,7 +527,8 @@ class SharpnessAwareOptimizer(Updates):
         if run is None:
             raise StepOrderError(
                 "step() without a closure completes a step, and none is begun. Call first_step() after the first "
-                "backward and step() or second_step() after the second, or pass a closure."
+                "backward and step() or second_step() after the second, or pass a closure. (GradScaler takes no "
+                "closure, so Lightning with precision='16-mixed' needs manual optimization.)"
             )
         if self.advance() is not None:
             raise StepOrderError(
@@ -454,6 +540,32 @@ class SharpnessAwareOptimizer(Updates):
             raise StepOrderError(
                 "a closure cannot be used with GradScaler.step, which would see its scaled gradients too late. Call "
                 "backward and first_step(), backward again, then scaler.step(optimizer)."
+            )
+
+    def _refuse_what_lightning_does_between(self, closure: Closure) -> None:
+        """Lightning's closure in automatic optimization is a partial of its module, which knows the trainer."""
+        self._container["clips each pass"] = False
+        if not isinstance(closure, partial):
+            return
+        modules = [argument for argument in closure.args if getattr(argument, "automatic_optimization", False)]
+        trainer = getattr(modules[0], "_trainer", None) if modules else None
+        accumulated = getattr(trainer, "accumulate_grad_batches", 1)
+        if accumulated != 1:
+            raise InvalidSettingError(
+                f"Invalid accumulate_grad_batches: {accumulated}; with {type(self).__name__} in automatic optimization "
+                "it must be 1, since Lightning's closure runs the last micro-batch alone. Use manual optimization, and "
+                "run all micro-batches in each pass of each_pass()"
+            )
+        self._container["clips each pass"] = bool(getattr(trainer, "gradient_clip_val", None))
+        if not self.takes_scaled_gradients:
+            self._refuse_clipped_passes()
+
+    def _refuse_clipped_passes(self) -> None:
+        if self._container["clips each pass"]:
+            raise InvalidSettingError(
+                f"{type(self).__name__} cannot be used with gradient_clip_val in automatic optimization: Lightning "
+                "clips the gradient of each pass, and not the update's. Use manual optimization, combine_gradients() "
+                "and clip_grad_norm_"
             )
 
     # ------------------------------------------------------------------ safety
@@ -486,7 +598,10 @@ class SharpnessAwareOptimizer(Updates):
 
     @untraced
     def restore(self) -> None:
-        """Abandons a step under way: the weights are as they were before it, bit for bit. Otherwise does nothing."""
+        """Abandons a step under way: the weights are as they were before it, bit for bit, and gradients are cleared.
+
+        They belong to a pass that is given up, and would be added to the next one's. Between steps nothing is done.
+        """
         run: BegunStep | None = self._container["run"]
         self._container["run"] = None
         self._container.pop("descent", None)
@@ -500,14 +615,17 @@ class SharpnessAwareOptimizer(Updates):
         elif run is not None or plans.holds_copies:
             self.return_to_copies()
             plans.remember_writes()
+        if run is not None:
+            self.zero_grad()
 
     @contextmanager
     def restore_on_error(self) -> Iterator[None]:
-        """For passes driven by hand: calls :meth:`restore` if the body raises."""
+        """For passes driven by hand: if the body raises, calls :meth:`restore` and clears the gradients."""
         try:
             yield
         except BaseException:
             self.restore()
+            self.zero_grad()
             raise
 
     def _refuse_second_begin(self, action: str) -> None:
@@ -515,9 +633,14 @@ class SharpnessAwareOptimizer(Updates):
             self.restore()
             raise StepOrderError(
                 f"{action} was called although a step was begun and not completed. The weights have been restored to "
-                "what they were before that step; clear the gradients and begin again. After an exception in the "
+                "what they were before that step, and the gradients cleared; begin again. After an exception in the "
                 "second pass, call restore(), or run that pass within restore_on_error()."
             )
+
+    def _refuse_scaled_step(self) -> None:
+        obstacle = self.obstacle_to_grad_scaler()
+        if obstacle is not None:
+            raise StepOrderError(obstacle)
 
     def _forget_amp_scaling(self) -> None:
         """GradScaler removes its attributes only if step() returns; a later step must not find them."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import GeneratorType
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
+
+from .errors import InvalidSettingError, StepOrderError
 
 Gradients = list[Tensor | None]
 
@@ -17,6 +20,8 @@ TRAIN = "train"
 VALIDATION = "validation"
 PREVIOUS = "previous"
 MEMORY = "memory"
+
+_DATA = (TRAIN, VALIDATION, PREVIOUS, MEMORY)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Pass:
             else's ``step()``.
         weights: where to take the gradient: a tensor for each parameter; None for where the model's weights are. Only
             of passes yielded together, to a driver that runs them side by side.
+
+    Raises:
+        InvalidSettingError: for other data; no driver would know which batch is meant.
     """
 
     data: str = TRAIN
@@ -44,6 +52,10 @@ class Pass:
     may_be_empty: bool = False
     last: bool = False
     weights: Sequence[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.data not in _DATA:
+            raise InvalidSettingError(f"Invalid data of a Pass: {self.data!r}; it is one of {', '.join(_DATA)}")
 
     @property
     def updates_statistics(self) -> bool:
@@ -88,6 +100,33 @@ class Update:
 Passes = Generator[Pass | Sequence[Pass] | Update, Any, None]
 
 
+class _Overwritten:
+    """Stands in a gradient list that its method did not ask to keep, once ``p.grad`` may be written into again."""
+
+    @classmethod
+    def refuse(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise StepOrderError(
+            "passes() reads a gradient after it has asked for another one, which may have been written over it: yield "
+            "Pass(kept=True) for a gradient that is needed again"
+        )
+
+    # Whatever torch is asked to do with it.
+    __torch_function__ = refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self.refuse()
+
+
+OVERWRITTEN: Any = _Overwritten()
+
+
+def refuse_overwritten(lists: Sequence[Gradients]) -> None:
+    """Raises :class:`StepOrderError` if a method hands over a gradient that it did not ask to keep."""
+    for gradients in lists:
+        if gradients and gradients[0] is OVERWRITTEN:
+            _Overwritten.refuse()
+
+
 class BegunStep:
     """A step under way: the method's generator, what it waits for, and the gradients collected for it.
 
@@ -103,8 +142,20 @@ class BegunStep:
     waiting: Pass | None
     update: Update | None
 
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
+    def __init__(self, passes: Passes, method: str) -> None:
+        """Begins the step of the method of this name.
+
+        Raises:
+            StopIteration: if it wants no gradient.
+            TypeError: if ``passes()`` is no generator, or yields something else than passes and an update.
+            StepOrderError: if what it yields comes in an order that no driver can follow.
+        """
+        if not isinstance(passes, GeneratorType):
+            raise TypeError(
+                f"passes() of {method} returned {type(passes).__name__}: it has to be a generator, which yields its "
+                "passes, g = yield Pass(), and then its Update"
+            )
+        self.passes, self._method = passes, method
         self.number = 0
         self.last: tuple[Gradients, bool] = [], False
         self._take(next(passes))
@@ -126,8 +177,20 @@ class BegunStep:
         return True
 
     def go_on(self) -> bool:
-        """After the update has been made. False if the step is over."""
-        return self._send(None)
+        """After the update has been made. False, since the step is over then.
+
+        Raises:
+            StepOrderError: if the method wants more.
+        """
+        try:
+            asked = self.passes.send(None)
+        except StopIteration:
+            self.waiting = self.update = None
+            return False
+        raise StepOrderError(
+            f"passes() of {self._method} yields {_named(asked)} after its Update, which is the last thing of a step; "
+            "that update has been made. Yield one Update, of all gradients together, after the last pass"
+        )
 
     def _send(self, answer: Any) -> bool:
         try:
@@ -137,14 +200,36 @@ class BegunStep:
             return False
         return True
 
-    def _take(self, asked: Pass | Sequence[Pass] | Update) -> None:
+    def _take(self, asked: Any) -> None:
         self._together = False
         self.update = None
+        if isinstance(asked, Update):
+            self.waiting, self.update = None, asked
+            return
+        gradients, is_kept = self.last
+        if not is_kept:
+            gradients[:] = [OVERWRITTEN] * len(gradients)
         if isinstance(asked, Pass):
             self.waiting, self.expected = asked, [asked]
-        elif isinstance(asked, Update):
-            self.waiting, self.update = None, asked
-        else:
-            self._together, self.expected = True, list(asked)
-            self.waiting = self.expected[0]
-            self._collected: list[Gradients] = []
+            return
+        if not isinstance(asked, (list, tuple)) or not all(isinstance(p, Pass) for p in asked):
+            raise TypeError(
+                f"passes() of {self._method} yields {_named(asked)}; it may yield Pass, [Pass, ...] and Update"
+            )
+        if not asked:
+            raise StepOrderError(
+                f"passes() of {self._method} yields a list without a Pass; there is no gradient to take"
+            )
+        if not all(p.kept or p.weights is not None for p in asked[:-1]):
+            raise StepOrderError(
+                f"passes() of {self._method} yields several passes together, and each but the last has to be kept: "
+                "most drivers run one after the other. Yield [Pass(kept=True), ...]"
+            )
+        self._together, self.expected = True, list(asked)
+        self.waiting = self.expected[0]
+        self._collected: list[Gradients] = []
+
+
+def _named(asked: Any) -> str:
+    kind = type(asked).__name__
+    return f"another {kind}" if isinstance(asked, Update) else f"a {kind}" if isinstance(asked, Pass) else repr(asked)

@@ -55,6 +55,10 @@ class SAM(SharpnessAwareOptimizer):
         optimizer.second_step(zero_grad=True)
     """
 
+    takes_scaled_gradients = True
+    is_capturable = True
+    perturbs_micro_batches = True
+
     # Settings that a subclass keeps in the groups besides SAM's own.
     _more_settings: dict[str, Any] = {}  # noqa: RUF012
 

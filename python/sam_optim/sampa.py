@@ -47,7 +47,11 @@ class SAMPa(SAM):
 
     uses_previous_batch = True
     takes_scaled_gradients = False
+    is_capturable = True
     perturbs_micro_batches = False
+    _scaling_obstacle = (
+        "its look-ahead takes the gradient of the step before, scaled as it was then, for the base optimizer's step"
+    )
     yields_passes_together = True
 
     def __init__(
@@ -88,9 +92,6 @@ class SAMPa(SAM):
             g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
             self.look_ahead(g_y)
             g_y_next = yield Pass(kept=True, last=True)
-        self.refuse_grad_scaler(
-            "its look-ahead takes the gradient of the step before, scaled as it was then, for the base optimizer's step"
-        )
         yield Update(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
         self._keep(g_y_next)
 

@@ -197,6 +197,7 @@ class GroupsAndState(Moves, Optimizer):
             "combining": False,
             "skips combined": False,
             "step call": None,
+            "clips each pass": False,
             "side by side": False,
             "in place": False,
             "loads": 0,

@@ -120,9 +120,13 @@ class TrainStep:
         if perturbation not in ("batch", "micro_batch"):
             raise InvalidSettingError(f"Invalid perturbation: {perturbation!r}; it is 'batch' or 'micro_batch'")
         if perturbation == "micro_batch" and not optimizer.perturbs_micro_batches:
-            raise InvalidSettingError(f"{type(optimizer).__name__} has no perturbation of its own for each micro-batch")
-        if scaler is not None and not optimizer.takes_scaled_gradients and scaler.is_enabled():
-            raise InvalidSettingError(f"{type(optimizer).__name__} cannot be used with GradScaler; use bfloat16")
+            raise InvalidSettingError(
+                f"{type(optimizer).__name__} has no perturbation of its own for each micro-batch, or its class does "
+                "not say perturbs_micro_batches = True beside passes()"
+            )
+        obstacle = optimizer.obstacle_to_grad_scaler()
+        if obstacle is not None and scaler is not None and scaler.is_enabled():
+            raise InvalidSettingError(obstacle)
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.micro_batches, self.perturbation = int(micro_batches), perturbation
         self.max_grad_norm, self.scaler, self.autocast = max_grad_norm, scaler, autocast
@@ -254,7 +258,10 @@ class TrainStep:
             raise InvalidSettingError("capture=True cannot be used with GradScaler; bfloat16 needs no scaling")
         if not self.optimizer.is_capturable:
             method = type(self.optimizer).__name__
-            raise InvalidSettingError(f"capture=True cannot be used with {method}, whose steps differ from each other")
+            raise InvalidSettingError(
+                f"capture=True cannot be used with {method}, whose steps differ from each other, or whose class does "
+                "not say is_capturable = True beside passes()"
+            )
         base = self.optimizer.base_optimizer
         needs_capturable = isinstance(base, (torch.optim.Adam, torch.optim.AdamW))
         if needs_capturable and not all(group["capturable"] or group["fused"] for group in base.param_groups):
@@ -388,7 +395,8 @@ class _Step:
         with self.optimizer.descents_to(self._finish):
             if self.owner._lanes is None:
                 for p in self.optimizer.each_pass():
-                    self._run(p, self._of(parts, p))
+                    with self.optimizer.restore_on_error():
+                        self._run(p, self._of(parts, p))
             else:
                 for group in self.optimizer.each_group():
                     group.gradients = self._run_group(group.passes, parts, self.owner._lanes)
@@ -406,7 +414,8 @@ class _Step:
             self._has_output = False
             with self.optimizer.descents_to(self._add_to_sum(share)):
                 for p in self.optimizer.each_pass():
-                    self._run(p, self._of(own, p), share)
+                    with self.optimizer.restore_on_error():
+                        self._run(p, self._of(own, p), share)
         self._look_at_means([share for share, _ in train])
         if self._is_finite:
             assert self._sum is not None

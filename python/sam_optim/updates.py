@@ -19,7 +19,7 @@ from .base_update import BaseUpdate, Descent
 from .compiling import untraced
 from .errors import StepOrderError
 from .moves import StepReport
-from .passes import BegunStep, Gradients, Update
+from .passes import BegunStep, Gradients, Update, refuse_overwritten
 from .planning import PlanCache
 from .state import GroupsAndState
 
@@ -39,6 +39,10 @@ class Updates(GroupsAndState):
         """The step is over."""
 
     @abstractmethod
+    def _refuse_clipped_passes(self) -> None:
+        """Raises if somebody clips each gradient of a step that combines them."""
+
+    @abstractmethod
     def _end_pass(self) -> None:
         """The gradient of the pass under way is taken."""
 
@@ -47,6 +51,7 @@ class Updates(GroupsAndState):
 
         For drivers; a method yields its :class:`Update`.
         """
+        refuse_overwritten(lists)
         if self._container["combining"]:
             raise StepOrderError(
                 f"{type(self).__name__} makes its update within passes(): it has to yield Update(...) for that to wait "
@@ -63,6 +68,8 @@ class Updates(GroupsAndState):
         if not self._container["in step()"]:
             self.descend_through(self._container["step call"] or self.step, *lists, rule=rule, scale=scale)
             return
+        if len(lists) > 1:
+            self._refuse_clipped_passes()
         if len(lists) > 1 and hasattr(self, "grad_scale"):
             if self.grad_scale is None:
                 raise StepOrderError(
@@ -71,8 +78,6 @@ class Updates(GroupsAndState):
                 )
             if rule == _FIXED:
                 rule = _ones  # GradScaler has looked for infinities in p.grad alone
-        if self.process_group is not None:
-            self.refuse_grad_scaler("each rank of the process_group would look for infinities in its own part alone")
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
         run: BegunStep | None = self._container["run"]
@@ -106,7 +111,7 @@ class Updates(GroupsAndState):
                 raise StepOrderError(
                     "what was to make the update did not call this optimizer's step(). (accelerate's does not within "
                     "accumulate(), except for the last micro-batch: run all of them in each pass.) To skip an update, "
-                    "leave the loop before its last pass is over."
+                    "call restore() and leave the loop."
                 )
         finally:
             self._container.pop("descent", None)

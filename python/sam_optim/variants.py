@@ -30,6 +30,10 @@ class GSAM(SAM):
         params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
     """
 
+    takes_scaled_gradients = True
+    is_capturable = True
+    perturbs_micro_batches = True
+
     def __init__(
         self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, alpha: float = 0.4, **kwargs: Any
     ) -> None:
@@ -53,6 +57,10 @@ class StableSAM(SAM):
     Args:
         params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
     """
+
+    takes_scaled_gradients = True
+    is_capturable = True
+    perturbs_micro_batches = True
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
@@ -80,6 +88,9 @@ class WSAM(SAM):
     GradScaler is refused if decoupled: the sharpness is not the base optimizer's to unscale.
     """
 
+    is_capturable = True
+    _scaling_obstacle = "its sharpness term is added after the base optimizer's update"
+
     def __init__(
         self,
         params: Any,
@@ -93,8 +104,15 @@ class WSAM(SAM):
         if not 0.0 <= gamma < 1.0:
             raise InvalidSettingError(f"Invalid gamma: {gamma}; it must be at least 0 and below 1")
         self.gamma, self.decouple = gamma, decouple
-        self.takes_scaled_gradients = self.perturbs_micro_batches = not decouple
         super().__init__(params, base_optimizer, rho, **kwargs)
+
+    @property
+    def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
+        return not self.decouple
+
+    @property
+    def perturbs_micro_batches(self) -> bool:  # type: ignore[override]
+        return not self.decouple
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
@@ -104,7 +122,6 @@ class WSAM(SAM):
         if not self.decouple:
             yield Update(g, g_plus, scale=[[1.0 - weight, weight]] * len(self.param_groups))
             return
-        self.refuse_grad_scaler("its sharpness term is added after the base optimizer's update")
         # As it is now: a scheduler's change belongs to the next step.
         steps = [weight * _learning_rate(group) for group in self.param_groups]
         yield Update(g)
@@ -130,7 +147,9 @@ class FriendlySAM(SAM):
     """
 
     takes_scaled_gradients = False
+    is_capturable = True
     perturbs_micro_batches = False
+    _scaling_obstacle = "it averages gradients over steps, whose scales differ"
 
     def __init__(
         self,
@@ -158,7 +177,6 @@ class FriendlySAM(SAM):
             self.ascend(g, average, rule=self._difference, scale=[[rho, rho] for [rho] in self._radii()])
         self.moving_average("average", g, self.lmbda, starts_at_gradient=True)
         g_plus = yield Pass(perturbed=True, last=True)
-        self.refuse_grad_scaler("it averages gradients over steps, whose scales differ")
         yield Update(g_plus)
 
     def _difference(self, gram: Tensor) -> Tensor:
@@ -184,6 +202,10 @@ class CRSAM(SAM):
         beta: weight of the gradient's change, which stands for its norm; at least 0.
         params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
     """
+
+    takes_scaled_gradients = True
+    is_capturable = True
+    perturbs_micro_batches = True
 
     def __init__(
         self,
@@ -230,8 +252,9 @@ class LookSAM(SAM):
         params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
     """
 
-    perturbs_micro_batches = False
+    takes_scaled_gradients = True
     is_capturable = False
+    perturbs_micro_batches = False
 
     def __init__(
         self,

@@ -84,16 +84,18 @@ class WindowedPasses:
         Raises:
             StepOrderError: where the method asks for batches that :meth:`batches_for` does not have.
         """
+        window, self._window = self._window, ()  # none, if anything is raised: the next micro-batch begins a step
         with optimizer.restore_on_error():
-            if not self._window:
+            if not window:
                 self._begin(optimizer, run)
             micro_batch = micro_batch._replace(random=_random_state(optimizer))
             result = run(micro_batch)
-            self._window = (*self._window, micro_batch)
+            window = (*window, micro_batch)
             if is_full():
-                window, self._window = self._window, ()
                 self._to_the_last_pass(optimizer, run, window)
                 self._window_before = window
+            else:
+                self._window = window
         return result
 
     @contextmanager

@@ -20,10 +20,11 @@ class UnfusedSGD(torch.optim.SGD):
 class Combining(SharpnessAwareOptimizer):
     """Two gradient lists in the descent, combined by a rule."""
 
+    takes_scaled_gradients = True
     arguments: ClassVar[dict] = {}
 
     def passes(self) -> Passes:
-        g = yield Pass()
+        g = yield Pass(kept=True)
         self.ascend(g, rule=sk.Normalized(), scale=0.1)
         g_plus = yield Pass(perturbed=True)
         yield Update(g_plus, g, **self.arguments)

@@ -194,6 +194,7 @@ def test_a_step_abandoned_after_it(method):
                 loss_of(model, own[p.data]).backward()
                 if p.last and abandoned:
                     optimizer.combine_gradients()
+                    optimizer.restore()
                     break
             if abandoned:
                 assert_same(weights_of(model), before)
@@ -270,6 +271,7 @@ def test_a_method_that_makes_its_update_itself():
         loss_of(model, batches(1)[0]).backward()
         with pytest.raises(StepOrderError, match="yield Update"):
             optimizer.combine_gradients()
+        optimizer.restore()
         break
     assert_same(weights_of(model), before)
 

@@ -200,6 +200,7 @@ def test_resuming(method):
     assert_resumes(method)
 
 
+@pytest.mark.filterwarnings("ignore:each_pass")  # for some of them it is the last
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_exceptions_restore(method):
     model = make_net()

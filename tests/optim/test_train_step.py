@@ -332,6 +332,8 @@ def test_an_exception_leaves_weights_and_statistics(name, number, options):
 class _Deflecting(SAM):
     """A method whose descent needs a Gram matrix."""
 
+    perturbs_micro_batches = True
+
     def passes(self):
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())

@@ -198,6 +198,7 @@ def in_autocast(base, rho, drive, outer):
             for number, _ in enumerate(optimizer.each_pass()):
                 cleared()
                 if drive == "abandoned" and number == 1:
+                    optimizer.restore()
                     break
         cleared()
 
