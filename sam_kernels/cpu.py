@@ -117,6 +117,7 @@ def descent_(
     _binder.bind_lists(table, plan, xs, staging)
     _binder.bind_state(table, plan, base, staging, written=not preview)
     _bind_steps(table, plan, base)
+    skip_update = is_set(found_inf)
     finite, matrix, found = table.descent(
         len(xs),
         rule.code,
@@ -131,11 +132,13 @@ def descent_(
         [float(settings.lr) for settings in base.settings],
         getattr(base, "first", None),
         inverse_of(grad_scale),
-        is_set(found_inf),
+        skip_update,
         preview,
         torch.get_num_threads(),
     )
     _binder.finish(table, plan, staging)
+    if skip_update or not rule.needs_gram:
+        return LaunchReport.without_gram(len(xs))
     return _report(len(xs), finite, matrix, found)
 
 

@@ -80,7 +80,9 @@ class DeviceBackend(ABC):
         taken = self._binder.bind_snapshot(table, plan, snapshot)
         numbers = self._new_report(plan)
         table.gram(len(xs), self._rule(_FIXED), weighted, taken, numbers.data_ptr())
-        return self._report(numbers, len(xs)).gram
+        matrix = self._report(numbers, len(xs)).gram
+        assert matrix is not None
+        return matrix
 
     def perturb_(
         self,
@@ -152,7 +154,7 @@ class DeviceBackend(ABC):
             coefficients, rule = report.coefficients, _FIXED
             found_inf = not report.finite or (found_inf is not None and bool(found_inf))
         else:
-            report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan, device="cpu"), [1.0] * len(xs))
+            report = LaunchReport.without_gram(len(xs))
         skip = False
         if isinstance(found_inf, Tensor) and not host_knows and found_inf.device == plan.device:
             found_inf = found_inf.detach().float()

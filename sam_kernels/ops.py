@@ -210,7 +210,7 @@ def descent_(
 
     coefficients = None
     if is_known(rule) and not rule.needs_gram:  # type: ignore[attr-defined]
-        report = LaunchReport(True, torch.full((len(xs), len(xs)), torch.nan, device="cpu"), [1.0] * len(xs))
+        report = LaunchReport.without_gram(len(xs))
     else:
         report, overflow = _apply(rule, _gram(plan, xs, weighted, snapshot, backend))
         coefficients = report.coefficients

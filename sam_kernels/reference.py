@@ -156,11 +156,10 @@ def descent_(
     if rule.needs_gram and not skip_update:
         report = applied(rule, gram(plan, xs, weighted, snapshot))
     else:
-        empty = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device="cpu")
-        report = LaunchReport(True, empty, Fixed()(empty))
+        report = LaunchReport.without_gram(len(xs))
     if snapshot is not None:
         restore_(plan, snapshot)
-    if not skip_update and report.finite:
+    if not skip_update and report.finite is not False:
         for i in range(len(plan)):
             if all(x[i] is None for x in xs) or (preview and not (snapshot is not None and snapshot.taken[i])):
                 continue

@@ -88,7 +88,7 @@ class AgnosticSAM(SAM):
         if self.variant == "agnostic":
             self.ascend(g_val, rule=self._rule, scale=[[rho_val] for _, rho_val in self._both_radii()])
             if self.normalizer == "first":
-                rule = _FirstNormalized(self.last_step.ascent.norms[0], self._rule.epsilon)  # type: ignore[union-attr]
+                rule = _FirstNormalized(self.last_step.ascent.norms[0], self._rule.epsilon)  # type: ignore[union-attr, index]
             g_val = yield Pass(VALIDATION, perturbed=True, kept=True)
         if self.smoothing > 0.0:
             g_val = self.moving_average("validation_gradient", g_val, self.smoothing)

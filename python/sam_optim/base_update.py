@@ -6,7 +6,6 @@ The state stays in the base optimizer under torch's own keys, so that checkpoint
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from sam_kernels.scales import Scale
 
 from .errors import InvalidSettingError
 from .passes import Gradients
+from .step_hooks import without_global_hooks, without_hooks
 
 _FIXED = Fixed()
 
@@ -60,8 +60,8 @@ class Outcome(NamedTuple):
 
     @property
     def updated(self) -> bool:
-        """Whether the update was made."""
-        return self.report.finite and not is_set(self.found_inf)
+        """Whether the update was made; that the gradient was finite is not said, nor looked at by torch's updates."""
+        return self.report.finite is not False and not is_set(self.found_inf)
 
     @property
     def is_known(self) -> bool:
@@ -89,17 +89,22 @@ class BaseUpdate:
                 "betas, eps, momentum and weight_decay as numbers: other updates know nothing of masters"
             )
 
-    def descend(self, descent: Descent, by_base_itself: bool) -> Outcome:
-        """Restores the weights and updates them.
+    def fuses(self, plan: Plan, backend: str | None, by_base_itself: bool) -> bool:
+        """Whether the update is made by the kernels, and not by the base's own ``step()``.
 
         Args:
             by_base_itself: never fuse, unless there are masters.
         """
         self.check_masters()
-        fuses = not by_base_itself and has_updates(descent.plan, descent.backend)
-        if self.has_masters or (fuses and FusedState.supports(self.base_optimizer)):
-            return self._fused(descent)
-        return self._by_base(descent)
+        fuses = not by_base_itself and has_updates(plan, backend)
+        return self.has_masters or (fuses and FusedState.supports(self.base_optimizer))
+
+    def descend(self, descent: Descent, fused: bool) -> Outcome:
+        """Restores the weights and updates them.
+
+        The base's pre-hooks have been run before a fused update, and are run by its ``step()`` otherwise.
+        """
+        return self._fused(descent) if fused else self._by_base(descent)
 
     def widen_state(self, saved: dict[Tensor, dict[str, Any]] | None = None) -> None:
         """Where there are masters: see :meth:`FusedState.widen`."""
@@ -126,7 +131,8 @@ class BaseUpdate:
         before = {p: {k: _cloned(v) for k, v in entries.items()} for p, entries in base.state.items()}
         for param, gradient, held in zip(plan.params, gradients, copies, strict=True):
             param.grad = gradient if held else None
-        base.step()
+        with without_hooks(base):
+            base.step()
         for param in plan.params:
             param.grad = None
         base.state.clear()
@@ -152,8 +158,6 @@ class BaseUpdate:
 
     def _fused(self, descent: Descent) -> Outcome:
         base = self.base_optimizer
-        for hook in list(base._optimizer_step_pre_hooks.values()):
-            hook(base, (), {})
         params = descent.plan.params
         update, created = self._fused_state.prepare(params, _first_of(descent.lists))
         report = sam_kernels.descent_(
@@ -174,15 +178,13 @@ class BaseUpdate:
             self._fused_state.commit(params, created)
         # A scheduler on the base asks whether the base has stepped; it has.
         base._opt_called = True  # type: ignore[attr-defined]
-        for post_hook in list(base._optimizer_step_post_hooks.values()):
-            post_hook(base, (), {})
         return outcome
 
     def _by_base(self, descent: Descent) -> Outcome:
         """Restore, put the combined gradient into ``p.grad``, ``base.step()``."""
         plan, snapshot, lists, rule = descent.plan, descent.snapshot, descent.lists, descent.rule
         plain = rule == _FIXED
-        report = LaunchReport(True, [math.nan] * len(lists) ** 2, [1.0] * len(lists))
+        report = LaunchReport.without_gram(len(lists))
         skip = descent.overflowed
         if not skip and not plain:
             report = sam_kernels.ops.apply_rule(rule, lists, plan, backend=descent.backend)
@@ -197,7 +199,15 @@ class BaseUpdate:
             return outcome
         # The copies stay valid until the base is through, so that its exceptions leave the weights as they were.
         snapshot.taken[:] = copies
-        self.base_optimizer.step()
+        try:
+            with without_global_hooks():
+                self.base_optimizer.step()
+        except Exception as error:
+            error.add_note(
+                f"This came from the step() of the base optimizer, {type(self.base_optimizer).__name__}, which made "
+                "the update. A base that asks for more than p.grad (a closure, second derivatives) cannot serve."
+            )
+            raise
         snapshot.discard()
         return outcome
 
@@ -343,9 +353,14 @@ def _has_dampening(base_optimizer: Optimizer) -> bool:
 
 
 def combined_gradient(
-    plan: Plan, lists: Sequence[Gradients], rule: RuleLike, scale: Scale, backend: str | None
+    plan: Plan,
+    lists: Sequence[Gradients],
+    rule: RuleLike,
+    scale: Scale,
+    backend: str | None,
+    grad_scale: Tensor | None = None,
 ) -> Gradients | None:
-    """sum_i scale_i c_i x_i in new tensors, None where no list has an entry.
+    """sum_i scale_i c_i x_i / grad_scale in new tensors, None where no list has an entry.
 
     None altogether if the rule needs a Gram matrix and that is not finite; this is waited for.
     """
@@ -355,6 +370,8 @@ def combined_gradient(
         if not report.finite:
             return None
         coefficients = report.coefficients
+    if grad_scale is not None:
+        coefficients = coefficients.to(grad_scale.device) * grad_scale.double().reciprocal()
     out: Gradients = [None] * len(plan)
     for index, tensor in _combine(plan, lists, coefficients, scale, backend):
         out[index] = tensor
@@ -375,9 +392,10 @@ def added(total: Gradients | None, gradients: Gradients, share: float, backend: 
 
 
 def _combine_into_grad(descent: Descent, coefficients: Tensor) -> None:
-    """p.grad <- sum_i c_i x_i for every parameter that has a gradient in some list."""
-    for index, tensor in _combine(descent.plan, descent.lists, coefficients, descent.scale, descent.backend):
-        descent.plan.params[index].grad = tensor
+    """p.grad <- sum_i c_i x_i; None for a parameter that no list has a gradient of."""
+    combined = dict(_combine(descent.plan, descent.lists, coefficients, descent.scale, descent.backend))
+    for index, param in enumerate(descent.plan.params):
+        param.grad = combined.get(index)
 
 
 def _combine(

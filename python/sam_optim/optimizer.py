@@ -28,6 +28,7 @@ from .moves import StepReport
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup
 from .planning import PlanCache
 from .randomness import Draws
+from .step_hooks import runs_its_own_hooks
 from .updates import Updates
 
 ClosureRuns = Literal["second_pass", "every_pass"]
@@ -395,6 +396,7 @@ class SharpnessAwareOptimizer(Updates):
         if zero_grad:
             self.zero_grad()
 
+    @runs_its_own_hooks
     def step(  # type: ignore[override]
         self,
         closure: Closure | None = None,
@@ -605,6 +607,7 @@ class SharpnessAwareOptimizer(Updates):
         run: BegunStep | None = self._container["run"]
         self._container["run"] = None
         self._container.pop("descent", None)
+        self._container["post hooks due"] = None
         self._end_pass()
         # A generator that is running is the one that the exception comes from, and ends by it.
         if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sam_kernels import Peers, Plan, Snapshot
 from sam_kernels.host import same_objects
-from sam_kernels.plan import Layout
+from sam_kernels.plan import TAKEN, Layout
 
 from .construction import names_of
 from .errors import InvalidSettingError, StepOrderError
@@ -161,6 +162,14 @@ class PlanCache:
         """What has been written into the weights so far was written by way of their masters."""
         if self.has_masters:
             self._known_writes = self._writes()
+
+    @torch.no_grad()
+    def renew_copies(self) -> None:
+        """Copies, where they are held, become what the weights are now."""
+        if self.holds_copies:
+            held = [index for index, flag in enumerate(self.snapshot.taken) if flag == TAKEN]
+            for index in held:
+                self.snapshot.tensors[index].copy_(self.plan.tensors[index])
 
     def _writes(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self.plan.tensors]

@@ -198,6 +198,8 @@ class GroupsAndState(Moves, Optimizer):
             "skips combined": False,
             "step call": None,
             "clips each pass": False,
+            "step arguments": None,
+            "post hooks due": None,
             "side by side": False,
             "in place": False,
             "loads": 0,

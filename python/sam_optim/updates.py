@@ -6,22 +6,24 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_kernels.host import gradients as gradients_of
-from sam_kernels.host import missing
+from sam_kernels.host import missing, same_objects
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 
-from .base_update import BaseUpdate, Descent
+from .base_update import BaseUpdate, Descent, combined_gradient
 from .compiling import untraced
 from .errors import StepOrderError
 from .moves import StepReport
 from .passes import BegunStep, Gradients, Update, refuse_overwritten
 from .planning import PlanCache
 from .state import GroupsAndState
+from .step_hooks import Arguments, post_hooks_of, pre_hooks_of, run_post_hooks, run_pre_hooks
 
 DescentHandler = Callable[[Sequence[Gradients], RuleLike, Scale], None]
 _FIXED = Fixed()
@@ -93,9 +95,101 @@ class Updates(GroupsAndState):
             self.backend,
             is_kept=run is not None and run.last[1],
         )
-        outcome = update.descend(descent, by_base_itself=self._is_plain_step())
+        grad_scale = descent.grad_scale
+        fused = update.fuses(plans.plan, self.backend, self._is_plain_step())
+        hooks = pre_hooks_of(self)
+        hooks_of_base = pre_hooks_of(self.base_optimizer, with_global=False) if fused else []
+        if hooks or hooks_of_base:
+            descent = self._after_pre_hooks(descent, hooks, hooks_of_base, fused)
+        outcome = update.descend(descent, fused)
         last: StepReport = self._container["report"]
+        if grad_scale is not None:
+            # Norms of gradients that were scaled alike; those of a combination after the hooks are unscaled already.
+            ascent = None if last.ascent is None else last.ascent.unscaled(grad_scale)
+            if descent.grad_scale is not None:
+                outcome = outcome._replace(report=outcome.report.unscaled(grad_scale))
+            last = last._replace(ascent=ascent)
         self._container["report"] = last._replace(descent=outcome.report, outcome=outcome)
+        if fused:
+            self._run_post_hooks_of_base()
+        if post_hooks_of(self):
+            self._container["post hooks due"] = self._container["step arguments"]
+            if run is None or run.update is None:
+                self._run_due_post_hooks()
+
+    # ------------------------------------------------------------------ step hooks
+
+    def _patch_step_function(self) -> None:
+        # torch would wrap a step() of a subclass, which calls the one here, and the hooks would run twice.
+        cls: Any = type(self)
+        if not getattr(cls.step, "hooked", False):
+            cls.step.hooked = True
+        super()._patch_step_function()
+
+    def _after_pre_hooks(self, descent: Descent, hooks: list[Any], hooks_of_base: list[Any], fused: bool) -> Descent:
+        """Runs hooks with what the update will take in ``p.grad``, and the weights themselves in the model.
+
+        What ``p.grad`` holds afterwards is what the update takes. Gradients that the method reads again are not given
+        away: they stay those of their passes.
+        """
+        params = descent.plan.params
+        gradients = self._gradient_in_place(descent)
+        skips = gradients is None
+        if gradients is None:  # the update will be left out; hooks are told by NaN, as clip_grad_norm_ would be
+            gradients = combined_gradient(descent.plan, descent.lists, _FIXED, 1.0, self.backend) or []
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.fill_(math.nan)
+        if not same_objects(gradients, gradients_of(params)):
+            for param, gradient in zip(params, gradients, strict=True):
+                param.grad = gradient
+        plans: PlanCache = self._container["plans"]
+        if plans.holds_copies:
+            copies = bytes(plans.snapshot.taken)
+            self.return_to_copies()
+            plans.snapshot.taken[:] = copies  # until the hooks are through, for what they may raise
+        run_pre_hooks(self, hooks, self._container["step arguments"])
+        run_pre_hooks(self.base_optimizer, hooks_of_base, ((self.base_optimizer,), {}))
+        # What hooks have written into weights counts.
+        if fused:
+            plans.forget_copies()
+            plans.catch_up(unseen=True)
+        else:
+            plans.renew_copies()
+        return descent._replace(
+            lists=[gradients_of(params)],
+            rule=_ones if skips else _FIXED,
+            scale=1.0,
+            grad_scale=None,
+            is_kept=False,
+        )
+
+    def _gradient_in_place(self, descent: Descent) -> Gradients | None:
+        """What a descent takes, unscaled: ``p.grad`` itself if that is all, and no method keeps it."""
+        lists, run = descent.lists, self._container["run"]
+        if descent.grad_scale is None and Update(*lists, rule=descent.rule, scale=descent.scale).is_one_gradient:
+            is_kept = run is not None and run.last[1] and same_objects(lists[0], run.last[0])
+            if not is_kept and same_objects(lists[0], gradients_of(descent.plan.params)):
+                return lists[0]
+        return combined_gradient(
+            descent.plan, lists, descent.rule, descent.scale, self.backend, grad_scale=descent.grad_scale
+        )
+
+    def _run_post_hooks_of_base(self) -> None:
+        hooks = post_hooks_of(self.base_optimizer, with_global=False)
+        if hooks:
+            plans: PlanCache = self._container["plans"]
+            run_post_hooks(self.base_optimizer, hooks, ((self.base_optimizer,), {}))
+            plans.catch_up(unseen=True)
+
+    def _run_due_post_hooks(self) -> None:
+        """Those of the update that was made last, once the method has done what it does after it."""
+        arguments: Arguments | None = self._container["post hooks due"]
+        if arguments is not None:
+            self._container["post hooks due"] = None
+            run_post_hooks(self, post_hooks_of(self), arguments)
+            plans: PlanCache = self._container["plans"]
+            plans.catch_up(unseen=True)
 
     def descend_through(
         self, call: Callable[[], object], *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0
@@ -148,6 +242,7 @@ class Updates(GroupsAndState):
             goes_on = run.go_on()
         if not goes_on:
             self._end()
+        self._run_due_post_hooks()
         return goes_on
 
     @untraced

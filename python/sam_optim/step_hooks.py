@@ -1,0 +1,118 @@
+"""Step hooks, as torch's optimizers run them: before the update, with its gradient in ``p.grad``, and after it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from .errors import StepOrderError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Self = TypeVar("Self", bound=Any)
+
+# What step() was called with, the optimizer first, as torch gives it to its hooks.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def runs_its_own_hooks(step: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
+    """A ``step()`` whose hooks run around its update, which torch's own wrapper would run around all of its passes."""
+
+    @functools.wraps(step)
+    def recorded_step(self: Self, *args: P.args, **kwargs: P.kwargs) -> R:
+        before = self._container["step arguments"]
+        self._container["step arguments"] = ((self, *args), kwargs)
+        try:
+            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+                result = step(self, *args, **kwargs)
+                self._optimizer_step_code()
+                return result
+        finally:
+            self._container["step arguments"] = before
+
+    recorded_step.hooked = True  # type: ignore[attr-defined]
+    return cast(Callable[Concatenate[Self, P], R], recorded_step)
+
+
+def pre_hooks_of(optimizer: Any, with_global: bool = True) -> list[Callable[..., Any]]:
+    """Those of one optimizer, in torch's order; an optimizer that is none of torch's has none."""
+    own = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    if not own and not (with_global and _global_optimizer_pre_hooks):
+        return []
+    return [*(_global_optimizer_pre_hooks.values() if with_global else ()), *(own or {}).values()]
+
+
+def post_hooks_of(optimizer: Any, with_global: bool = True) -> list[Callable[..., Any]]:
+    """As :func:`pre_hooks_of`, of the hooks that run after the update."""
+    own = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    if not own and not (with_global and _global_optimizer_post_hooks):
+        return []
+    return [*(own or {}).values(), *(_global_optimizer_post_hooks.values() if with_global else ())]
+
+
+def run_pre_hooks(optimizer: Any, hooks: Iterable[Callable[..., Any]], arguments: Arguments) -> None:
+    """Runs hooks that may edit or assign ``p.grad``.
+
+    Raises:
+        RuntimeError: for a hook that returns something else than torch's hooks may.
+        StepOrderError: for one that gives ``step()`` other arguments.
+    """
+    args, kwargs = arguments
+    for hook in hooks:
+        changed = hook(optimizer, args, kwargs)
+        if changed is None:
+            continue
+        if not (isinstance(changed, tuple) and len(changed) == 2):
+            raise RuntimeError(
+                f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), but got {changed}."
+            )
+        if tuple(changed[0]) != args or dict(changed[1]) != kwargs:
+            raise StepOrderError(
+                "a step pre-hook gave step() other arguments, which comes too late here: the hooks run when the "
+                "passes have been made, and before the update. Call step() with these arguments instead."
+            )
+
+
+def run_post_hooks(optimizer: Any, hooks: Iterable[Callable[..., Any]], arguments: Arguments) -> None:
+    """Runs hooks after an update."""
+    for hook in hooks:
+        hook(optimizer, *arguments)
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Around the base's ``step()``, which is a part of a step whose hooks have run: to torch it is a step by itself."""
+    with _silenced(_global_optimizer_pre_hooks, _global_optimizer_post_hooks):
+        yield
+
+
+@contextmanager
+def without_hooks(optimizer: Optimizer) -> Iterator[None]:
+    """Around a ``step()`` that is none, because everything that it does is undone."""
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    own = [getattr(optimizer, name, {}) for name in names]
+    with _silenced(_global_optimizer_pre_hooks, _global_optimizer_post_hooks, *own):
+        yield
+
+
+@contextmanager
+def _silenced(*registers: dict[int, Any]) -> Iterator[None]:
+    if not any(registers):
+        yield
+        return
+    before = [list(register.items()) for register in registers]
+    try:
+        for register in registers:
+            register.clear()
+        yield
+    finally:
+        for register, entries in zip(registers, before, strict=True):
+            added = list(register.items())
+            register.clear()
+            register.update([*entries, *added])
