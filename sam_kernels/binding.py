@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .bases import Base, TensorList
-from .errors import DeviceChangedError
+from .errors import DeviceChangedError, SharedMemoryError
+from .memory import extent_of, shares_memory
 from .plan import REAL_DTYPE, Layout, Plan, Snapshot
 
 # The codes of enum class DType in csrc/common/scalar_types.h.
@@ -115,15 +116,35 @@ class Binder:
     ) -> None:
         """Fills the cells that the table could not read: checks the tensors, and copies those laid out differently."""
         for index in odd:
+            if index in plan.unreadable:
+                plan.refuse_unreadable(index)
             tensor, layout = tensors[index], plan.layouts[index]
             role = (
                 plan.names[index] if column == self.native.WEIGHT else f"the gradient or state of {plan.names[index]}"
             )
             assert tensor is not None
             layout.check(tensor, role)
+            begin, end = extent_of(tensor)
             if layout.dtype.is_complex != tensor.is_complex() or not layout.matches(tensor):
                 tensor = staging.stand_in(tensor, layout, written)
-            table.set(column, index, tensor.data_ptr(), dtype_code(tensor.dtype))
+            table.set(column, index, tensor.data_ptr(), dtype_code(tensor.dtype), begin, end)
+
+    def check_memory(
+        self,
+        table: Any,
+        plan: Plan,
+        xs: Sequence[TensorList] = (),
+        base: Base | None = None,
+        snapshot: Snapshot | None = None,
+        is_sum: bool = False,
+    ) -> None:
+        """The last check before a launch that writes the weights, and with a base its state.
+
+        Raises:
+            SharedMemoryError: if the reference has to make it; see :func:`sam_kernels.memory.shares_memory`.
+        """
+        if table.may_overlap(len(xs), base is not None) and shares_memory(plan, xs, base, snapshot, is_sum):
+            raise SharedMemoryError
 
     def bind_snapshot(self, table: Any, plan: Plan, snapshot: Snapshot | None) -> bytearray | None:
         """Binds the snapshot's memory and returns its flags."""
@@ -179,6 +200,8 @@ def check(
     for column in columns:
         for index, entry in enumerate(column):
             if entry is not None:
+                if index in plan.unreadable:
+                    plan.refuse_unreadable(index)
                 plan.layouts[index].check(entry, f"the gradient or state of {plan.names[index]}")
     for index, step in enumerate(() if base is None else base.steps):
         if step is not None and (step.numel() != 1 or step.dtype not in (torch.float32, torch.float64)):

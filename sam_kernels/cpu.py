@@ -66,6 +66,7 @@ def perturb_(
     table = _binder.bind_params(plan, staging)
     _binder.bind_lists(table, plan, xs, staging)
     taken = _binder.bind_snapshot(table, plan, snapshot)
+    _binder.check_memory(table, plan, xs, snapshot=snapshot)
     table.perturb(len(xs), numbers(times(scale, coefficients)), taken, torch.get_num_threads())
     _binder.finish(table, plan, staging)
 
@@ -73,14 +74,24 @@ def perturb_(
 def restore_(plan: Plan, snapshot: Snapshot) -> None:
     staging = Staging()
     table = _binder.bind_params(plan, staging)
-    table.restore(_binder.bind_snapshot(table, plan, snapshot), torch.get_num_threads())
+    taken = _binder.bind_snapshot(table, plan, snapshot)
+    _binder.check_memory(table, plan, snapshot=snapshot)
+    table.restore(taken, torch.get_num_threads())
     _binder.finish(table, plan, staging)
+
+
+def check_memory(plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None) -> None:
+    staging = Staging()
+    table = _binder.bind_params(plan, staging)
+    _binder.bind_lists(table, plan, xs, staging)
+    _binder.check_memory(table, plan, xs, snapshot=snapshot)
 
 
 def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
     staging = Staging()
     table = _binder.bind_params(plan, staging)
     _binder.bind_lists(table, plan, xs, staging)
+    _binder.check_memory(table, plan, xs, is_sum=True)
     table.combine(len(xs), numbers(times(scale, coefficients)), torch.get_num_threads())
     _binder.finish(table, plan, staging)
 
@@ -92,6 +103,7 @@ def ascent_(
     table = _binder.bind_params(plan, staging)
     _binder.bind_lists(table, plan, xs, staging)
     taken = _binder.bind_snapshot(table, plan, snapshot)
+    _binder.check_memory(table, plan, xs, snapshot=snapshot)
     finite, matrix, coefficients = table.ascent(
         len(xs), rule.code, rule.epsilon, rule.alpha, numbers(scale), taken, torch.get_num_threads()
     )
@@ -117,6 +129,7 @@ def descent_(
     _binder.bind_lists(table, plan, xs, staging)
     _binder.bind_state(table, plan, base, staging, written=not preview)
     _bind_steps(table, plan, base)
+    _binder.check_memory(table, plan, xs, base, snapshot)
     skip_update = is_set(found_inf)
     finite, matrix, found = table.descent(
         len(xs),

@@ -96,6 +96,7 @@ class DeviceBackend(ABC):
         table = self._binder.bind_params(plan, staging)
         self._bind(table, plan, xs, staging)
         taken = self._binder.bind_snapshot(table, plan, snapshot)
+        self._binder.check_memory(table, plan, xs, snapshot=snapshot)
         factors = _Factors(plan, scale, coefficients)
         table.perturb(len(xs), factors.scale, factors.address, taken)
         self._binder.finish(table, plan, staging)
@@ -104,13 +105,22 @@ class DeviceBackend(ABC):
         staging = Staging()
         table = self._binder.bind_params(plan, staging)
         self._tune(table, plan)
-        table.restore(self._binder.bind_snapshot(table, plan, snapshot))
+        taken = self._binder.bind_snapshot(table, plan, snapshot)
+        self._binder.check_memory(table, plan, snapshot=snapshot)
+        table.restore(taken)
         self._binder.finish(table, plan, staging)
+
+    def check_memory(self, plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None) -> None:
+        staging = Staging()
+        table = self._binder.bind_params(plan, staging)
+        self._binder.bind_lists(table, plan, xs, staging)
+        self._binder.check_memory(table, plan, xs, snapshot=snapshot)
 
     def combine_(self, plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
         staging = Staging()
         table = self._binder.bind_params(plan, staging)
         self._bind(table, plan, xs, staging)
+        self._binder.check_memory(table, plan, xs, is_sum=True)
         factors = _Factors(plan, scale, coefficients)
         table.combine(len(xs), factors.scale, factors.address)
         self._binder.finish(table, plan, staging)
@@ -122,6 +132,7 @@ class DeviceBackend(ABC):
         table = self._binder.bind_params(plan, staging)
         self._bind(table, plan, xs, staging)
         taken = self._binder.bind_snapshot(table, plan, snapshot)
+        self._binder.check_memory(table, plan, xs, snapshot=snapshot)
         numbers = self._new_report(plan)
         scale = _Factors(plan, scale).scale
         table.ascent(len(xs), self._rule(rule), scale, taken, numbers.data_ptr())
@@ -147,6 +158,7 @@ class DeviceBackend(ABC):
         self._bind(table, plan, xs, staging)
         self._binder.bind_state(table, plan, base, staging, written=not preview)
         host_knows = self._bind_steps(table, plan, base)
+        self._binder.check_memory(table, plan, xs, base, snapshot)
         self._refuse_capture_of(plan, base, host_knows)
         if host_knows and rule.needs_gram:
             # The Gram matrix by itself, so that the host knows whether there will be a step to count.

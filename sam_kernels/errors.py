@@ -14,3 +14,7 @@ class BackendUnavailableError(RuntimeError):
 
 class DeviceChangedError(Exception):
     """Internal: a plan's parameters have moved to another device; the launch must be chosen anew."""
+
+
+class SharedMemoryError(Exception):
+    """Internal: what a launch writes shares memory, so its tensors have to be worked on one after the other."""

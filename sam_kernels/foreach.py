@@ -18,6 +18,7 @@ from . import reference
 from .bases import Base, TensorList
 from .binding import check
 from .host import pick
+from .memory import shares_memory
 from .plan import MASTER, TAKEN, Plan, Snapshot, wide_dtype
 from .report import LaunchReport
 from .rules import Rule
@@ -32,6 +33,7 @@ unavailable_reason = reference.unavailable_reason
 serves = reference.serves
 knows = reference.knows
 descent_ = reference.descent_
+check_memory = reference.check_memory
 
 
 def describe() -> str:
@@ -45,9 +47,10 @@ class _Lists:
         check(plan, xs, snapshot=snapshot)
         self.plan, self.xs, self.snapshot = plan, xs, snapshot
         self.is_weighted = weighted and plan.is_weighted
-        types = {layout.dtype for layout in plan.layouts}
+        types = {layout.dtype for index, layout in enumerate(plan.layouts) if index not in plan.unreadable}
         types.update(entry.dtype for x in xs for entry in x if entry is not None)
-        self.is_uniform = len(types) == 1 and not next(iter(types)).is_complex
+        self.dtype = next(iter(types), torch.float32)  # where they are uniform
+        self.is_uniform = len(types) == 1 and not self.dtype.is_complex
         self._operators: dict[torch.dtype, list[Tensor | None]] = {}
         self._once: dict[torch.dtype, list[list[Any]]] = {}
 
@@ -107,7 +110,7 @@ def restore_(plan: Plan, snapshot: Snapshot) -> None:
     """As the reference's."""
     check(plan, snapshot=snapshot)
     index = [i for i, flag in enumerate(snapshot.taken) if flag]
-    if any(snapshot.taken[i] & MASTER for i in index):
+    if any(snapshot.taken[i] & MASTER for i in index) or shares_memory(plan, snapshot=snapshot):
         reference.restore_(plan, snapshot)
     elif index:
         torch._foreach_copy_(_detached(plan.tensors, index), pick(snapshot.tensors, index))
@@ -117,7 +120,7 @@ def restore_(plan: Plan, snapshot: Snapshot) -> None:
 def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
     """As the reference's."""
     lists = _Lists(plan, xs, None, weighted=False)
-    if not _is_exact(lists):
+    if not _is_exact(lists) or shares_memory(plan, xs, is_sum=True):
         reference.combine_(plan, xs, coefficients, scale)
         return
     everything = range(len(plan))
@@ -155,7 +158,7 @@ def _gram(lists: _Lists) -> Tensor:
     if not lists.is_uniform:
         return reference.gram(plan, lists.xs, lists.is_weighted, lists.snapshot).cpu()
     wide = torch.float64 if reference.has_float64(plan.device.type) else torch.float32
-    columns = lists.once(wide_dtype(plan.layouts[0].dtype))
+    columns = lists.once(wide_dtype(lists.dtype))
     places: list[tuple[int, int]] = []
     parts: list[Tensor] = []  # norms on the diagonal, products elsewhere
     for i, a in enumerate(columns):
@@ -184,11 +187,11 @@ def _gram(lists: _Lists) -> Tensor:
 def _perturb(lists: _Lists, coefficients: Tensor, scale: FlatScale) -> None:
     plan, snapshot = lists.plan, lists.snapshot
     replaces = snapshot is not None and any(snapshot.taken)
-    if replaces or not _is_exact(lists):
+    if replaces or not _is_exact(lists) or shares_memory(plan, lists.xs, snapshot=snapshot):
         reference.perturb_(plan, lists.xs, coefficients, scale, snapshot)
         return
     index = [i for i in range(len(plan)) if any(x[i] is not None for x in lists.xs)]
-    directions = lists.twice(plan.layouts[0].dtype)  # of the weights themselves, before the first is changed
+    directions = lists.twice(lists.dtype)  # of the weights themselves, before the first is changed
     if snapshot is not None and index:
         torch._foreach_copy_(pick(snapshot.tensors, index), _detached(plan.tensors, index))
         for i in index:
@@ -199,9 +202,9 @@ def _perturb(lists: _Lists, coefficients: Tensor, scale: FlatScale) -> None:
 
 def _is_exact(lists: _Lists) -> bool:
     """Whether the combination can be added up list by list: rounded once, or in float32 at least."""
-    if not lists.is_uniform or len(lists.plan) == 0:
+    if not lists.is_uniform:
         return False
-    return lists.plan.layouts[0].dtype.itemsize >= 4 or (len(lists.xs) == 1 and not lists.is_weighted)
+    return lists.dtype.itemsize >= 4 or (len(lists.xs) == 1 and not lists.is_weighted)
 
 
 def _terms(lists: _Lists, coefficients: Tensor, scale: FlatScale) -> Iterator[tuple[float, list[int], int]]:

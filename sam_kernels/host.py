@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -48,6 +50,17 @@ def lookup(dictionaries: list[dict[str, Any]], key: str) -> list[Any]:
 def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     """The entries at the given indices."""
     return [entries[i] for i in index]
+
+
+def forget_old_weights() -> None:
+    """Empties what torch keeps of weights that have been written since, and would go on using.
+
+    An autocast that is entered keeps their 16-bit copies, ``parametrize.cached()`` what it has computed of them.
+    """
+    torch.clear_autocast_cache()
+    parametrize = sys.modules.get("torch.nn.utils.parametrize")  # not imported for those who have no use for it
+    if parametrize is not None and parametrize._cache:
+        parametrize._cache.clear()
 
 
 def inverse_of(grad_scale: Tensor | float | None) -> float:

@@ -15,8 +15,14 @@ GPU. No operation records gradients.
 ``snapshot`` may hold masters of weights in bfloat16 or float16, see :class:`Snapshot`: the operations that take one
 then start from the masters, as if copies were held, and round what they write into the weights.
 
+Tensors may share memory: one may stand twice in the list, two may be views of one. Copies are then taken of all before
+the first is written, and updates are made one after the other, in the order of the list, as torch's optimizers make
+them. Such a launch is made by :mod:`sam_kernels.reference`, whichever backend was asked for: slower, never wrong.
+
 All operations raise :class:`UnsupportedTensorError` for tensors that no kernel can work on (sparse, integer, without
-memory), and ``ValueError`` for lists, shapes or devices that do not fit together; nothing has been changed then.
+memory, expanded) and that have an entry in a list, and ``ValueError`` for lists, shapes or devices that do not fit
+together, for gradients in the memory of what is written, and for masters of weights that share memory; nothing has been
+changed then.
 """
 
 from __future__ import annotations
@@ -27,10 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .backends import backend_for
 from .bases import Base, TensorList
-from .errors import DeviceChangedError
-from .host import inverse_of, is_set, pick
+from .errors import DeviceChangedError, SharedMemoryError
+from .host import forget_old_weights, inverse_of, is_set, pick
 from .plan import Plan, Snapshot
 from .report import LaunchReport
 from .rules import Fixed, Normalized, RuleLike, is_known
@@ -130,6 +137,8 @@ def combine_(
     """out <- sum_i c_i x_i; zero for tensors of which no list has an entry. ``out`` may be one of the lists."""
     plan = _plan(out)
     _check_lists(xs, len(plan))
+    for error in plan.unreadable.values():
+        raise error
     flat = flattened(scale, plan.group_count, len(xs))
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, None):
@@ -238,6 +247,16 @@ def descent_(
     return report
 
 
+def check_memory(
+    params: Params, xs: Sequence[TensorList], *, snapshot: Snapshot | None = None, backend: str | None = None
+) -> None:
+    """Raises as the operations do for gradients in the memory of weights, for updates that others make of them."""
+    plan = _plan(params)
+    _check_lists(xs, len(plan))
+    for part in _parts(plan, xs, snapshot):
+        _launch(part.plan, backend, "check_memory", part.xs, part.snapshot)
+
+
 def look_ahead_(
     params: Params,
     xs: Sequence[TensorList],
@@ -335,6 +354,8 @@ def _parts(
             if snapshot is not None and share is not None:
                 for position, i in enumerate(index):
                     snapshot.taken[i] = share.taken[position]
+                    # Other memory where the launch has found tensors of another type.
+                    snapshot.tensors[i], snapshot.layouts[i] = share.tensors[position], share.layouts[position]
 
 
 def _is_fused(plan: Plan, rule: RuleLike, backend: str | None) -> bool:
@@ -345,16 +366,18 @@ def _is_fused(plan: Plan, rule: RuleLike, backend: str | None) -> bool:
 
 
 def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) -> Any:
-    """One operation of the backend that serves the plan's device."""
+    """One operation of the backend that serves the plan's device, or of the reference where tensors share memory."""
     try:
-        return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
-    except DeviceChangedError:
-        if plan.parts:
-            raise ValueError("parameters have been moved to several devices; make a new plan") from None
-        return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
+        try:
+            return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
+        except DeviceChangedError:
+            if plan.parts:
+                raise ValueError("parameters have been moved to several devices; make a new plan") from None
+            return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
+    except SharedMemoryError:
+        return getattr(reference, operation)(plan, *arguments)
     finally:
-        # An autocast that is entered keeps 16-bit copies of weights, and would go on using those of before the launch.
-        torch.clear_autocast_cache()
+        forget_old_weights()
 
 
 def _gram(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedTensorError
+from .errors import DeviceChangedError, UnsupportedTensorError
 from .host import pick
 from .sharding import Peers, local_part, shares_of
 
@@ -58,6 +58,27 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def is_overlapping(tensor: Tensor) -> bool:
+    """Whether several elements are one number in memory, as those of an expanded tensor."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1:
+            if stride <= reach:
+                return stride == 0 or offsets_of(tensor).unique().numel() < tensor.numel()
+            reach += stride * (size - 1)
+    return False
+
+
+def offsets_of(tensor: Tensor) -> Tensor:
+    """How far each element lies behind the first, in elements; int64, one dimension."""
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        offsets = offsets.unsqueeze(-1) + stride * torch.arange(size, dtype=torch.int64, device="cpu")
+    return offsets.flatten()
 
 
 class Layout(NamedTuple):
@@ -139,12 +160,14 @@ class Plan:
         peers: ranks that hold other tensors of the same model; Gram matrices are then of all their tensors together.
 
     Attributes:
-        tensors: the memory of the parameters: themselves, or this rank's parts of them.
+        tensors: the memory of the parameters: themselves, or this rank's parts of them; an empty tensor for each
+            parameter that no kernel can read.
+        unreadable: those, and why. They may be in the list, as frozen quantised weights are in a model's, but never
+            have a gradient: an operation that is given one raises the error.
         shares: how DTensors among them are spread over ranks; empty if there are none.
         sums_over_ranks: whether a Gram matrix takes a sum over ranks, which no launch can make.
 
     Raises:
-        UnsupportedTensorError: for a tensor that no kernel can work on.
         ValueError: if the lists differ in length or eta is negative.
     """
 
@@ -183,8 +206,13 @@ class Plan:
         self.tensors: list[Tensor] = self.params
         if self.shares:
             self.tensors = [local_part(p, name=name) for p, name in zip(self.params, self.names, strict=True)]
-        self.layouts = [Layout.of(p, name) for p, name in zip(self.tensors, self.names, strict=True)]
+        self.unreadable: dict[int, UnsupportedTensorError] = {}
+        layouts = [self._layout_of(index) for index in range(len(self.params))]
+        if self.unreadable:
+            self._leave_out_unreadable(layouts)
+        self.layouts: list[Layout] = layouts  # type: ignore[assignment]
         self.tables: dict[str, Any] = {}
+        self.memory: tuple[Any, bool] | None = None  # what was found of shared memory, and for which addresses
         devices = dict.fromkeys(layout.device for layout in self.layouts)
         self.device = next(iter(devices), torch.device("cpu"))
         self._parts: list[tuple[Plan, list[int]]] = []
@@ -192,6 +220,47 @@ class Plan:
             for device in devices:
                 index = [i for i, layout in enumerate(self.layouts) if layout.device == device]
                 self._parts.append((self.subset(index), index))
+
+    def _layout_of(self, index: int) -> Layout | None:
+        tensor, name = self.tensors[index], self.names[index]
+        try:
+            if torch.nn.parameter.is_lazy(tensor):
+                raise UnsupportedTensorError(f"{name} has not been initialised: run the lazy module once")
+            layout = Layout.of(tensor, name)
+            if is_overlapping(tensor):
+                raise UnsupportedTensorError(
+                    f"{name} is expanded: several of its elements are one number in memory, so that none can be "
+                    "changed by itself; make the parameter of tensor.clone()"
+                )
+        except UnsupportedTensorError as error:
+            self.unreadable[index] = error
+            return None
+        return layout
+
+    def _leave_out_unreadable(self, layouts: list[Layout | None]) -> None:
+        """Gives parameters that no kernel can read an empty tensor, on a device that launches go to anyway."""
+        devices = [layout.device for layout in layouts if layout is not None]
+        devices += [self.tensors[i].device for i in self.unreadable if self.tensors[i].device.type != "meta"]
+        device = devices[0] if devices else torch.device("cpu")
+        self.tensors = list(self.tensors)
+        for index in self.unreadable:
+            # Of a shape that no gradient of the parameter has: one would be noticed.
+            lazy = torch.nn.parameter.is_lazy(self.tensors[index])
+            shape = [0] * (1 if lazy else self.tensors[index].dim() + 1)
+            self.tensors[index] = torch.empty(shape, dtype=torch.float32, device=device)
+            layouts[index] = Layout.of(self.tensors[index], self.names[index])
+
+    def refuse_unreadable(self, index: int) -> None:
+        """For a parameter that no kernel could read, and that has a gradient now.
+
+        Raises:
+            UnsupportedTensorError: if none can read it still.
+            DeviceChangedError: if one can: the launch has to be chosen anew.
+        """
+        self.refresh()
+        if index in self.unreadable:
+            raise self.unreadable[index]
+        raise DeviceChangedError
 
     def subset(self, index: Sequence[int]) -> Plan:
         """The plan of some of the tensors, by themselves: without peers."""
@@ -217,7 +286,8 @@ class Plan:
     def has_moved(self) -> bool:
         """Whether a DTensor has got another local tensor than it had."""
         return bool(self.shares) and any(
-            local_part(p) is not own for p, own in zip(self.params, self.tensors, strict=True)
+            local_part(p) is not own and index not in self.unreadable
+            for index, (p, own) in enumerate(zip(self.params, self.tensors, strict=True))
         )
 
     @property

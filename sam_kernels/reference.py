@@ -16,6 +16,7 @@ from torch import Tensor
 from .bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
 from .binding import check
 from .host import inverse_of, is_set
+from .memory import shares_memory
 from .plan import TAKEN, Plan, Snapshot
 from .report import LaunchReport
 from .rules import Fixed, Rule, is_known
@@ -75,9 +76,10 @@ def perturb_(
     copy that is always held, and is rounded to the tensor at the end.
     """
     check(plan, xs, snapshot=snapshot)
+    shares_memory(plan, xs, snapshot=snapshot)
     active = [i for i in range(len(plan)) if any(x[i] is not None for x in xs)]
     if snapshot is not None:
-        restore_(plan, snapshot)
+        _restore(plan, snapshot)
         for i in active:
             if not snapshot.taken[i]:
                 snapshot.tensors[i].copy_(plan.tensors[i])
@@ -100,15 +102,27 @@ def perturb_(
 def restore_(plan: Plan, snapshot: Snapshot) -> None:
     """w <- snapshot where one is held, masters rounded. The flags stay; the caller clears them."""
     check(plan, snapshot=snapshot)
+    shares_memory(plan, snapshot=snapshot)
+    _restore(plan, snapshot)
+
+
+def _restore(plan: Plan, snapshot: Snapshot) -> None:
     for i, param in enumerate(plan.tensors):
         if snapshot.taken[i]:
             param.copy_(snapshot.tensors[i])
+
+
+def check_memory(plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None) -> None:
+    """Raises for gradients in the memory of weights that are written."""
+    check(plan, xs, snapshot=snapshot)
+    shares_memory(plan, xs, snapshot=snapshot)
 
 
 @torch.no_grad()
 def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
     """out <- sum_i c_i x_i; zero where no list has an entry."""
     check(plan, xs)
+    shares_memory(plan, xs, is_sum=True)
     for i, out in enumerate(plan.tensors):
         total = _combination(plan, xs, i, coefficients, scale)
         if total is None:
@@ -150,6 +164,7 @@ def descent_(
     masters and state stay as they are. ``coefficients`` multiply the scales.
     """
     check(plan, xs, base, snapshot)
+    is_shared = shares_memory(plan, xs, base, snapshot)
     skip_update = is_set(found_inf)
     if coefficients is not None:
         scale = times(scale, coefficients)
@@ -158,13 +173,14 @@ def descent_(
     else:
         report = LaunchReport.without_gram(len(xs))
     if snapshot is not None:
-        restore_(plan, snapshot)
+        _restore(plan, snapshot)
+    state_before: list[tuple[Tensor, Tensor]] = []
     if not skip_update and report.finite is not False:
         for i in range(len(plan)):
             if all(x[i] is None for x in xs) or (preview and not (snapshot is not None and snapshot.taken[i])):
                 continue
             state = [column[i] for column in (*base.columns, base.steps) if column and column[i] is not None]
-            before = [t.clone() for t in state if t is not None] if preview else []
+            state_before += [(t, t.clone()) for t in state if t is not None] if preview else []
             gradient = _combination(plan, xs, i, report.coefficients, scale, inverse_of(grad_scale))
             weight = _real(plan.tensors[i])
             updated = weight
@@ -178,11 +194,19 @@ def descent_(
                 _adam(base, i, base.settings[plan.groups[i]], updated, gradient)
             if updated is not weight:
                 weight.copy_(updated)
-            for tensor, value in zip(state, before, strict=False):
-                tensor.copy_(value)  # type: ignore[union-attr]
+            if not is_shared:
+                _put_back(state_before)
+    _put_back(state_before)
     if snapshot is not None and not preview:
         snapshot.discard()
     return report
+
+
+def _put_back(state: list[tuple[Tensor, Tensor]]) -> None:
+    """State to what it was, the oldest last: two updates may have written the same."""
+    while state:
+        tensor, value = state.pop()
+        tensor.copy_(value)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 #include "table_binding.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace samk {
 
@@ -35,27 +36,33 @@ py::list TableBinding::bind(int column, const py::list& tensors) {
     static const RowLayout scalar;
     const TensorReader& reader = TensorReader::get();
     py::list odd;
+    bool moved = false;
     for (size_t r = 0; r < rows_.size(); ++r) {
         PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
         TensorView view;
+        bool is_odd = false;
         if (tensor != Py_None) {
             bool usable = reader.read(tensor, device_, column == kStep ? scalar : layouts_[r], view);
             if (column == kWeight) usable = usable && view.dtype == layouts_[r].dtype;
             if (column == kStep) usable = usable && size_of(view.dtype) >= 4;
             if (!usable) {
                 view = TensorView{};
+                is_odd = true;
                 odd.append(r);
             }
         }
-        rows_[r].cells[column] = Cell{view.pointer, view.dtype};
+        Cell& cell = rows_[r].cells[column] = Cell{view.pointer, view.dtype};
+        if (!is_odd) moved = remember(column, r, cell) || moved;  // of the others set() will know
     }
+    changes_[column] += moved;
     return odd;
 }
 
-void TableBinding::set(int column, size_t row, uintptr_t pointer, int dtype) {
+void TableBinding::set(int column, size_t row, uintptr_t pointer, int dtype, uintptr_t begin, uintptr_t end) {
     check_column(column);
     is_bound_[column] = true;
-    rows_.at(row).cells[column] = Cell{reinterpret_cast<void*>(pointer), DType(dtype)};
+    Cell& cell = rows_.at(row).cells[column] = Cell{reinterpret_cast<void*>(pointer), DType(dtype)};
+    changes_[column] += begin == 0 ? remember(column, row, cell) : remember(column, row, begin, end);
 }
 
 void TableBinding::clear(int column) {
@@ -71,7 +78,7 @@ py::tuple TableBinding::bind_steps(const py::list& tensors, bool host_only) {
     static const RowLayout scalar;
     const TensorReader& reader = TensorReader::get();
     py::list odd;
-    bool some_on_host = false;
+    bool some_on_host = false, moved = false;
     for (size_t r = 0; r < rows_.size(); ++r) {
         PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
         TensorView view;
@@ -87,9 +94,77 @@ py::tuple TableBinding::bind_steps(const py::list& tensors, bool host_only) {
                 step_is_on_host_[r] = 1;
             }
         }
-        rows_[r].cells[kStep] = Cell{view.pointer, view.dtype};
+        Cell& cell = rows_[r].cells[kStep] = Cell{view.pointer, view.dtype};
+        moved = remember(kStep, r, cell) || moved;
     }
+    changes_[kStep] += moved;
     return py::make_tuple(odd, some_on_host);
+}
+
+// Note [Shared memory]
+// One Parameter may stand twice in a list, two may lie in the same memory, and `p.data = ...` makes it so between two
+// steps. Rows are worked on side by side, so a launch would copy weights that another row has perturbed already, or
+// lose one of two updates. Whether memory overlaps is therefore asked before each launch that writes. Addresses are read
+// anew anyway; only if one is another than last time are they sorted and compared, and gradients looked up.
+//
+// clear() leaves what is remembered: most columns that it empties are filled again with the same addresses. So a
+// column counts only if it is bound.
+
+bool TableBinding::remember(int column, size_t row, uintptr_t begin, uintptr_t end) {
+    std::vector<Extent>& column_extents = extents_[column];
+    if (column_extents.empty()) column_extents.resize(rows_.size());
+    Extent& extent = column_extents[row];
+    if (begin == end) begin = end = 0;
+    if (extent.begin == begin && extent.end == end) return false;
+    extent = {begin, end};
+    return true;
+}
+
+bool TableBinding::may_overlap(int lists, bool with_state) {
+    check_lists(lists);
+    Written& written = written_[with_state];
+    const auto has_changed = [&](int column) {
+        const uint64_t now = is_bound_[column] ? changes_[column] + 1 : 0;
+        const bool changed = written.seen[column] != now;
+        written.seen[column] = now;
+        return changed;
+    };
+    const auto starts_before = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
+
+    bool changed = has_changed(kWeight);
+    for (int column = kState; with_state && column <= kStep; ++column) changed = has_changed(column) || changed;
+    if (changed) {
+        std::vector<Extent>& sorted = written.sorted;
+        sorted.clear();
+        for (int column = kWeight; column <= kStep; ++column) {
+            if (!is_bound_[column] || !(column == kWeight || (with_state && column >= kState))) continue;
+            for (const Extent& extent : extents_[column])
+                if (extent.begin != extent.end) sorted.push_back(extent);
+        }
+        std::sort(sorted.begin(), sorted.end(), starts_before);
+        written.overlap = false;
+        for (size_t i = 1; i < sorted.size(); ++i)
+            written.overlap = written.overlap || sorted[i].begin < sorted[i - 1].end;
+    }
+
+    changed = changed || written.lists != lists;
+    written.lists = lists;
+    for (int list = 0; list < lists; ++list) changed = has_changed(kList + list) || changed;
+    if (changed) {
+        written.lists_overlap = false;
+        for (int list = 0; list < lists && !written.overlap; ++list) {
+            if (!is_bound_[kList + list]) continue;
+            for (const Extent& extent : extents_[kList + list]) {
+                if (extent.begin == extent.end) continue;
+                const auto after =
+                    std::upper_bound(written.sorted.begin(), written.sorted.end(), extent, starts_before);
+                const bool reaches_next = after != written.sorted.end() && after->begin < extent.end;
+                const bool is_reached = after != written.sorted.begin() && std::prev(after)->end > extent.begin;
+                written.lists_overlap = written.lists_overlap || reaches_next || is_reached;
+            }
+        }
+    }
+    return written.overlap || written.lists_overlap;
 }
 
 void TableBinding::mark(uint8_t* flags, bool taken) const {

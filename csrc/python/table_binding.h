@@ -27,13 +27,19 @@ public:
     // lists, state and masters may be of any.
     py::list bind(int column, const py::list& tensors);
 
-    void set(int column, size_t row, uintptr_t pointer, int dtype);
+    // `begin`, `end`: addresses of the memory that the cell stands for, where that is not what it points to.
+    void set(int column, size_t row, uintptr_t pointer, int dtype, uintptr_t begin, uintptr_t end);
 
     void clear(int column);
 
     // As bind(kStep, ...), for step counts that may lie on the host as well; with host_only they all do. Returns the odd
     // rows, and whether one lies on the host.
     py::tuple bind_steps(const py::list& tensors, bool host_only);
+
+    // Whether memory that a launch over this many lists may write, weights and with_state also state and step counts,
+    // overlaps any other that was bound to it: see Note [Shared memory]. Ranges of memory are compared, so tensors
+    // that lie between each other's elements count as overlapping.
+    bool may_overlap(int lists, bool with_state);
 
     // The rows that the last launch walked over; None for all of them.
     py::object written_rows() const;
@@ -89,6 +95,31 @@ protected:
     std::vector<uint8_t> wanted_;
     std::vector<double> host_steps_;
     std::vector<uint8_t> step_is_on_host_;
+
+private:
+    struct Extent {
+        uintptr_t begin = 0, end = 0;  // both 0 where there is nothing
+    };
+    // What was found of the memory that one kind of launch writes.
+    struct Written {
+        std::vector<Extent> sorted;
+        int lists = 0;
+        uint64_t seen[kColumns] = {};  // changes of each column that this is true of, plus one; 0 if it was not bound
+        bool overlap = false;          // with itself
+        bool lists_overlap = false;    // with gradient lists
+    };
+
+    // Remembers where a cell's memory lies. True if it lay elsewhere before.
+    bool remember(int column, size_t row, uintptr_t begin, uintptr_t end);
+    bool remember(int column, size_t row, const Cell& cell) {
+        const auto begin = reinterpret_cast<uintptr_t>(cell.pointer);
+        const int64_t elements = column == kStep ? 1 : rows_[row].numel;
+        return remember(column, row, begin, begin + uintptr_t(elements) * uintptr_t(size_of(cell.dtype)));
+    }
+
+    std::vector<Extent> extents_[kColumns];
+    uint64_t changes_[kColumns] = {};  // how often some address of a column became another
+    Written written_[2];  // without and with state
 };
 
 // Defines bind, bind_steps, set, clear, written_rows, and the constants that name the columns.
@@ -96,8 +127,10 @@ template <class Table, class Class>
 void define_table(Class& definition) {
     definition.def("bind", &Table::bind)
         .def("bind_steps", &Table::bind_steps)
-        .def("set", &Table::set)
+        .def("set", &Table::set, py::arg("column"), py::arg("row"), py::arg("pointer"), py::arg("dtype"),
+             py::arg("begin") = uintptr_t(0), py::arg("end") = uintptr_t(0))
         .def("clear", &Table::clear)
+        .def("may_overlap", &Table::may_overlap)
         .def("written_rows", &Table::written_rows);
 }
 void define_columns(py::module_& module);

@@ -186,6 +186,8 @@ class BaseUpdate:
         plain = rule == _FIXED
         report = LaunchReport.without_gram(len(lists))
         skip = descent.overflowed
+        if snapshot.is_taken:
+            sam_kernels.ops.check_memory(plan, lists, snapshot=snapshot, backend=descent.backend)
         if not skip and not plain:
             report = sam_kernels.ops.apply_rule(rule, lists, plan, backend=descent.backend)
             skip = not report.finite
@@ -311,6 +313,7 @@ class FusedState:
             keys.append("max_exp_avg_sq")
         columns = {key: lookup(states, key) for key in (*keys, "step")}
         created: dict[int, dict[str, Any]] = {}
+        own: dict[int, dict[str, Any]] = {}  # a parameter that stands twice in the list has one state
         group_of = None
         for key, column in columns.items():
             for index in missing(column):
@@ -320,11 +323,13 @@ class FusedState:
                     group_of = [number for number, g in enumerate(groups) for _ in g["params"]]
                 if key == "max_exp_avg_sq" and not settings[group_of[index]].amsgrad:
                     continue
-                if key == "step":
-                    column[index] = _new_step(params[index], groups[group_of[index]])
-                else:
-                    column[index] = self._zeros(params[index])
-                created.setdefault(index, {})[key] = column[index]
+                entries = created[index] = own.setdefault(id(params[index]), {})
+                if key not in entries:
+                    new_step = key == "step"
+                    entries[key] = (
+                        _new_step(params[index], groups[group_of[index]]) if new_step else self._zeros(params[index])
+                    )
+                column[index] = entries[key]
         maxima = columns.get("max_exp_avg_sq", [])
         return Adam(settings, columns["exp_avg"], columns["exp_avg_sq"], maxima, columns["step"]), created
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from sam_kernels.host import forget_old_weights
+
 from .batches import is_single_value
 from .errors import InvalidSettingError
 from .moves import StepReport
@@ -189,7 +191,7 @@ class CapturedSteps:
         outputs = found.replay()
         # A replay writes where nobody looks: autograd and autocast are told, and the last step's report is read anew.
         increment_version([p for group in self._optimizer.param_groups for p in group["params"]])
-        torch.clear_autocast_cache()
+        forget_old_weights()
         self._optimizer.remember_writes()
         self._optimizer.report_again(found.report)
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)

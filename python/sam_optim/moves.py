@@ -175,7 +175,7 @@ class Moves:
         xs = [plans.perturbed_only(x) for x in lists]
         ascent = sam_kernels.ascent_(plan, xs, rule=rule, scale=scale, snapshot=weights, backend=self.backend)
         self._container["report"] = StepReport(ascent)
-        return plan.params
+        return plans.weights_at(plan)
 
     def two_points(self, gradients: Gradients, *, rule: RuleLike, scale: Scale) -> tuple[list[Tensor], list[Tensor]]:
         """Where :meth:`ascend`, and where :meth:`look_ahead` would lead, as :meth:`ascended` says, by one launch.
@@ -190,7 +190,7 @@ class Moves:
         along = plans.perturbed_only(gradients)
         report = update.two_points(plans.plan, weights, gradients, along, self.backend, ascended, ahead, rule, scale)
         self._container["report"] = StepReport(report)
-        return ascended.params, ahead.params
+        return plans.weights_at(ascended), plans.weights_at(ahead)
 
     def keep_state_in_place(self) -> None:
         """From now on the method's own state stays where it is in memory, as a captured step needs it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sam_kernels import Peers, Plan, Snapshot
 from sam_kernels.host import same_objects
+from sam_kernels.memory import sharing
 from sam_kernels.plan import TAKEN, Layout
 
 from .construction import names_of
@@ -190,13 +191,30 @@ class PlanCache:
         return [self.snapshot.tensors[i] if i in masters else p for i, p in enumerate(self.plan.tensors)]
 
     def point(self, name: str) -> tuple[Plan, Snapshot]:
-        """Memory for other weights than the model's: its plan, and the model's weights as what to start from."""
+        """Memory for other weights than the model's: its plan, and the model's weights as what to start from.
+
+        Raises:
+            InvalidSettingError: if parameters share memory, of which each would have its own here.
+        """
         own = self._points.get(name)
         if own is None or own.layouts != self.plan.layouts:
             plan = self.plan
+            names = sharing(plan)
+            if names is not None:
+                raise InvalidSettingError(
+                    f"{names[0]} and {names[1]} share memory, which passes side by side would give each its own of; "
+                    "run the passes one after the other, or give the optimizer each weight once"
+                )
             own = Plan([layout.empty() for layout in plan.layouts], plan.groups, plan.geometry, plan.names, plan.peers)
             self._points[name] = own
         return own, Snapshot.of(own, self._unperturbed_weights())
+
+    def weights_at(self, point: Plan) -> list[Tensor]:
+        """The weights of such a point, a tensor for each parameter: those that no kernel can read are the model's."""
+        unreadable = self.plan.unreadable
+        if not unreadable:
+            return point.params
+        return [self.plan.params[i] if i in unreadable else own for i, own in enumerate(point.params)]
 
     def forget_copies(self) -> None:
         """Discards the copies without restoring them."""

@@ -78,7 +78,13 @@ class SAMPa(SAM):
             if self.warm_start == "gradient":
                 self._keep((yield Pass(kept=True, last=True)))
             else:
-                self._keep([torch.zeros_like(p, requires_grad=False) for p in self._params()])
+                params, unreadable = self._params(), self._container["plans"].plan.unreadable
+                self._keep(
+                    [
+                        None if i in unreadable else torch.zeros_like(p, requires_grad=False)
+                        for i, p in enumerate(params)
+                    ]
+                )
             return
         g_y = self.method_state(_Y_GRADIENT)
         if self.runs_side_by_side:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sam_kernels.host import same_objects
+from sam_kernels.host import forget_old_weights, same_objects
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 from sam_kernels.sharding import is_distributed
@@ -478,7 +478,7 @@ class _Step:
     def _forward_backward(self, loss_fn: LossFunction, batch: Any, share: Share, is_first: bool) -> Any:
         owner = self.owner
         # The caller's own autocast may hold 16-bit copies of weights, which a recorded graph would read for ever.
-        torch.clear_autocast_cache()
+        forget_old_weights()
         with torch.enable_grad():
             if owner.autocast is None:
                 output = loss_fn(owner.model, batch)

@@ -71,8 +71,12 @@ class PointerTable:
                 self._host_steps[row] = tensor
         return odd, any(step is not None for step in self._host_steps)
 
-    def set(self, column: int, row: int, address: int, dtype: int) -> None:
+    def set(self, column: int, row: int, address: int, dtype: int, begin: int = 0, end: int = 0) -> None:
         self._addresses[column][row], self._dtypes[column][row] = address, dtype
+
+    def may_overlap(self, lists: int, with_state: bool) -> bool:
+        """Always: whoever asks looks closer then."""
+        return True
 
     def clear(self, column: int) -> None:
         count = len(self._layouts)

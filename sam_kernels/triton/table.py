@@ -84,11 +84,14 @@ class Table:
     def bind_steps(self, tensors: Any, host_only: bool) -> Any:
         return self._pointers.bind_steps(tensors, host_only)
 
-    def set(self, column: int, row: int, address: int, dtype: int) -> None:
-        self._pointers.set(column, row, address, dtype)
+    def set(self, column: int, row: int, address: int, dtype: int, begin: int = 0, end: int = 0) -> None:
+        self._pointers.set(column, row, address, dtype, begin, end)
 
     def clear(self, column: int) -> None:
         self._pointers.clear(column)
+
+    def may_overlap(self, lists: int, with_state: bool) -> Any:
+        return self._pointers.may_overlap(lists, with_state)
 
     def written_rows(self) -> Any:
         return self._pointers.written_rows()

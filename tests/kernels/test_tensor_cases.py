@@ -150,7 +150,7 @@ def test_unsuitable_gradients_change_nothing(backend, gradient, error, message):
 @pytest.mark.parametrize("param", [torch.zeros(2, dtype=torch.int64), torch.zeros(2, device="meta")])
 def test_unsuitable_weights(param):
     with pytest.raises(sk.UnsupportedTensorError):
-        sk.Plan([param])
+        sk.perturb_([param], [[torch.ones(2)]], [1.0])
 
 
 class OwnParameter(torch.nn.Parameter):

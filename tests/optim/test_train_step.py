@@ -7,6 +7,7 @@ import importlib.util
 import io
 import itertools
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -413,6 +414,20 @@ def test_an_outer_autocast_does_not_keep_old_weights():
         for batch in batches(4, torch.float32):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
                 step(batch)
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cached_parametrizations_around_a_step_do_not_keep_old_weights(method):
+    results = []
+    for cached in (False, True):
+        model = make_net()
+        nn.utils.parametrizations.weight_norm(model.layers[0])
+        step = TrainStep(model, METHODS[method](model), loss_of)
+        for batch in batches(4):
+            with nn.utils.parametrize.cached() if cached else nullcontext():
+                step(batch, batch)
         results.append(weights_of(model))
     assert_same(*results)
 

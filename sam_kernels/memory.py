@@ -1,0 +1,144 @@
+"""Tensors that share memory: which launches must work on them one after the other, and what cannot work at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bases import Base, TensorList
+from .plan import MASTER, Plan, Snapshot, is_dense, offsets_of
+
+_WEIGHT, _STATE, _LIST = range(3)
+
+
+class _Piece(NamedTuple):
+    """The memory of one tensor of a launch, as addresses in bytes."""
+
+    begin: int
+    end: int
+    kind: int
+    row: int
+    tensor: Tensor
+
+
+def extent_of(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a tensor and of what follows its last; both 0 if it has no elements."""
+    if tensor.numel() == 0:
+        return 0, 0
+    begin = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def shares_memory(
+    plan: Plan,
+    xs: Sequence[TensorList] = (),
+    base: Base | None = None,
+    snapshot: Snapshot | None = None,
+    is_sum: bool = False,
+) -> bool:
+    """Whether weights, or state of a base, that a launch writes share memory with each other.
+
+    Args:
+        is_sum: every weight is written, and may be an entry of the lists, see :func:`sam_kernels.combine_`.
+
+    Raises:
+        ValueError: if a gradient lies in memory that is written, or two weights that share memory have masters.
+    """
+    pieces = _pieces(plan, xs, base, snapshot, is_sum)
+    masters = b"" if snapshot is None else bytes(flag & MASTER for flag in snapshot.taken)
+    key = [(*piece[:4], piece.tensor.stride()) for piece in pieces], masters, is_sum
+    if plan.memory is None or plan.memory[0] != key:
+        plan.memory = key, _is_shared(plan, pieces, masters, is_sum)
+    return plan.memory[1]
+
+
+def _is_shared(plan: Plan, pieces: list[_Piece], masters: bytes, is_sum: bool) -> bool:
+    found = False
+    open_pieces: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.begin):
+        open_pieces = [other for other in open_pieces if other.end > piece.begin]
+        for other in open_pieces:
+            if piece.kind == other.kind == _LIST or not _has_common_element(piece.tensor, other.tensor):
+                continue
+            if _LIST in (piece.kind, other.kind):
+                written, gradient = (other, piece) if piece.kind == _LIST else (piece, other)
+                if _is_same(written, gradient) and (is_sum or written.kind == _STATE):
+                    continue  # read before it is written, element by element
+                if not is_sum:
+                    raise _gradient_error(plan, written, gradient)
+            elif piece.kind == other.kind == _WEIGHT and masters and masters[other.row] and masters[piece.row]:
+                names = f"{plan.names[other.row]} and {plan.names[piece.row]}"
+                raise ValueError(
+                    f"{names} share memory, and each would have a master of its own, so that one of two updates would "
+                    "be lost; with master_weights give the optimizer each weight once"
+                )
+            found = True
+        open_pieces.append(piece)
+    return found
+
+
+def sharing(plan: Plan) -> tuple[str, str] | None:
+    """Names of two parameters that share memory, None if none do."""
+    open_pieces: list[_Piece] = []
+    for piece in sorted(_pieces(plan, [], None, None, True), key=lambda piece: piece.begin):
+        open_pieces = [other for other in open_pieces if other.end > piece.begin]
+        for other in open_pieces:
+            if _has_common_element(piece.tensor, other.tensor):
+                return plan.names[other.row], plan.names[piece.row]
+        open_pieces.append(piece)
+    return None
+
+
+def _pieces(
+    plan: Plan, xs: Sequence[TensorList], base: Base | None, snapshot: Snapshot | None, all_rows: bool
+) -> list[_Piece]:
+    """What a launch reads or writes, but for copies, which lie in memory of this package."""
+    pieces: list[_Piece] = []
+
+    def add(kind: int, row: int, tensor: Tensor | None) -> None:
+        if tensor is not None and tensor.numel() > 0:
+            pieces.append(_Piece(*extent_of(tensor), kind, row, tensor))
+
+    for row, weight in enumerate(plan.tensors):
+        has_entry = any(x[row] is not None for x in xs)
+        if all_rows or has_entry or (snapshot is not None and snapshot.taken[row]):
+            add(_WEIGHT, row, weight)
+        if has_entry and base is not None:
+            for column in (*base.columns, base.steps):
+                add(_STATE, row, column[row] if column else None)
+        for x in xs:
+            add(_LIST, row, x[row])
+    return pieces
+
+
+def _is_same(written: _Piece, read: _Piece) -> bool:
+    """Whether both are the same elements of the same parameter."""
+    return (
+        written.row == read.row
+        and written.begin == read.begin
+        and written.tensor.dtype == read.tensor.dtype
+        and written.tensor.stride() == read.tensor.stride()
+    )
+
+
+def _gradient_error(plan: Plan, written: _Piece, gradient: _Piece) -> ValueError:
+    what = plan.names[written.row] if written.kind == _WEIGHT else f"the state of {plan.names[written.row]}"
+    return ValueError(
+        f"the gradient of {plan.names[gradient.row]} shares memory with {what}, which the step writes: it would change "
+        "while it is used; let p.grad be a clone()"
+    )
+
+
+def _has_common_element(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors whose ranges of memory overlap share an element: views may lie between each other's."""
+    if is_dense(a) and is_dense(b):
+        return True
+    size = a.element_size()
+    if b.element_size() != size or (a.data_ptr() - b.data_ptr()) % size != 0:
+        return True
+    behind = (b.data_ptr() - a.data_ptr()) // size
+    return bool(torch.isin(offsets_of(a), offsets_of(b) + behind).any())
