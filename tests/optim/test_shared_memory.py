@@ -361,6 +361,7 @@ def test_expanded_parameters_are_refused_as_torch_refuses_them(backend):
     with pytest.raises(sk.UnsupportedTensorError, match="expanded"):
         optimizer.first_step()
     assert torch.equal(other, before)
+    expanded.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="single memory location"):
         torch.optim.SGD([expanded], lr=0.1).step()
 
