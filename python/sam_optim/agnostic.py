@@ -76,6 +76,7 @@ class AgnosticSAM(SAM):
             raise InvalidSettingError(f"Invalid smoothing: {smoothing}; it must be at least 0 and below 1")
         self.variant, self.normalizer, self.smoothing = variant, normalizer, smoothing
         self._more_settings = {"rho_val": rho_val}
+        self.method_state_names = ("validation_gradient",) if smoothing > 0.0 else ()
         super().__init__(params, base_optimizer, rho_train, adaptive, closure_runs=closure_runs, **kwargs)
 
     @property

@@ -106,6 +106,14 @@ class BaseUpdate:
         """
         return self._fused(descent) if fused else self._by_base(descent)
 
+    def make_state(self, params: list[Tensor]) -> None:
+        """The state of parameters that have none yet, as it is before any update, where they have gradients."""
+        if FusedState.supports(self.base_optimizer):
+            _, created = self._fused_state.prepare(params, gradients_of(params))
+            self._fused_state.commit(params, created)
+        else:
+            self.base_optimizer.step()
+
     def widen_state(self, saved: dict[Tensor, dict[str, Any]] | None = None) -> None:
         """Where there are masters: see :meth:`FusedState.widen`."""
         if self.has_masters:

@@ -51,6 +51,9 @@ def _tensors(params: Any) -> Iterable[Tensor]:
 
 
 def names_of(number: int, group: dict[str, Any]) -> list[str]:
-    """Names of a group's parameters: their own if given with the parameters, else made up."""
-    names = group.get("param_names")
-    return list(names) if names else [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
+    """Names of a group's parameters: their own if given with the parameters, else made up.
+
+    Also made up after somebody has changed the list of parameters but not that of their names.
+    """
+    names, count = group.get("param_names"), len(group["params"])
+    return list(names) if names and len(names) == count else [f"parameter {i} of group {number}" for i in range(count)]

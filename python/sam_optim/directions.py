@@ -72,6 +72,7 @@ class VaSSO(SAM):
     is_capturable = True
     perturbs_micro_batches = False
     _scaling_obstacle = "it averages gradients over steps, whose scales differ"
+    method_state_names = ("direction",)
 
     def __init__(
         self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, theta: float = 0.9, **kwargs: Any

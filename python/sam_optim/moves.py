@@ -18,6 +18,7 @@ from sam_kernels.scales import Scale
 
 from .base_update import BaseUpdate, Outcome, added, combined_gradient
 from .errors import StepOrderError
+from .kept import KeptState
 from .passes import Gradients, refuse_overwritten
 from .planning import PlanCache
 
@@ -75,10 +76,13 @@ class Moves:
     Attributes:
         base_optimizer: the base.
         backend: name of the kernels' backend; None for the best there is.
+        method_state_names: what the method keeps by :meth:`method_state`. ``torch.distributed.checkpoint`` has to know
+            it before there is any, to find it in a checkpoint.
     """
 
     base_optimizer: Optimizer
     backend: str | None
+    method_state_names: tuple[str, ...] = ()
     _container: dict[str, Any]  # because some wrappers of optimizers swallow the writing of attributes
 
     @abstractmethod
@@ -258,12 +262,14 @@ class Moves:
     def method_state(self, name: str) -> list[Tensor | None]:
         """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
 
+        An entry belongs to its parameter, wherever that stands: it moves with it when the groups change, and new
+        parameters have None. Name what a method keeps in ``method_state_names``.
+
         It lives apart from the base's state, where a foreign key would make some bases believe theirs is complete.
         """
-        state: dict[str, list[Tensor | None]] = self._container["method state"]
-        entries = state.setdefault(name, [])
-        entries += [None] * (len(self._params()) - len(entries))
-        return entries
+        kept: KeptState = self._container["method state"]
+        kept.follow(self._params())
+        return kept.entries(name)
 
     def _state_dtype(self, like: Tensor) -> torch.dtype:
         plans: PlanCache = self._container["plans"]
@@ -271,4 +277,7 @@ class Moves:
 
     def has_method_state(self, name: str) -> bool:
         """Whether some parameter has an entry of this name."""
-        return any(entry is not None for entry in self._container["method state"].get(name, []))
+        kept: KeptState = self._container["method state"]
+        plans: PlanCache = self._container["plans"]
+        kept.follow(plans.plan.params)
+        return kept.has(name)

@@ -24,6 +24,7 @@ from .base_update import BaseUpdate
 from .compiling import prepare, untraced
 from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
+from .kept import KeptState
 from .moves import StepReport
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup
 from .planning import PlanCache
@@ -163,6 +164,7 @@ class SharpnessAwareOptimizer(Updates):
         self.base_optimizer = cast(Any, SimpleNamespace(defaults={}, add_param_group=lambda group: None))
         super().__init__([{"params": []}], {})
         self.base_optimizer = base
+        self._watch_base()
 
     # ------------------------------------------------------------------ the method
 
@@ -411,6 +413,7 @@ class SharpnessAwareOptimizer(Updates):
         Args:
             closure: clears nothing, runs forward and backward, and returns the loss. Which passes it runs is said by
                 ``closure_runs``. None completes a step begun with ``first_step``; this is how GradScaler calls it.
+                With lr 0 in all groups and gradients of zeros it makes state for a checkpoint, as torch's tools ask.
             validation_closure: the same for the validation batch, for methods that use one.
             previous_closure: the same for the batch of the step before, for methods that use it; by default the
                 closure that was given for that step.
@@ -482,6 +485,10 @@ class SharpnessAwareOptimizer(Updates):
     def _begin(self) -> BegunStep | None:
         """Begins a step with the plan as it is; None if the method wants no gradient for it."""
         self._container["report"] = StepReport()
+        kept: KeptState = self._container["method state"]
+        if kept.follow_shapes():
+            plans: PlanCache = self._container["plans"]
+            plans.plan.refresh()
         self.catch_up()
         try:
             try:
@@ -527,6 +534,9 @@ class SharpnessAwareOptimizer(Updates):
     def _finish(self) -> None:
         run: BegunStep | None = self._container["run"]
         if run is None:
+            if self._is_state_asked_for():
+                self._make_state()
+                return
             raise StepOrderError(
                 "step() without a closure completes a step, and none is begun. Call first_step() after the first "
                 "backward and step() or second_step() after the second, or pass a closure. (GradScaler takes no "

@@ -71,7 +71,11 @@ class PlanCache:
             return self.plan
         if self.holds_copies:
             raise StepOrderError("parameters or their geometry were changed in the middle of a step")
-        masters = {id(p): m for p, m in zip(self.plan.params, self.masters or [], strict=False) if m is not None}
+        masters = {
+            id(p): m
+            for p, m in zip(self.plan.params, self.masters or [], strict=False)
+            if m is not None and m.shape == p.shape
+        }
         self.plan = Plan(
             params,
             [number for number, group in enumerate(groups) for _ in group["params"]],
@@ -140,6 +144,11 @@ class PlanCache:
     def has_waiting_masters(self) -> bool:
         """Whether masters were loaded that no step has compared to the weights yet."""
         return self._waiting_masters is not None
+
+    def begin_masters(self) -> None:
+        """Makes masters of weights that have none."""
+        if self.has_masters:
+            _ = self.snapshot
 
     def catch_up(self, unseen: bool = False) -> None:
         """Brings masters up to date with weights that somebody else has written since :meth:`remember_writes`.

@@ -53,6 +53,7 @@ class SAMPa(SAM):
         "its look-ahead takes the gradient of the step before, scaled as it was then, for the base optimizer's step"
     )
     yields_passes_together = True
+    method_state_names = (_Y_GRADIENT,)
 
     def __init__(
         self,

@@ -150,6 +150,7 @@ class FriendlySAM(SAM):
     is_capturable = True
     perturbs_micro_batches = False
     _scaling_obstacle = "it averages gradients over steps, whose scales differ"
+    method_state_names = ("average",)
 
     def __init__(
         self,
@@ -270,6 +271,7 @@ class LookSAM(SAM):
         if k < 1:
             raise InvalidSettingError(f"Invalid k: {k}; it must be at least 1")
         self.k, self.alpha = k, alpha
+        self.method_state_names = ("direction",) if k > 1 else ()
         self._more_settings = {"looksam_step": 0}
         super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
 

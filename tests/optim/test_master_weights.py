@@ -79,11 +79,17 @@ def make_pair():
 
 
 def masters_of(optimizer):
-    return optimizer.state_dict()["method_state"]["master_weights"]
+    """Wherever a state dict has them: among the base's entries, or by themselves where it has none."""
+    saved = optimizer.state_dict()
+    count = sum(len(group["params"]) for group in saved["param_groups"])
+    alone = saved.get("method_state", {}).get("master_weights", [None] * count)
+    return [saved["state"].get(i, {}).get("sam_optim_master_weights", alone[i]) for i in range(count)]
 
 
 def state_of(optimizer):
-    return [v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, torch.Tensor)]
+    """The base's: masters stand beside it under another name."""
+    found = [v for entries in optimizer.state.values() for k, v in entries.items() if not k.startswith("sam_optim_")]
+    return [v for v in found if isinstance(v, torch.Tensor)]
 
 
 def assert_masters_fit(model, optimizer):
