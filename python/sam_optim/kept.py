@@ -49,6 +49,10 @@ class KeptState:
         """Whether some parameter has an entry."""
         return any(entry is not None for entry in self._lists.get(name, ()))
 
+    def forget_others(self, name: str) -> None:
+        """Drops what waits for parameters that are in no group now."""
+        self._aside.pop(name, None)
+
     def replace(self, params: list[Tensor], lists: Lists) -> None:
         """Other lists, of these parameters; nothing of before is kept."""
         self.is_awaited = False

@@ -9,6 +9,7 @@ import torch
 from .base_update import FusedState
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
+from .kept import KeptState
 from .passes import PREVIOUS, Gradients, Pass, Passes, Update
 from .sam import SAM
 
@@ -111,6 +112,8 @@ class SAMPa(SAM):
     def _keep(self, gradients: Gradients) -> None:
         new = [None if g is None else g.detach() for g in gradients]
         state = self.method_state(_Y_GRADIENT)
+        kept: KeptState = self._container["method state"]
+        kept.forget_others(_Y_GRADIENT)  # of a step before this one
         if self.keeps_state_in_place and [g is None for g in new] == [g is None for g in state]:
             pairs = [(old, g) for old, g in zip(state, new, strict=True) if old is not None and g is not None]
             torch._foreach_copy_([old for old, _ in pairs], [g for _, g in pairs])

@@ -152,11 +152,14 @@ class GroupsAndState(Moves, Optimizer):
     def _with_kept(self, packed: dict[str, Any]) -> dict[str, Any]:
         """Adds to the base's state dict what is kept beside it."""
         beside, params = self._beside(), self._params()
-        first = {p: index for index, p in reversed(list(enumerate(params)))}
+        if not beside and not self._kept_lists():
+            return packed
+        keys = dict(zip(params, chain.from_iterable(g["params"] for g in packed["param_groups"]), strict=True))
+        state = packed["state"]
         for p, kept in beside.items():
             filled = {k: not_there(p, self._state_dtype(p)) if v is None else v for k, v in kept.items()}
             # Not in place: these dicts are the base's own.
-            packed["state"][first[p]] = {**packed["state"].get(first[p], {}), **filled}
+            state[keys[p]] = {**state.get(keys[p], {}), **filled}
         for name, entries in self._kept_lists().items():
             rest = [None if p in beside else entry for p, entry in zip(params, entries, strict=True)]
             if any(entry is not None for entry in rest):
