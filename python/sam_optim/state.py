@@ -152,11 +152,11 @@ class GroupsAndState(Moves, Optimizer):
     def _with_kept(self, packed: dict[str, Any]) -> dict[str, Any]:
         """Adds to the base's state dict what is kept beside it."""
         beside, params = self._beside(), self._params()
-        if not beside and not self._kept_lists():
-            return packed
-        keys = dict(zip(params, chain.from_iterable(g["params"] for g in packed["param_groups"]), strict=True))
-        state = packed["state"]
+        keys: dict[Tensor, Any] = {}
+        if beside:
+            keys.update(zip(params, chain.from_iterable(g["params"] for g in packed["param_groups"]), strict=True))
         for p, kept in beside.items():
+            state = packed["state"]
             filled = {k: not_there(p, self._state_dtype(p)) if v is None else v for k, v in kept.items()}
             # Not in place: these dicts are the base's own.
             state[keys[p]] = {**state.get(keys[p], {}), **filled}
