@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,17 @@ def flattened(scale: Scale, groups: int, lists: int) -> FlatScale:
     Tensors on a device stay what they are; nothing waits for them.
 
     Raises:
-        ValueError: if ``scale`` has fewer entries than there are groups, or not one for each list.
+        ValueError: if ``scale`` has fewer entries than there are groups, or not one for each list, or an entry that is
+            not finite.
     """
     if isinstance(scale, (int, float, Tensor)):
         return [_entry(scale)] * (lists * groups)
-    flat = [_entry(value) for group in scale for value in group]
+    try:
+        flat = [_entry(value) for group in scale for value in group]
+    except TypeError:
+        raise ValueError(
+            f"scale must be a number, or a list of {lists} for each group, [[...], ...], got {scale}"
+        ) from None
     if len(flat) != len(scale) * lists or len(scale) < groups:
         raise ValueError(f"scale must give {lists} numbers for each group, got {scale}")
     return flat
@@ -52,4 +59,7 @@ def float64(values: Tensor | Sequence[Any]) -> Tensor:
 def _entry(value: float | Tensor) -> float | Tensor:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach()
-    return float(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"Invalid scale: {number}; it must be finite")
+    return number

@@ -129,7 +129,9 @@ class Moves:
         if not any(flags):
             return scale
         rows = [[scale] * lists] * len(flags) if isinstance(scale, (int, float, Tensor)) else scale
-        return [[-x for x in row] if up else row for row, up in zip(rows, flags, strict=False)]
+        # A row that is none is complained of where scales are read.
+        turned = [up and not isinstance(row, (int, float)) for row, up in zip(rows, flags, strict=False)]
+        return [[-x for x in row] if turn else row for row, turn in zip(rows, turned, strict=False)]
 
     def combined(self, lists: Sequence[Gradients], rule: RuleLike = _FIXED, scale: Scale = 1.0) -> Gradients | None:
         """The gradient that a descent with these lists would take, in new tensors, None where no list has an entry.

@@ -218,7 +218,7 @@ class BegunStep:
             )
         if not asked:
             raise StepOrderError(
-                f"passes() of {self._method} yields a list without a Pass; there is no gradient to take"
+                f"passes() of {self._method} yields an empty list; leave it out where no Pass is wanted"
             )
         if not all(p.kept or p.weights is not None for p in asked[:-1]):
             raise StepOrderError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sam_optim import GSAM, SAM, AgnosticSAM, StepOrderError
+from sam_optim import GSAM, SAM, AgnosticSAM, FriendlySAM, StepOrderError
 
 from ..optim.cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
 
@@ -104,6 +104,20 @@ def test_grad_scaler_of_the_wrapper(make_accelerator):
         if skipped[-1]:
             assert_same(weights_of(model), before)
     assert skipped[0] and not skipped[-1]
+
+
+def test_grad_scaler_is_refused_before_the_first_pass(make_accelerator):
+    make_accelerator()
+    model = make_net(torch.float32)
+    optimizer = Method(FriendlySAM, {"rho": 0.1}).make(model, SGD)
+    prepared = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(StepOrderError, match="cannot be used with GradScaler"):
+        next(optimizer.each_pass(step=prepared.step))
+    assert not optimizer.is_step_begun
+    prepared = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    for _ in optimizer.each_pass(step=prepared.step):
+        loss_of(model, batches(1, torch.float32)[0]).backward()
+    assert optimizer.last_step.updated
 
 
 def test_state_survives_a_checkpoint(make_accelerator, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sam_optim import GSAM, SAM, SAMPa
+from sam_optim import AESAM, CRSAM, GSAM, SAM, WSAM, FriendlySAM, InvalidSettingError, LookSAM, SAMPa, StepOrderError
 
 from ..optim.cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
 
@@ -153,3 +153,66 @@ def test_mixed_precision(kind):
     got = fit(kind(method, torch.float32), torch.float32, precision="bf16-mixed")
     for a, b in zip(got, weights_of(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what cannot work
+
+
+class SecondPass(Automatic):
+    def configure_optimizers(self):
+        return self.method.make(self.net, SGD)
+
+
+@pytest.mark.parametrize("kind", [Automatic, SecondPass])
+def test_accumulation_in_automatic_optimization_is_refused(kind):
+    """The closure runs the last micro-batch alone; those before it would be in the first gradient and no other."""
+    module = kind(METHODS[0])
+    before = weights_of(module.net)
+    with pytest.raises(InvalidSettingError, match="Invalid accumulate_grad_batches: 2"):
+        fit(module, accumulate_grad_batches=2)
+    assert_same(weights_of(module.net), before)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(GSAM, {"rho": 0.1}),
+        Method(CRSAM, {"rho": 0.1}),
+        Method(LookSAM, {"rho": 0.1, "k": 2}),
+        Method(WSAM, {"rho": 0.1}),
+        Method(FriendlySAM, {"rho": 0.1}),
+        Method(AESAM, {"rho": 0.1}),
+    ],
+    ids=str,
+)
+def test_clipping_each_pass_is_refused_where_it_changes_the_method(method):
+    module = Automatic(method)
+    with pytest.raises(InvalidSettingError, match="combine_gradients"):
+        fit(module, gradient_clip_val=0.05)
+    fit(Automatic(method), gradient_clip_val=0.0)
+
+
+def scaled(module):
+    """float16 as on a GPU, where Lightning makes the scaler by itself."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return fit(module, torch.float32, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+
+
+def test_grad_scaler():
+    method, refused = Method(SAM, {"rho": 0.5}), Method(FriendlySAM, {"rho": 0.5})
+    model = make_net(torch.float32)
+    optimizer = method.make(model, SGD)
+    for batch in batches(STEPS, torch.float32):
+        for _ in optimizer.each_pass():
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(model, batch)
+            loss.backward()
+    for a, b in zip(scaled(Manual(method, torch.float32)), weights_of(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(StepOrderError, match="cannot be used with GradScaler"):
+        scaled(Manual(refused, torch.float32))
+    for own in (method, refused):
+        with pytest.raises(StepOrderError, match="GradScaler"):
+            scaled(Automatic(own, torch.float32))

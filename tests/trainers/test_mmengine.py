@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from sam_optim import (
     SAM,
     AgnosticSAM,
+    FriendlySAM,
     InvalidSettingError,
     StepOrderError,
 )
@@ -84,7 +85,7 @@ def weights_of(model):
 
 
 def make_runner(mm, folder, optimizer, model, accumulation=1, clip=False, hooks=(), epochs=2, **more):
-    wrapper = {"type": "OptimWrapper", "optimizer": optimizer, "accumulative_counts": accumulation}
+    wrapper = {"type": more.pop("wrapper", "OptimWrapper"), "optimizer": optimizer, "accumulative_counts": accumulation}
     if clip:
         wrapper["clip_grad"] = {"max_norm": MAX_NORM}
     loader = {
@@ -331,3 +332,31 @@ def test_methods_that_want_other_batches(mm, tmp_path):
         for p in optimizer.each_pass():
             other(**(validation if p.data == "validation" else {"x": x, "y": y}))["loss"].backward()
     torch.testing.assert_close(weights_of(model), weights_of(other), rtol=1e-9, atol=1e-12)
+
+
+def test_grad_scaler(mm, tmp_path):
+    """AmpOptimWrapper wants a GPU; this one does what it does."""
+    from mmengine.optim import OptimWrapper
+
+    class Scaling(OptimWrapper):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.loss_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+        def backward(self, loss, **settings):
+            self.loss_scaler.scale(loss).backward(**settings)
+            self._inner_count += 1
+
+        def step(self, **settings):
+            self.loss_scaler.step(self.optimizer, **settings)
+            self.loss_scaler.update()
+
+    model = make_model(mm)
+    make_runner(mm, tmp_path, MAKERS["GSAM"](model), model, wrapper=Scaling).train()
+    torch.testing.assert_close(weights_of(model), by_hand(mm, MAKERS["GSAM"]), rtol=1e-9, atol=1e-12)
+    model = make_model(mm)
+    before = weights_of(model)
+    optimizer = FriendlySAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    with pytest.raises(StepOrderError, match="cannot be used with GradScaler"):
+        make_runner(mm, tmp_path, optimizer, model, wrapper=Scaling).train()
+    torch.testing.assert_close(weights_of(model), before, rtol=0.0, atol=0.0)

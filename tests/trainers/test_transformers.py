@@ -8,8 +8,10 @@ from torch import nn
 
 from sam_optim import (
     AESAM,
+    GSAM,
     SAM,
     AgnosticSAM,
+    FriendlySAM,
     InvalidSettingError,
     Pass,
     SAMPa,
@@ -245,6 +247,28 @@ def test_methods_that_want_other_batches(tmp_path):
             ids = window if p.data == "train" else data[:MICRO]
             model(input_ids=ids, labels=ids).loss.backward()
     assert_close(got, weights_of(model))
+
+
+def with_scaler(folder, method, **settings):
+    """As with fp16, which the Trainer has for GPUs alone."""
+    model = make_model()
+    optimizer = method(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, **settings)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.base_optimizer, lambda step: 1.0)
+    trainer = SharpnessAwareTrainer(
+        model, arguments(folder), train_dataset=dataset(), optimizers=(optimizer, scheduler)
+    )
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer.train()
+    return weights_of(model)
+
+
+def test_grad_scaler(tmp_path):
+    def optimizer_of(model):
+        return GSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+
+    assert_close(with_scaler(tmp_path, GSAM), by_hand(optimizer_of, 1))
+    with pytest.raises(StepOrderError, match="cannot be used with GradScaler"):
+        with_scaler(tmp_path, FriendlySAM)
 
 
 class Silent(SAM):
