@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 import sam_kernels
 from sam_kernels import LaunchReport
-from sam_kernels.plan import wide_dtype
+from sam_kernels.plan import TAKEN, wide_dtype
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
+from sam_kernels.sharding import is_distributed
 
 from .base_update import BaseUpdate, Outcome, added, combined_gradient
 from .errors import StepOrderError
@@ -166,6 +167,27 @@ class Moves:
             sam_kernels.perturb_(plans.plan, [others], [0.0], snapshot=plans.snapshot, backend=self.backend)
         overflow = False if last.ascent is None else last.ascent.overflow
         update.look_ahead(plans.plan, plans.snapshot, gradients, overflow, self.backend)
+
+    def unperturbed_weights(self) -> dict[int, Tensor]:
+        """In the middle of a step: copies of the weights that it will restore, by the identities of their parameters.
+
+        Raises:
+            StepOrderError: where a perturbed parameter is a DTensor, of whose weights this rank has a part.
+        """
+        plans: PlanCache = self._container["plans"]
+        if not plans.holds_copies:
+            return {}
+        found = {}
+        for index, flag in enumerate(plans.snapshot.taken):
+            if flag & TAKEN:
+                param = plans.plan.params[index]
+                if is_distributed(param):
+                    raise StepOrderError(
+                        "the weights of a sharded model were asked for in the middle of a step, while they are "
+                        "perturbed; complete it with second_step() or abandon it with restore() first"
+                    )
+                found[id(param)] = plans.snapshot.tensors[index].detach().to(param.dtype, copy=True)
+        return found
 
     @property
     def runs_side_by_side(self) -> bool:

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, cast
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import missing
@@ -31,6 +33,7 @@ from .planning import PlanCache
 from .randomness import Draws
 from .step_hooks import runs_its_own_hooks
 from .updates import Updates
+from .watching import UnperturbedEntries
 
 ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
@@ -46,6 +49,10 @@ _PROMISES: dict[str, Any] = {
     "perturbs_micro_batches": False,
     "_scaling_obstacle": _UNDECLARED,
 }
+
+
+# Optimizers in the middle of a step; mostly none.
+_under_way: WeakSet[SharpnessAwareOptimizer] = WeakSet()
 
 
 class SharpnessAwareOptimizer(Updates):
@@ -484,12 +491,15 @@ class SharpnessAwareOptimizer(Updates):
 
     def _begin(self) -> BegunStep | None:
         """Begins a step with the plan as it is; None if the method wants no gradient for it."""
+        if _under_way:
+            self._refuse_shared_parameters()
         self._container["report"] = StepReport()
         kept: KeptState = self._container["method state"]
         if kept.follow_shapes():
             plans: PlanCache = self._container["plans"]
             plans.plan.refresh()
         self.catch_up()
+        _under_way.add(self)
         try:
             try:
                 run = self._container["run"] = BegunStep(self.passes(), type(self).__name__)
@@ -501,6 +511,17 @@ class SharpnessAwareOptimizer(Updates):
             raise
         return run
 
+    def _refuse_shared_parameters(self) -> None:
+        """Two perturbations of one weight would each take the other for the weight itself, and lose its update."""
+        own = {id(p) for p in self._params()}
+        for other in list(_under_way):
+            if other is not self and any(id(p) in own for group in other.param_groups for p in group["params"]):
+                raise StepOrderError(
+                    "a step was begun although that of another optimizer, which holds some of the same parameters, is "
+                    "not completed: their weights may be perturbed. Make one step after the other, or give the shared "
+                    "parameters to one optimizer alone. A step that was given up has to be restored: restore()"
+                )
+
     def _end(self) -> None:
         plans: PlanCache = self._container["plans"]
         if plans.holds_copies:
@@ -509,6 +530,7 @@ class SharpnessAwareOptimizer(Updates):
                 "last, which takes them back. For a step without an update, call return_to_copies()"
             )
         self._container["run"] = None
+        _under_way.discard(self)
         # Schedulers ask whether step() has come before them. A step that updates nothing (SAMPa's first, or one whose
         # gradients are not finite) need not have called it, nor the base's.
         self._opt_called = self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -616,6 +638,7 @@ class SharpnessAwareOptimizer(Updates):
         """
         run: BegunStep | None = self._container["run"]
         self._container["run"] = None
+        _under_way.discard(self)
         self._container.pop("descent", None)
         self._container["post hooks due"] = None
         self._end_pass()
@@ -640,6 +663,20 @@ class SharpnessAwareOptimizer(Updates):
             self.restore()
             self.zero_grad()
             raise
+
+    def watch(self, model: nn.Module) -> RemovableHandle:
+        """From now on ``model.state_dict()`` holds the weights themselves, also in the middle of a step.
+
+        For checkpoints that are written when something went wrong: of an exception in a pass driven by hand this
+        optimizer knows nothing, and the model is left at its perturbed weights until :meth:`restore` is called. In the
+        middle of a step the entries are copies, and of a sharded model refused. Whatever else reads the model, such as
+        ``torch.save(model)``, finds what it holds.
+
+        Returns:
+            A handle; its ``remove()`` ends this.
+        """
+        handle: RemovableHandle = model.register_state_dict_post_hook(UnperturbedEntries(self))
+        return handle
 
     def _refuse_second_begin(self, action: str) -> None:
         if self.is_step_begun:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import random
 import signal
 
@@ -128,6 +130,75 @@ def test_restore_on_error_for_hand_driven_passes():
     assert_same(weights_of(model), before)
     optimizer.restore()
     assert_same(weights_of(model), before)
+
+
+def assert_same_state(state, wanted):
+    assert list(state) == list(wanted)
+    assert_same(list(state.values()), list(wanted.values()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"master_weights": True}], ids=str)
+def test_a_checkpoint_in_the_middle_of_a_step_holds_the_weights(settings):
+    dtype = torch.bfloat16 if settings else torch.float64
+    model = nn.Sequential(make_net(dtype, batch_norm=True))
+    tied = nn.Module()
+    tied.net, tied.same = model, model[0].layers[0]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=5.0, lr=0.1, **settings)
+    handle = optimizer.watch(tied)
+    batch = batches(1, dtype)[0]
+    before = copy.deepcopy(tied.state_dict())
+    loss_of(model, batch).backward()
+    optimizer.first_step(zero_grad=True)
+    perturbed = weights_of(model)
+    found = tied.state_dict()
+    for name, entry in before.items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(found[name], entry)
+            assert found[name].dtype == entry.dtype
+    assert_same(weights_of(model), perturbed)
+    assert not torch.equal(
+        model.state_dict()["0.layers.0.weight"], before["net.0.layers.0.weight"]
+    )  # nobody watches it
+    # The step goes on as if nobody had looked, and between steps the entries are what they are in any module.
+    loss_of(model, batch).backward()
+    optimizer.second_step(zero_grad=True)
+    assert_same_state(
+        tied.state_dict(), {**tied.state_dict(), **{f"net.{k}": v for k, v in model.state_dict().items()}}
+    )
+    assert tied.state_dict(keep_vars=True)["net.0.layers.0.weight"] is model[0].layers[0].weight
+    loss_of(model, batch).backward()
+    optimizer.first_step(zero_grad=True)
+    handle.remove()
+    assert_same_state(
+        tied.state_dict(), {**tied.state_dict(), **{f"net.{k}": v for k, v in model.state_dict().items()}}
+    )
+
+
+def test_a_watched_model_can_be_copied_and_pickled():
+    model, optimizer = make()
+    optimizer.watch(model)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        # It belongs to no optimizer, and has what it was given.
+        assert_same(list(other.state_dict().values()), weights_of(model))
+    assert not torch.equal(model.state_dict()["layers.0.weight"], model.layers[0].weight)
+    del optimizer
+    gc.collect()
+    assert torch.equal(model.state_dict()["layers.0.weight"], model.layers[0].weight)
+
+
+def test_a_checkpoint_in_the_handler_of_an_exception():
+    """The loop that everybody writes, with the one line that makes its handler right."""
+    model, optimizer = make()
+    optimizer.watch(model)
+    before = {name: entry.clone() for name, entry in model.state_dict().items()}
+    try:
+        loss_of(model, batches(1)[0]).backward()
+        optimizer.first_step(zero_grad=True)
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert_same_state(model.state_dict(), before)
 
 
 class _FailingBase(torch.optim.SGD):
