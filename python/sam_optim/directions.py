@@ -57,9 +57,9 @@ class VaSSO(SAM):
 
     ::
 
-        d <- (1 - theta) d + theta g        e = rho d / |d|
+        d <- (1 - theta) d + theta g,  d = g in the first step        e = rho d / |d|
 
-    d begins at zero; it is state of the method, and part of ``state_dict()``.
+    d is state of the method, and part of ``state_dict()``; one that began at zero, as it did here once, goes on.
 
     Args:
         theta: weight of the new gradient, above 0 and at most 1, where the method is SAM.
@@ -84,7 +84,7 @@ class VaSSO(SAM):
 
     def passes(self) -> Passes:
         g = yield Pass()
-        direction = self.moving_average("direction", g, 1.0 - self.theta)
+        direction = self.moving_average("direction", g, 1.0 - self.theta, starts_at_gradient=True)
         self.ascend(direction, rule=self._rule, scale=self._radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus)
@@ -97,6 +97,9 @@ class MomentumSAM(SAM):
     one pass. The authors leave the model at the perturbed weights between steps and take the perturbation away to
     evaluate and to save; here it is taken away when a step ends, and the model always holds w itself. Until there is
     momentum, steps are the base optimizer's.
+
+    Weight decay is our reading: the base optimizer's, of w. In the authors' code, an optimizer by itself, SGD's acts on
+    the perturbed weights, and AdamW's on the weights after the update. Without weight decay there is no difference.
 
     Args:
         params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`; the base must keep a momentum.

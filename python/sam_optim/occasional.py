@@ -132,8 +132,9 @@ class AESAM(_OccasionalSAM):
         variance <- decay variance + (1 - decay) (|g|^2 - mean)^2
         SAM if |g|^2 >= mean + c sqrt(variance), else the base optimizer with g
 
-    Mean and variance are in the first group, ``aesam_mean`` and ``aesam_variance``, and part of ``state_dict()``; the
-    mean begins at the first gradient's. The decision waits for the GPU.
+    Mean and variance are in the first group, ``aesam_mean`` and ``aesam_variance``, and part of ``state_dict()``. Their
+    start is our reading: the mean begins at the first gradient's square, the variance at zero, so the first step is
+    SAM's. The decision waits for the GPU.
 
     Args:
         c: how far above the mean; the authors let it fall from 1 to -1 over training: set ``optimizer.c``.

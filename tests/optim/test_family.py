@@ -76,7 +76,7 @@ class FamilyOracle(Oracle):
         if name == "UnifiedSAM":
             d = (1 - s["k"] + s["k"] / g.norm()) * g
         elif name == "VaSSO":
-            average = s["theta"] * g + (0.0 if self.kept is None else (1 - s["theta"]) * self.kept)
+            average = g if self.kept is None else s["theta"] * g + (1 - s["theta"]) * self.kept
             self.kept, d = average, average / average.norm()
         p = self.gradient(w + rho * d, batch)
         if name == "CRSAM":
@@ -110,6 +110,33 @@ def test_toy_problem(method, settings, wanted, backend):
         (0.5 * (weights[0] ** 2 + 4 * weights[1] ** 2)).sum().backward()
     got = [w.item() for w in weights]
     assert got == pytest.approx(wanted, abs=2e-10)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_vasso_as_its_authors_code_runs(backend):
+    """Two steps on the toy problem: numbers of their code, whose average starts at the first gradient."""
+    weights = [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (3.0, 1.0)]
+    optimizer = VaSSO(weights, torch.optim.SGD, rho=0.5, theta=0.4, lr=0.1, backend=backend)
+    for _ in range(2):
+        for _ in optimizer.each_pass():
+            (0.5 * (weights[0] ** 2 + 4 * weights[1] ** 2)).sum().backward()
+    assert [w.item() for w in weights] == pytest.approx((2.3690683088, 0.1171046450), abs=2e-10)
+
+
+def test_vasso_goes_on_from_an_average_that_began_at_zero():
+    """That is (1 - theta) 0 + theta g after the first step; and each parameter's starts with its own first gradient."""
+    weight = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    late = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = VaSSO([weight, late], torch.optim.SGD, rho=0.5, theta=0.4, lr=0.0)
+    state = optimizer.state_dict()
+    state["method_state"] = {"direction": [torch.tensor([1.2, 1.6], dtype=torch.float64), None]}
+    optimizer.load_state_dict(state)
+    for _ in optimizer.each_pass():
+        weight.grad = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        late.grad = torch.tensor([2.0], dtype=torch.float64)
+    average = optimizer.state_dict()["method_state"]["direction"]
+    assert average[0].tolist() == pytest.approx([0.6 * 1.2 + 0.4, 0.6 * 1.6], abs=1e-15)
+    assert average[1].tolist() == [2.0]
 
 
 def test_momentum_sam_on_the_toy_problem():
