@@ -65,14 +65,25 @@ def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
         if device.type not in _chosen:
             _chosen[device.type] = _first_for(device)
         return _chosen[device.type]
-    if wanted not in _BACKENDS:
-        raise ValueError(f"Invalid backend: {wanted!r}; there are {', '.join(_BACKENDS)}")
-    reason = _BACKENDS[wanted].unavailable_reason()
-    if reason is not None:
-        raise BackendUnavailableError(f"backend {wanted!r} is unavailable: {reason}")
-    if not _BACKENDS[wanted].serves(device):
+    found = backend_named(wanted)
+    if not found.serves(device):
         raise BackendUnavailableError(f"backend {wanted!r} does not serve tensors on {device}")
-    return _BACKENDS[wanted]
+    return found
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: if there is none.
+        BackendUnavailableError: if it is missing here.
+    """
+    if name not in _BACKENDS:
+        raise ValueError(f"Invalid backend: {name!r}; there are {', '.join(_BACKENDS)}")
+    reason = _BACKENDS[name].unavailable_reason()
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} is unavailable: {reason}")
+    return _BACKENDS[name]
 
 
 # The first available backend by type of device: what is there once stays.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sam_kernels.rules import RuleLike
+from sam_kernels.rules import NORM_EPSILON, RuleLike
 
 from .construction import BaseOptimizer
-from .errors import InvalidSettingError
+from .optimizer import ClosureRuns
 from .passes import VALIDATION, Pass, Passes, Update
 from .sam import SAM, is_zero, radius
+from .settings import Adaptive, check_choice, check_number, handed_on
 
 
 class AgnosticSAM(SAM):
@@ -30,7 +32,7 @@ class AgnosticSAM(SAM):
     perturbation alone. No code of the authors is public; the formulas are as we read the paper.
 
     Args:
-        params, base_optimizer, adaptive, eta, perturb_eps, **kwargs: as for :class:`SAM`; ASAM's geometry is that at w.
+        all others: as for :class:`SAM`; ASAM's geometry is that at w.
         rho_train: radius up-hill on the training batch; the groups' ``rho``.
         rho_val: radius down-hill on the validation batch, and of the perturbation under g_v'; the groups' ``rho_val``.
             None, the default, is half of rho_train, also when that follows a schedule. At 0 the method is SAM.
@@ -58,26 +60,29 @@ class AgnosticSAM(SAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho_train: float = 0.05,
-        rho_val: float | None = None,
+        rho_train: float | Tensor = 0.05,
+        rho_val: float | Tensor | None = None,
         *,
-        variant: str = "agnostic",
-        normalizer: str = "own",
+        variant: Literal["agnostic", "align"] = "agnostic",
+        normalizer: Literal["own", "first"] = "own",
         smoothing: float = 0.0,
-        adaptive: bool | str = False,
-        closure_runs: str = "every_pass",
-        **kwargs: Any,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if variant not in ("agnostic", "align"):
-            raise InvalidSettingError(f"Invalid variant: {variant!r}; it is 'agnostic' or 'align'")
-        if normalizer not in ("own", "first"):
-            raise InvalidSettingError(f"Invalid normalizer: {normalizer!r}; it is 'own' or 'first'")
-        if not 0.0 <= smoothing < 1.0:
-            raise InvalidSettingError(f"Invalid smoothing: {smoothing}; it must be at least 0 and below 1")
+        check_choice("variant", variant, ["agnostic", "align"])
+        check_choice("normalizer", normalizer, ["own", "first"])
+        check_number("smoothing", smoothing, 0, 1, open_end=True)
         self.variant, self.normalizer, self.smoothing = variant, normalizer, smoothing
         self._more_settings = {"rho_val": rho_val}
         self.method_state_names = ("validation_gradient",) if smoothing > 0.0 else ()
-        super().__init__(params, base_optimizer, rho_train, adaptive, closure_runs=closure_runs, **kwargs)
+        super().__init__(params, base_optimizer, rho_train, **handed_on(locals()))
 
     @property
     def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
@@ -102,7 +107,7 @@ class AgnosticSAM(SAM):
         radii = []
         for group in self.param_groups:
             rho, rho_val = radius(group["rho"]), group["rho_val"]
-            radii.append((rho, rho / 2 if rho_val is None else radius(rho_val)))
+            radii.append((rho, rho / 2 if rho_val is None else radius(rho_val, "rho_val")))
         return radii
 
     def _is_plain_step(self) -> bool:
@@ -110,9 +115,8 @@ class AgnosticSAM(SAM):
 
     def validate_group(self, group: dict[str, Any]) -> None:
         super().validate_group(group)
-        rho_val = group["rho_val"]
-        if rho_val is not None and not (isinstance(rho_val, Tensor) and rho_val.is_cuda) and not float(rho_val) >= 0.0:
-            raise InvalidSettingError(f"Invalid rho_val: {group['rho_val']}; it must be None or at least 0")
+        if group["rho_val"] is not None:
+            radius(group["rho_val"], "rho_val")
 
 
 class _FirstNormalized:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -10,15 +13,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .errors import InvalidSettingError
+from .settings import did_you_mean, named_parameters, settings_of
 
 BaseOptimizer = Optimizer | Callable[..., Optimizer]
 
 
-def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str, Any]) -> Optimizer:
+def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str, Any], method: type) -> Optimizer:
     """The base optimizer: the instance given, or ``base_optimizer(params, **base_kwargs)``.
 
+    Args:
+        method: the class that it is to be the base of.
+
     Raises:
-        TypeError, InvalidSettingError: for what cannot serve as a base.
+        TypeError, InvalidSettingError: for what cannot serve as a base, and for keywords that nobody knows.
     """
     if isinstance(base_optimizer, Optimizer):
         if base_kwargs:
@@ -30,6 +37,7 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
             raise InvalidSettingError("base_optimizer is an instance that holds other parameters than params")
     elif callable(base_optimizer):
         base = base_optimizer(params, **base_kwargs)
+        _refuse_unknown(base_kwargs, base_optimizer, base, method)
     else:
         raise TypeError(f"base_optimizer must be an optimizer class or instance, got {base_optimizer!r}")
     if not hasattr(base, "param_groups") or not hasattr(base, "step"):
@@ -39,6 +47,38 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("LBFGS cannot be a base optimizer: it evaluates gradients of its own within a step")
     return base
+
+
+def _refuse_unknown(keywords: Iterable[str], maker: Callable[..., Optimizer], base: Optimizer, method: type) -> None:
+    """Refuses keywords that a base has swallowed by its own ``**kwargs`` and looks at no more.
+
+    That some put whatever they are given into their groups says nothing. So a keyword has to be named by a constructor,
+    or occur in the code that makes the base or is its class's.
+    """
+    inner = [value for value in vars(base).values() if isinstance(value, Optimizer)]
+    kinds = [cls for each in (base, *inner) for cls in type(each).__mro__ if cls not in (Optimizer, object)]
+    calls: list[Callable[..., Any]] = [maker, *kinds]
+    named = {name for call in calls for name in named_parameters(call)}
+    unknown = [name for name in keywords if name not in named and not any(_mentions(call, name) for call in calls)]
+    if unknown and named:
+        raise TypeError(
+            f"{method.__name__} got a keyword that neither it nor its base optimizer, {type(base).__name__}, knows: "
+            f"{unknown[0]}{did_you_mean(unknown[0], [*settings_of(method), *sorted(named)])}"
+        )
+
+
+def _mentions(owner: Callable[..., Any], name: str) -> bool:
+    """Whether a word occurs in the code of a function, or of a class's functions."""
+    functions = vars(owner).values() if isinstance(owner, type) else [owner]
+    plain = [f.func if isinstance(f, partial) else f for f in functions]
+    codes = [getattr(inspect.unwrap(f), "__code__", None) for f in plain if callable(f)]
+    while codes:
+        code = codes.pop()
+        if code is not None:
+            if name in code.co_names or name in code.co_consts:
+                return True
+            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return False
 
 
 def _tensors(params: Any) -> Iterable[Tensor]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from sam_kernels.rules import NORM_EPSILON
+
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError, StepOrderError
+from .optimizer import ClosureRuns
 from .passes import Gradients, Pass, Passes, Update
 from .sam import SAM
+from .settings import Adaptive, check_number, handed_on
 
 
 class UnifiedSAM(SAM):
@@ -20,7 +25,7 @@ class UnifiedSAM(SAM):
 
     Args:
         k: from 0 to 1.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`; a plain perturbation wants a smaller rho
+        all others: as for :class:`SAM`; a plain perturbation wants a smaller rho
             the larger the gradients are.
 
     GradScaler is refused with k below 1: the perturbation has the gradient's scale.
@@ -31,12 +36,25 @@ class UnifiedSAM(SAM):
     _scaling_obstacle = "its perturbation has the gradient's scale"
 
     def __init__(
-        self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, k: float = 0.5, **kwargs: Any
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float | Tensor = 0.05,
+        k: float = 0.5,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "second_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not 0.0 <= k <= 1.0:
-            raise InvalidSettingError(f"Invalid k: {k}; it must lie between 0 and 1")
+        check_number("k", k, 0, 1)
         self.k = k
-        super().__init__(params, base_optimizer, rho, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     @property
     def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
@@ -63,7 +81,7 @@ class VaSSO(SAM):
 
     Args:
         theta: weight of the new gradient, above 0 and at most 1, where the method is SAM.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
 
     GradScaler is refused: the average would mix gradients of different scales.
     """
@@ -75,12 +93,27 @@ class VaSSO(SAM):
     method_state_names = ("direction",)
 
     def __init__(
-        self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, theta: float = 0.9, **kwargs: Any
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float | Tensor = 0.05,
+        theta: float = 0.9,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "second_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not 0.0 < theta <= 1.0:
-            raise InvalidSettingError(f"Invalid theta: {theta}; it must be above 0 and at most 1")
+        check_number("theta", theta, 0, 1)
+        if theta == 0.0:
+            raise InvalidSettingError("Invalid theta: 0; it must be above 0, or the average would stay what it is")
         self.theta = theta
-        super().__init__(params, base_optimizer, rho, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass()
@@ -102,7 +135,7 @@ class MomentumSAM(SAM):
     the perturbed weights, and AdamW's on the weights after the update. Without weight decay there is no difference.
 
     Args:
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`; the base must keep a momentum.
+        all others: as for :class:`SAM`; the base must keep a momentum.
 
     Drive it by closures, ``each_pass()`` or ``TrainStep``: the perturbation comes before the only backward pass. By
     ``first_step()`` and ``second_step()`` it is right too, but the first gradient is computed for nothing.
@@ -116,12 +149,19 @@ class MomentumSAM(SAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float,
+        rho: float | Tensor,
         *,
-        closure_runs: str = "every_pass",
-        **kwargs: Any,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
         if not {"momentum", "betas"} & set(self.defaults):
             base = type(self.base_optimizer).__name__
             raise InvalidSettingError(f"MomentumSAM perturbs along the base optimizer's momentum, and {base} has none")

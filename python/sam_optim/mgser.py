@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from sam_kernels.rules import NormalizedSum
+from torch import Tensor
+
+from sam_kernels.rules import NORM_EPSILON, NormalizedSum
 
 from .construction import BaseOptimizer
-from .errors import InvalidSettingError
+from .optimizer import ClosureRuns
 from .passes import MEMORY, Pass, Passes, Update
 from .sam import SAM
+from .settings import Adaptive, check_number, handed_on
 
 
 class MGSERSAM(SAM):
@@ -32,7 +36,7 @@ class MGSERSAM(SAM):
 
     Args:
         mu: weight of the memory's gradient at the unperturbed weights; at least 0.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
 
     Passes: on the batch and on the memory at w, which do not depend on each other, and the same two at w + e. ::
 
@@ -55,16 +59,22 @@ class MGSERSAM(SAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         mu: float = 1.0,
         *,
-        closure_runs: str = "every_pass",
-        **kwargs: Any,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not mu >= 0.0:
-            raise InvalidSettingError(f"Invalid mu: {mu}; it must be at least 0")
+        check_number("mu", mu, 0)
         self.mu = mu
-        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def passes(self) -> Passes:
         g_task, g_memory = yield [Pass(kept=True), Pass(MEMORY, kept=True, may_be_empty=True)]

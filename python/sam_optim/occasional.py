@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from sam_kernels.rules import NORM_EPSILON
 
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
+from .optimizer import ClosureRuns
 from .passes import Gradients, Pass, Passes, Update
 from .sam import SAM
+from .settings import Adaptive, as_whole, check_number, handed_on, whole_number
 
 
 class _OccasionalSAM(SAM):
     """Steps with one pass, and steps with two: driven by ``each_pass()``, closures or ``TrainStep``, to save passes."""
-
-    def __init__(
-        self,
-        params: Any,
-        base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
-        *,
-        closure_runs: str = "every_pass",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
 
     def _is_plain_step(self) -> bool:
         return super()._is_plain_step() or not self.last_step.ascent
@@ -65,29 +60,56 @@ class IntervalSAM(_ScheduledSAM):
 
     Args:
         every: SAM's share of the steps is one in so many; at least 1.
-        start: number of the first step that may be SAM's, counted from 0; at least 0. SAM late in training alone does
-            nearly as well as SAM throughout in some settings (Zhou et al. 2024, arXiv 2410.10373).
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        start: number of the first step that may be SAM's, counted from 0; or, with ``total_steps``, a share of them, a
+            float from 0 to below 1. SAM late in training alone does nearly as well as SAM throughout in some settings
+            (Zhou et al. 2024, arXiv 2410.10373).
+        total_steps: of the whole training. ``start=0.8, total_steps=10_000`` is ``start=8_000``.
+        all others: as for :class:`SAM`.
     """
 
     def __init__(
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         every: int = 2,
-        start: int = 0,
-        **kwargs: Any,
+        start: float = 0,
+        total_steps: int | None = None,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if every < 1:
-            raise InvalidSettingError(f"Invalid every: {every}; it must be at least 1")
-        if start < 0:
-            raise InvalidSettingError(f"Invalid start: {start}; it must be at least 0")
-        self.every, self.start = every, start
-        super().__init__(params, base_optimizer, rho, **kwargs)
+        self.every = whole_number("every", every, 1)
+        self.start = _first_step(start, total_steps)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def is_sharpness_aware(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0
+
+
+def _first_step(start: float, total_steps: int | None) -> int:
+    """The number of a step, of which ``start`` may be the share of all."""
+    number = as_whole(start)
+    if total_steps is None:
+        if number is None:
+            raise InvalidSettingError(
+                f"Invalid start: {start!r}; it is a step's number. For a share of the training give total_steps as well"
+            )
+        return whole_number("start", start, 0)
+    total_steps = whole_number("total_steps", total_steps, 1)
+    if number is None:
+        check_number("start", start, 0, 1, open_end=True)
+        number = round(float(start) * total_steps)
+    if number >= total_steps:
+        raise InvalidSettingError(f"Invalid start: {start}; of {total_steps} steps none would be SAM's")
+    return whole_number("start", number, 0)
 
 
 class RandomizedSAM(_ScheduledSAM):
@@ -99,22 +121,30 @@ class RandomizedSAM(_ScheduledSAM):
         probability: of a step to be SAM's, from 0 to 1; a tensor or a number that a schedule may change,
             ``optimizer.probability``.
         seed: of the coin.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
     """
 
     def __init__(
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         probability: float = 0.5,
         seed: int = 0,
-        **kwargs: Any,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not 0.0 <= probability <= 1.0:
-            raise InvalidSettingError(f"Invalid probability: {probability}; it must lie between 0 and 1")
-        self.probability, self.seed = probability, seed
-        super().__init__(params, base_optimizer, rho, **kwargs)
+        check_number("probability", probability, 0, 1)
+        self.probability, self.seed = probability, whole_number("seed", seed)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def is_sharpness_aware(self, step: int) -> bool:
         # Seeds that differ in little give generators whose first numbers are alike.
@@ -139,7 +169,7 @@ class AESAM(_OccasionalSAM):
     Args:
         c: how far above the mean; the authors let it fall from 1 to -1 over training: set ``optimizer.c``.
         decay: of the averages, from 0 to below 1.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
 
     GradScaler is refused: squared norms of different scales cannot be compared. So are trainers that call ``step()``
     by themselves, and ``first_step()`` with ``second_step()``: whether a pass is the last is known only after it.
@@ -155,15 +185,24 @@ class AESAM(_OccasionalSAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         c: float = 0.0,
         decay: float = 0.9,
-        **kwargs: Any,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise InvalidSettingError(f"Invalid decay: {decay}; it must be at least 0 and below 1")
+        check_number("c", c)
+        check_number("decay", decay, 0, 1, open_end=True)
         self.c, self.decay = float(c), decay
-        super().__init__(params, base_optimizer, rho, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass()

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast, get_args, overload
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sam_kernels.backends import backend_named
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import missing
 
@@ -31,12 +32,14 @@ from .moves import StepReport
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup
 from .planning import PlanCache
 from .randomness import Draws
+from .settings import check_choice
 from .step_hooks import runs_its_own_hooks
 from .updates import Updates
 from .watching import UnperturbedEntries
 
 ClosureRuns = Literal["second_pass", "every_pass"]
 Closure = Callable[[], Any]
+Loss = TypeVar("Loss")
 
 
 _UNDECLARED = (
@@ -87,8 +90,9 @@ class SharpnessAwareOptimizer(Updates):
             with the global ones. They are not copied or saved with the optimizer.
 
     Raises:
-        InvalidSettingError: for a setting out of range.
-        TypeError: for a base that cannot serve, or keywords with an instance.
+        InvalidSettingError: for a setting out of range, and for a group's key that would do nothing.
+        ValueError, BackendUnavailableError: for a backend that there is not.
+        TypeError: for a base that cannot serve, keywords with an instance, or a keyword that nobody knows.
     """
 
     # GradScaler.step then hands the gradient's scale to step() and leaves unscaling and skipping to it.
@@ -140,11 +144,12 @@ class SharpnessAwareOptimizer(Updates):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        if closure_runs not in ("second_pass", "every_pass"):
-            raise InvalidSettingError(f"Invalid closure_runs: {closure_runs!r}; it is 'second_pass' or 'every_pass'")
+        check_choice("closure_runs", closure_runs, get_args(ClosureRuns))
+        if backend is not None:
+            backend_named(backend)
         if counts_in_norm is not None and process_group is None:
             raise InvalidSettingError("counts_in_norm says nothing without a process_group")
-        base = make_base(params, base_optimizer, base_kwargs)
+        base = make_base(params, base_optimizer, base_kwargs, type(self))
         shared = sorted(set(getattr(base, "defaults", ())) & set(method_defaults))
         if shared:
             raise InvalidSettingError(
@@ -152,16 +157,17 @@ class SharpnessAwareOptimizer(Updates):
                 f"where {type(self).__name__} has a setting of that name"
             )
         prepare()
+        self._method_defaults = dict(method_defaults)
+        self._given_defaults = dict(getattr(base, "defaults", {}))
+        self.base_optimizer = base
         for group in base.param_groups:
             self._complete_group(group, method_defaults)
 
-        self.base_optimizer = base
         self.closure_runs = closure_runs
         self.backend = backend
         self.master_weights = master_weights
         self.process_group = process_group
         self.counts_in_norm = counts_in_norm
-        self._method_defaults = dict(method_defaults)
         self._reset_caches()
         update: BaseUpdate = self._container["update"]
         update.check_masters()
@@ -169,7 +175,7 @@ class SharpnessAwareOptimizer(Updates):
         # torch's constructor sets up hooks and profiling. It also empties groups and state, which are the base's own,
         # and adds a group, which makes some bases share their parameters out anew.
         self.base_optimizer = cast(Any, SimpleNamespace(defaults={}, add_param_group=lambda group: None))
-        super().__init__([{"params": []}], {})
+        super().__init__([{"params": []}], {**self._given_defaults, **method_defaults})
         self.base_optimizer = base
         self._watch_base()
 
@@ -405,8 +411,30 @@ class SharpnessAwareOptimizer(Updates):
         if zero_grad:
             self.zero_grad()
 
+    @overload
+    def step(
+        self,
+        closure: None = None,
+        validation_closure: Closure | None = None,
+        previous_closure: Closure | None = None,
+        *,
+        memory_closure: Closure | None = None,
+        closure_runs: ClosureRuns | None = None,
+    ) -> None: ...
+
+    @overload
+    def step(
+        self,
+        closure: Callable[[], Loss],
+        validation_closure: Closure | None = None,
+        previous_closure: Closure | None = None,
+        *,
+        memory_closure: Closure | None = None,
+        closure_runs: ClosureRuns | None = None,
+    ) -> Loss: ...
+
     @runs_its_own_hooks
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Closure | None = None,
         validation_closure: Closure | None = None,

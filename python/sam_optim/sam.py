@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +12,9 @@ from sam_kernels.rules import NORM_EPSILON, Normalized
 
 from .construction import BaseOptimizer
 from .errors import InvalidSettingError
-from .optimizer import SharpnessAwareOptimizer
+from .optimizer import ClosureRuns, SharpnessAwareOptimizer
 from .passes import Pass, Passes, Update
+from .settings import Adaptive, check_choice, check_number, handed_on
 
 # The eta of the authors of ASAM (arXiv 2102.11600, section 5).
 AUTHORS_ETA = 0.01
@@ -41,7 +43,7 @@ class SAM(SharpnessAwareOptimizer):
             then, ``model.named_parameters()``.
         eta: added to abs(w) in T; by default 0 for ``"elementwise"`` and 0.01 for ``"weights"``.
         perturb_eps: guards the division by the norm.
-        closure_runs, backend, **base_kwargs: see :class:`SharpnessAwareOptimizer`.
+        all others: see :class:`SharpnessAwareOptimizer`.
 
     ASAM: e = rho T^2 g / |T g| (Kwon et al. 2021, arXiv 2102.11600, eq. 6), norm and product elementwise in T.
 
@@ -66,18 +68,32 @@ class SAM(SharpnessAwareOptimizer):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
-        adaptive: bool | str = False,
+        rho: float | Tensor = 0.05,
+        adaptive: Adaptive = False,
         *,
         eta: float | None = None,
         perturb_eps: float = NORM_EPSILON,
-        **kwargs: Any,
+        closure_runs: ClosureRuns = "second_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not perturb_eps >= 0.0:
-            raise InvalidSettingError(f"Invalid perturb_eps: {perturb_eps}; it must be at least 0")
+        check_number("perturb_eps", perturb_eps, 0)
         self._rule = Normalized(epsilon=perturb_eps)
         defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, **self._more_settings}
-        super().__init__(params, base_optimizer, defaults, **kwargs)
+        super().__init__(
+            params,
+            base_optimizer,
+            defaults,
+            closure_runs=closure_runs,
+            backend=backend,
+            master_weights=master_weights,
+            process_group=process_group,
+            counts_in_norm=counts_in_norm,
+            **base_kwargs,
+        )
 
     def passes(self) -> Passes:
         g = yield Pass()
@@ -94,12 +110,10 @@ class SAM(SharpnessAwareOptimizer):
 
     def validate_group(self, group: dict[str, Any]) -> None:
         radius(group["rho"])
-        if group["adaptive"] not in (False, True, "elementwise", "weights"):
-            raise InvalidSettingError(
-                f"Invalid adaptive: {group['adaptive']!r}; it is False, True, 'elementwise' or 'weights'"
-            )
-        if group["eta"] is not None and not group["eta"] >= 0.0:
-            raise InvalidSettingError(f"Invalid eta: {group['eta']}; it must be at least 0")
+        check_choice("adaptive", group["adaptive"], [False, True, "elementwise", "weights"])
+        check_choice("perturb", group["perturb"], [False, True])
+        if group["eta"] is not None:
+            check_number("eta", group["eta"], 0)
         if group["adaptive"] == "weights":
             names = group.get("param_names") or [entry[0] for entry in group["params"] if isinstance(entry, tuple)]
             if len(names) != len(group["params"]):
@@ -124,31 +138,38 @@ class ASAM(SAM):
         params: named, ``model.named_parameters()``, unless ``adaptive=True``.
         rho: 0.5, as the authors use.
         adaptive: ``"weights"``, the authors' choice of parameters, or True for every parameter.
-        eta, base_optimizer, **kwargs: see :class:`SAM`.
+        all others: see :class:`SAM`.
     """
 
     def __init__(
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.5,
-        adaptive: bool | str = "weights",
-        **kwargs: Any,
+        rho: float | Tensor = 0.5,
+        adaptive: Adaptive = "weights",
+        *,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "second_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
 
-def radius(rho: float | Tensor) -> float | Tensor:
+def radius(rho: Any, name: str = "rho") -> float | Tensor:
     """A radius as the kernels take it. A tensor on a GPU stays there, and nobody looks at its value.
 
     Raises:
-        InvalidSettingError: for a negative or undefined radius.
+        InvalidSettingError: unless it is a finite number of at least 0.
     """
-    if isinstance(rho, Tensor) and rho.is_cuda:
+    if type(rho) is float and 0.0 <= rho < math.inf:
         return rho
-    if not float(rho) >= 0.0:
-        raise InvalidSettingError(f"Invalid rho: {rho}; it must be at least 0")
-    return float(rho)
+    check_number(name, rho, 0)
+    return rho if isinstance(rho, Tensor) and rho.is_cuda else float(rho)
 
 
 def is_zero(rho: float | Tensor) -> bool:

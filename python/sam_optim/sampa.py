@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+from sam_kernels.rules import NORM_EPSILON
 
 from .base_update import FusedState
 from .construction import BaseOptimizer
-from .errors import InvalidSettingError
 from .kept import KeptState
+from .optimizer import ClosureRuns
 from .passes import PREVIOUS, Gradients, Pass, Passes, Update
 from .sam import SAM
+from .settings import Adaptive, check_choice, check_number, handed_on
 
 _Y_GRADIENT = "y_gradient"
 
@@ -30,7 +35,7 @@ class SAMPa(SAM):
     steps the model holds x. The gradient at y is part of ``state_dict()``.
 
     Args:
-        params, base_optimizer, rho, adaptive, eta, perturb_eps, **kwargs: as for :class:`SAM`; rho is 0.1 here.
+        all others: as for :class:`SAM`; rho is 0.1 here.
         lam: share of the gradient at y in the update, from 0 to 1. 0.2 is the authors'. With 1 the method is the past
             extra-gradient method, with 0 and rho 0 the base optimizer.
         warm_start: ``"gradient"``, or ``"zero"`` for a first y-gradient of zero, as in the authors' code; the first
@@ -60,20 +65,24 @@ class SAMPa(SAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.1,
+        rho: float | Tensor = 0.1,
         lam: float = 0.2,
         *,
-        warm_start: str = "gradient",
-        adaptive: bool | str = False,
-        closure_runs: str = "every_pass",
-        **kwargs: Any,
+        warm_start: Literal["gradient", "zero"] = "gradient",
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not 0.0 <= lam <= 1.0:
-            raise InvalidSettingError(f"Invalid lam: {lam}; it must lie between 0 and 1")
-        if warm_start not in ("gradient", "zero"):
-            raise InvalidSettingError(f"Invalid warm_start: {warm_start!r}; it is 'gradient' or 'zero'")
+        check_number("lam", lam, 0, 1)
+        check_choice("warm_start", warm_start, ["gradient", "zero"])
         self.lam, self.warm_start = lam, warm_start
-        super().__init__(params, base_optimizer, rho, adaptive, closure_runs=closure_runs, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def passes(self) -> Passes:
         if not self.has_method_state(_Y_GRADIENT):

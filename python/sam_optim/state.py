@@ -22,6 +22,7 @@ from .errors import StepOrderError
 from .kept import PREFIX, KeptState, Lists, StateOfBoth, is_there, not_there
 from .moves import Moves, StepReport
 from .planning import PlanCache
+from .settings import check_group_keys
 
 # The masters' name among what is kept for parameters.
 _MASTERS = "master_weights"
@@ -52,6 +53,7 @@ class GroupsAndState(Moves, Optimizer):
 
     Attributes:
         base_optimizer: the base.
+        defaults: of settings that a group added by :meth:`add_param_group` does not have: the base's and the method's.
         master_weights: whether weights in bfloat16 and float16 have float32 masters.
         process_group: of the ranks that hold other parameters of the same model; None if there are none.
         counts_in_norm: whether this rank counts a parameter in sums over them; None for all.
@@ -62,6 +64,7 @@ class GroupsAndState(Moves, Optimizer):
     process_group: Any
     counts_in_norm: Callable[[Tensor], bool] | None
     _method_defaults: dict[str, Any]
+    _given_defaults: dict[str, Any]  # the base's
 
     @property
     @abstractmethod
@@ -107,19 +110,13 @@ class GroupsAndState(Moves, Optimizer):
             kept: KeptState = self._container["method state"]
             kept.replace([], {})
 
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """Defaults of the base optimizer and of the method."""
-        return {**getattr(self.base_optimizer, "defaults", {}), **self._method_defaults}
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        pass
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, with this method's defaults where it does not say otherwise."""
+        """Adds a group to the base optimizer, with the ``defaults`` of both where it does not say otherwise."""
         self._refuse_mid_step("add_param_group() was called")
-        self._complete_group(param_group, self._method_defaults)
+        # What is the base's and was not changed here is left to the base.
+        given = self._given_defaults
+        changed = {key: value for key, value in self.defaults.items() if key not in given or given[key] is not value}
+        self._complete_group(param_group, changed)
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -438,6 +435,10 @@ class GroupsAndState(Moves, Optimizer):
         return plans.update(self.param_groups, self.geometry_of, self.is_perturbed_group).params
 
     def _complete_group(self, group: dict[str, Any], defaults: dict[str, Any]) -> None:
+        if not isinstance(group, dict):
+            raise TypeError(f"a parameter group is a dict, got {group!r}")
+        of_groups = [*self._method_defaults, *({"perturb"} - self._method_defaults.keys())]
+        check_group_keys(group, type(self), of_groups, getattr(self.base_optimizer, "defaults", ()))
         for key, value in defaults.items():
             group.setdefault(key, value)
         self.validate_group(group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.optim import Optimizer
@@ -13,19 +13,17 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from .errors import StepOrderError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Self = TypeVar("Self", bound=Any)
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 # What step() was called with, the optimizer first, as torch gives it to its hooks.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def runs_its_own_hooks(step: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
+def runs_its_own_hooks(step: Step) -> Step:
     """A ``step()`` whose hooks run around its update, which torch's own wrapper would run around all of its passes."""
 
     @functools.wraps(step)
-    def recorded_step(self: Self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def recorded_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = self._container["step arguments"]
         self._container["step arguments"] = ((self, *args), kwargs)
         try:
@@ -37,7 +35,7 @@ def runs_its_own_hooks(step: Callable[Concatenate[Self, P], R]) -> Callable[Conc
             self._container["step arguments"] = before
 
     recorded_step.hooked = True  # type: ignore[attr-defined]
-    return cast(Callable[Concatenate[Self, P], R], recorded_step)
+    return cast(Step, recorded_step)
 
 
 def pre_hooks_of(optimizer: Any, with_global: bool = True) -> list[Callable[..., Any]]:

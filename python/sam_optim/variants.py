@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_kernels.ops import apply_rule
-from sam_kernels.rules import Deflected, NormMatched
+from sam_kernels.rules import NORM_EPSILON, Deflected, NormMatched
 
 from .construction import BaseOptimizer
-from .errors import InvalidSettingError
+from .optimizer import ClosureRuns
 from .passes import Gradients, Pass, Passes, Update
 from .sam import SAM
+from .settings import Adaptive, check_number, handed_on, whole_number
 
 
 class GSAM(SAM):
@@ -27,7 +29,7 @@ class GSAM(SAM):
 
     Args:
         alpha: weight of the orthogonal part; at least 0.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
     """
 
     takes_scaled_gradients = True
@@ -35,12 +37,25 @@ class GSAM(SAM):
     perturbs_micro_batches = True
 
     def __init__(
-        self, params: Any, base_optimizer: BaseOptimizer, rho: float = 0.05, alpha: float = 0.4, **kwargs: Any
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float | Tensor = 0.05,
+        alpha: float = 0.4,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "second_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not alpha >= 0.0:
-            raise InvalidSettingError(f"Invalid alpha: {alpha}; it must be at least 0")
+        check_number("alpha", alpha, 0)
         self.alpha = alpha
-        super().__init__(params, base_optimizer, rho, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
@@ -55,7 +70,7 @@ class StableSAM(SAM):
     The update has the length that the gradient at the weights has.
 
     Args:
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
     """
 
     takes_scaled_gradients = True
@@ -83,7 +98,7 @@ class WSAM(SAM):
     Args:
         gamma: from 0 to below 1; 0.9 is the authors'.
         decouple: keep the sharpness out of the base optimizer's moments.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
 
     GradScaler is refused if decoupled: the sharpness is not the base optimizer's to unscale.
     """
@@ -95,16 +110,23 @@ class WSAM(SAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         gamma: float = 0.9,
         *,
         decouple: bool = True,
-        **kwargs: Any,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "second_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not 0.0 <= gamma < 1.0:
-            raise InvalidSettingError(f"Invalid gamma: {gamma}; it must be at least 0 and below 1")
+        check_number("gamma", gamma, 0, 1, open_end=True)
         self.gamma, self.decouple = gamma, decouple
-        super().__init__(params, base_optimizer, rho, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     @property
     def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
@@ -141,7 +163,7 @@ class FriendlySAM(SAM):
     Args:
         sigma: share of the average that is taken away.
         lmbda: how much of the average is kept, from 0 to 1.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
 
     GradScaler is refused: the average would mix gradients of different scales.
     """
@@ -156,17 +178,24 @@ class FriendlySAM(SAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         sigma: float = 1.0,
         lmbda: float = 0.9,
-        **kwargs: Any,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "second_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if not sigma >= 0.0:
-            raise InvalidSettingError(f"Invalid sigma: {sigma}; it must be at least 0")
-        if not 0.0 <= lmbda <= 1.0:
-            raise InvalidSettingError(f"Invalid lmbda: {lmbda}; it must lie between 0 and 1")
+        check_number("sigma", sigma, 0)
+        check_number("lmbda", lmbda, 0, 1)
         self.sigma, self.lmbda = sigma, lmbda
-        super().__init__(params, base_optimizer, rho, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass()
@@ -201,7 +230,7 @@ class CRSAM(SAM):
     Args:
         gamma: weight of the change of the gradient's change, which stands for the Hessian's trace; at least 0.
         beta: weight of the gradient's change, which stands for its norm; at least 0.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
     """
 
     takes_scaled_gradients = True
@@ -212,18 +241,24 @@ class CRSAM(SAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         gamma: float = 0.1,
         beta: float = 0.01,
         *,
-        closure_runs: str = "every_pass",
-        **kwargs: Any,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        for name, value in (("gamma", gamma), ("beta", beta)):
-            if not value >= 0.0:
-                raise InvalidSettingError(f"Invalid {name}: {value}; it must be at least 0")
+        check_number("gamma", gamma, 0)
+        check_number("beta", beta, 0)
         self.gamma, self.beta = gamma, beta
-        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
@@ -250,7 +285,7 @@ class LookSAM(SAM):
     Args:
         k: SAM's share of the steps is 1 / k; at least 1.
         alpha: weight of the reused direction. 0.7 is the authors'; independent runs found it large.
-        params, base_optimizer, rho, adaptive, **kwargs: as for :class:`SAM`.
+        all others: as for :class:`SAM`.
     """
 
     takes_scaled_gradients = True
@@ -261,19 +296,25 @@ class LookSAM(SAM):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         k: int = 5,
         alpha: float = 0.7,
         *,
-        closure_runs: str = "every_pass",
-        **kwargs: Any,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
     ) -> None:
-        if k < 1:
-            raise InvalidSettingError(f"Invalid k: {k}; it must be at least 1")
-        self.k, self.alpha = k, alpha
+        check_number("alpha", alpha)
+        self.k, self.alpha = whole_number("k", k, 1), alpha
         self.method_state_names = ("direction",) if k > 1 else ()
         self._more_settings = {"looksam_step": 0}
-        super().__init__(params, base_optimizer, rho, closure_runs=closure_runs, **kwargs)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 
     def passes(self) -> Passes:
         step = self.param_groups[0]["looksam_step"]
