@@ -32,6 +32,7 @@ class UnifiedSAM(SAM):
     """
 
     is_capturable = True
+    plain_steps_take_one_pass = True
     perturbs_micro_batches = True
     _scaling_obstacle = "its perturbation has the gradient's scale"
 

@@ -29,7 +29,7 @@ from .construction import BaseOptimizer, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .kept import KeptState
 from .moves import StepReport
-from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup
+from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup, Update
 from .planning import PlanCache
 from .randomness import Draws
 from .settings import check_choice
@@ -50,6 +50,7 @@ _PROMISES: dict[str, Any] = {
     "takes_scaled_gradients": False,
     "is_capturable": False,
     "perturbs_micro_batches": False,
+    "plain_steps_take_one_pass": False,
     "_scaling_obstacle": _UNDECLARED,
 }
 
@@ -115,6 +116,10 @@ class SharpnessAwareOptimizer(Updates):
 
     # Micro-batches may be perturbed each along its own gradient, one step of the method for each.
     perturbs_micro_batches: bool = False
+
+    # A step with radius 0 in all groups does nothing but the base's update with the gradient at w, so that this one
+    # gradient is enough for drivers that ask how many passes there are. Whoever keeps averages cannot promise it.
+    plain_steps_take_one_pass: bool = False
 
     # Why GradScaler may not be used.
     _scaling_obstacle = _UNDECLARED
@@ -294,7 +299,7 @@ class SharpnessAwareOptimizer(Updates):
     def _begin_for(self, action: str) -> Pass | None:
         self._refuse_second_begin(action)
         self._clear_leftovers()
-        self._begin()
+        self._begin(is_told_of_passes=True)
         return self.waiting
 
     def each_pass(self, step: Callable[[], object] | None = None) -> Iterator[Pass]:
@@ -362,7 +367,7 @@ class SharpnessAwareOptimizer(Updates):
         self._container["side by side"] = True
         run: BegunStep | None = None
         try:
-            run = self._begin()
+            run = self._begin(is_told_of_passes=True)
             while run is not None:
                 group = PassGroup(run.expected)
                 yield group
@@ -517,8 +522,12 @@ class SharpnessAwareOptimizer(Updates):
             waiting = self.advance()
         return losses[0] if losses else None
 
-    def _begin(self) -> BegunStep | None:
-        """Begins a step with the plan as it is; None if the method wants no gradient for it."""
+    def _begin(self, is_told_of_passes: bool = False) -> BegunStep | None:
+        """Begins a step with the plan as it is; None if the method wants no gradient for it.
+
+        Args:
+            is_told_of_passes: the driver makes as many as are asked for, and not two whatever they are.
+        """
         if _under_way:
             self._refuse_shared_parameters()
         self._container["report"] = StepReport()
@@ -530,7 +539,9 @@ class SharpnessAwareOptimizer(Updates):
         _under_way.add(self)
         try:
             try:
-                run = self._container["run"] = BegunStep(self.passes(), type(self).__name__)
+                is_short = is_told_of_passes and self.plain_steps_take_one_pass and self._is_plain_step()
+                passes = _plain_passes() if is_short else self.passes()
+                run = self._container["run"] = BegunStep(passes, type(self).__name__)
             except StopIteration:
                 self._end()
                 return None
@@ -724,6 +735,12 @@ class SharpnessAwareOptimizer(Updates):
         """GradScaler removes its attributes only if step() returns; a later step must not find them."""
         self.__dict__.pop("grad_scale", None)
         self.__dict__.pop("found_inf", None)
+
+
+def _plain_passes() -> Passes:
+    """The base optimizer's step."""
+    g = yield Pass(last=True)
+    yield Update(g)
 
 
 def _call(closure: Closure) -> Any:

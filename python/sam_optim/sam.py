@@ -36,7 +36,8 @@ class SAM(SharpnessAwareOptimizer):
             ``perturb=False``, which keeps it out of the perturbation and of the norm (normalisation layers, biases).
             rho may be a tensor of one element on the GPU; captured steps then read it at each replay.
         base_optimizer: class or instance of a torch optimizer.
-        rho: radius of the perturbation; at least 0. At 0 in all groups the step is the base optimizer's, bit for bit.
+        rho: radius of the perturbation; at least 0. At 0 in all groups the step is the base optimizer's, bit for bit,
+            and takes one pass by ``each_pass()``, ``TrainStep`` and closures for every pass.
         adaptive: False for SAM. True or ``"elementwise"`` for ASAM with T = abs(w) + eta on every parameter, as in the
             SAM packages in use (rho about 2). ``"weights"`` for ASAM as its authors run it: T = abs(w) + eta for
             parameters whose name contains "weight", T = 1 for the others (rho about 0.5); ``params`` must be named
@@ -59,6 +60,7 @@ class SAM(SharpnessAwareOptimizer):
 
     takes_scaled_gradients = True
     is_capturable = True
+    plain_steps_take_one_pass = True
     perturbs_micro_batches = True
 
     # Settings that a subclass keeps in the groups besides SAM's own.

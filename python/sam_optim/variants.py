@@ -34,6 +34,7 @@ class GSAM(SAM):
 
     takes_scaled_gradients = True
     is_capturable = True
+    plain_steps_take_one_pass = True
     perturbs_micro_batches = True
 
     def __init__(
@@ -75,6 +76,7 @@ class StableSAM(SAM):
 
     takes_scaled_gradients = True
     is_capturable = True
+    plain_steps_take_one_pass = True
     perturbs_micro_batches = True
 
     def passes(self) -> Passes:
@@ -104,6 +106,7 @@ class WSAM(SAM):
     """
 
     is_capturable = True
+    plain_steps_take_one_pass = True
     _scaling_obstacle = "its sharpness term is added after the base optimizer's update"
 
     def __init__(
@@ -235,6 +238,7 @@ class CRSAM(SAM):
 
     takes_scaled_gradients = True
     is_capturable = True
+    plain_steps_take_one_pass = True
     perturbs_micro_batches = True
 
     def __init__(
