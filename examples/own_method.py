@@ -3,6 +3,9 @@
 Monge SAM (arXiv 2502.08448) shortens the perturbation where the gradient is large: e = rho g / (|g| sqrt(1 + |g|^2)).
 Its rule maps the Gram matrix to a coefficient in two lines of torch; Gram matrix, perturbation and fused update run in
 the package's kernels. Run it: ``python examples/own_method.py``.
+
+The perturbation depends on how large the gradient is, so the class does not declare ``takes_scaled_gradients``, and
+GradScaler is refused.
 """
 
 from __future__ import annotations

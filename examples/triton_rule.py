@@ -3,6 +3,8 @@
 SAGM perturbs by e = (rho / |g| - alpha) g and updates with (g + g+) / 2. Its rule is one line, written twice: in
 Triton, for the kernels, and in torch, as the definition that every other backend uses. With the Triton backend, a step
 is as many launches as a step of SAM. Run it: ``python examples/triton_rule.py``.
+
+alpha g has the gradient's scale, so the class does not declare ``takes_scaled_gradients``, and GradScaler is refused.
 """
 
 from __future__ import annotations

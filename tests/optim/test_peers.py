@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import sam_optim
 
 from .cases import batches, loss_of, make_net, weights_of
+from .every import EVERY_METHOD
 
 peers = pytest.importorskip("pytorch_optimizer")
 
@@ -114,3 +117,27 @@ def test_a_closure_for_every_pass(name, settings, clears, before):
     drive = second_pass if before else every_pass
     got = train(ours, drive, make_net(), clears, closure_runs="every_pass")
     assert_close(got, train(its, step, make_net()))
+
+
+EVERY_PASS = {
+    "CRSAM",
+    "LookSAM",
+    "IntervalSAM",
+    "RandomizedSAM",
+    "AESAM",
+    "MomentumSAM",
+    "AgnosticSAM",
+    "MGSERSAM",
+    "SAMPa",
+}
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+def test_whose_closures_run_every_pass(method):
+    """As docs/usage.md says, in one table for all."""
+    optimizer = method.cls(make_net().named_parameters(), torch.optim.SGD, **method.settings, **SGD)
+    assert optimizer.closure_runs == ("every_pass" if method.cls.__name__ in EVERY_PASS else "second_pass")
+    usage = (Path(__file__).parents[2] / "docs" / "usage.md").read_text()
+    table = usage.split("| default | classes | why |")[1].split("\n\n")[0]
+    second_pass, every_pass = table.split('"every_pass"')
+    assert f"`{method.cls.__name__}`" in (every_pass if method.cls.__name__ in EVERY_PASS else second_pass)
