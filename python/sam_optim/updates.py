@@ -299,8 +299,11 @@ class Updates(GroupsAndState):
         return self.combined(lists, rule, scale)
 
     def _refuse_no_gradient(self, gradients: Gradients, run: BegunStep) -> None:
+        """Torch's optimizers make no step then. Here a backward pass has been forgotten, unless all is frozen."""
         assert run.waiting is not None
-        if not run.waiting.may_be_empty and len(missing(gradients)) == len(gradients):
+        if run.waiting.may_be_empty or len(missing(gradients)) < len(gradients):
+            return
+        if any(param.requires_grad for param in self._params()):
             raise StepOrderError(
                 f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
                 "that runs all passes itself needs closure_runs='every_pass'.)"
