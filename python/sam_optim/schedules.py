@@ -58,7 +58,10 @@ class RhoFollowsLR:
 
     Args:
         optimizer: its groups must have ``rho``; the group's rho at construction is rho_max.
-        lr_max: learning rate at which rho is largest; by default each group's present one.
+        lr_max: learning rate at which rho is largest. By default the largest that the group knows of: its present one,
+            and what torch's schedulers keep in it, ``initial_lr`` from before a warm-up and ``max_lr`` of OneCycleLR.
+            Give it for schedules that begin at another rate than that of the optimizer and rise above it, as CyclicLR
+            does, or never reach it, as LambdaLR may.
         rho_min, lr_min: the other end.
     """
 
@@ -67,7 +70,7 @@ class RhoFollowsLR:
     ) -> None:
         self.optimizer = optimizer
         self.lr_min, self.rho_min = lr_min, rho_min
-        self.lr_max = [float(group["lr"]) if lr_max is None else lr_max for group in optimizer.param_groups]
+        self.lr_max = [_largest_lr(group) if lr_max is None else lr_max for group in optimizer.param_groups]
         if any(largest <= lr_min for largest in self.lr_max):
             raise InvalidSettingError(f"Invalid lr_max: {self.lr_max}; it must be larger than lr_min = {lr_min}")
         for group in optimizer.param_groups:
@@ -78,4 +81,10 @@ class RhoFollowsLR:
         """Sets each group's rho from its present learning rate."""
         for group, lr_max in zip(self.optimizer.param_groups, self.lr_max, strict=True):
             share = (float(group["lr"]) - self.lr_min) / (lr_max - self.lr_min)
-            group["rho"] = self.rho_min + (group["initial_rho"] - self.rho_min) * min(max(share, 0.0), 1.0)
+            largest = group["initial_rho"]
+            group["rho"] = largest if share >= 1.0 else self.rho_min + (largest - self.rho_min) * max(share, 0.0)
+
+
+def _largest_lr(group: dict[str, Any]) -> float:
+    """Of those that a group knows of."""
+    return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)

@@ -400,6 +400,46 @@ def test_rho_follows_the_learning_rate():
         RhoFollowsLR(optimizer, lr_max=0.0)
 
 
+def warm_up_and_cosine(optimizer):
+    schedulers = torch.optim.lr_scheduler
+    warm_up = schedulers.LinearLR(optimizer, start_factor=0.1, total_iters=4)
+    return schedulers.SequentialLR(optimizer, [warm_up, schedulers.CosineAnnealingLR(optimizer, 8)], [4])
+
+
+LR_SCHEDULES = {
+    "linear warm-up and cosine": warm_up_and_cosine,
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=[0.8, 0.2], total_steps=13),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: min((t + 1) / 4, 1.0) * 0.8 ** max(t - 3, 0)),
+    "falling": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
+}
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULES)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_rho_follows_torchs_schedulers(name, as_tensor):
+    """Made before or after them: rho is to rho_max as lr to its maximum, in every step and in each group."""
+    model = make_net()
+    lrs = [torch.tensor(v, dtype=torch.float64) if as_tensor else v for v in (0.4, 0.1)]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(list(model.parameters())[:2], lrs, strict=True)]
+    optimizer = SAM(groups, torch.optim.SGD, rho=0.3, lr=0.4, momentum=0.9)
+    scheduler = LR_SCHEDULES[name](optimizer)
+    follower = RhoFollowsLR(optimizer)
+    history = []
+    for batch in batches(12):
+        history.append([(float(g["lr"]), g["rho"]) for g in optimizer.param_groups])
+        step_by_hand(optimizer, model, batch)
+        scheduler.step()
+        follower.step()
+    peaks = [0.8, 0.2] if name == "one cycle" else [0.4, 0.1]
+    for column, peak in zip(zip(*history, strict=True), peaks, strict=True):
+        largest = max(lr for lr, _ in column)
+        assert largest == pytest.approx(peak)
+        for lr, rho in column:
+            assert rho == pytest.approx(0.3 * lr / largest, rel=1e-9)
+        assert min(rho for _, rho in column) < 0.1
+
+
 def test_copies_and_pickles_go_on_alike():
     model, optimizer = make(BASES[8])
     data = batches(4)
