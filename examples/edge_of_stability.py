@@ -49,7 +49,7 @@ def print_table(runs: dict[float, list[Stability]]) -> None:
         table.add_column(column, justify="right")
     for rho, run in runs.items():
         # Single measurements hop about at the edge: the median of the last tenth.
-        last = [torch.tensor(row[:-1]) for row in run[-max(1, len(run) // 10) :]]
+        last = [torch.tensor(row[:7]) for row in run[-max(1, len(run) // 10) :]]
         loss, norm, eigenvalue, edge, descent_edge, alignment, perturbed = torch.stack(last).median(0).values.tolist()
         row = (loss, norm, abs(eigenvalue), edge, descent_edge, alignment, perturbed)
         table.add_row(f"{rho}", *(f"{value:.3g}" for value in row))

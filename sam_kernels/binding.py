@@ -12,10 +12,13 @@ from torch.autograd.graph import increment_version
 from .bases import Base, TensorList
 from .errors import DeviceChangedError, SharedMemoryError
 from .memory import extent_of, shares_memory
-from .plan import REAL_DTYPE, Layout, Plan, Snapshot
+from .plan import REAL_DTYPE, Layout, Plan, Snapshot, is_overlapping
 
 # The codes of enum class DType in csrc/common/scalar_types.h.
 _DTYPE_CODES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
+
+# Among a plan's tables, whether some tensor that is written was found to be expanded.
+EXPANDED = "expanded"
 
 
 class Staging:
@@ -23,21 +26,23 @@ class Staging:
 
     def __init__(self) -> None:
         self.alive: list[Tensor] = []
-        self.results: list[tuple[Tensor, Tensor]] = []
+        self.results: list[tuple[int, Tensor, Tensor]] = []
 
-    def stand_in(self, tensor: Tensor, layout: Layout, written: bool) -> Tensor:
+    def stand_in(self, tensor: Tensor, layout: Layout, row: int, written: bool) -> Tensor:
         dtype = tensor.dtype if tensor.is_complex() == layout.dtype.is_complex else layout.dtype
         copy = layout.empty(dtype)
         copy.copy_(tensor.detach())
         self.alive.append(copy)
         if written:
-            self.results.append((tensor, copy))
+            self.results.append((row, tensor, copy))
         return copy
 
     @torch.no_grad()
-    def write_back(self) -> None:
-        for tensor, copy in self.results:
-            tensor.copy_(copy)
+    def write_back(self, rows: Sequence[int] | None) -> None:
+        """Of the rows that the launch has written, None for all: others may be views of what it has."""
+        for row, tensor, copy in self.results:
+            if rows is None or row in rows:
+                tensor.copy_(copy)
 
 
 class Binder:
@@ -125,8 +130,10 @@ class Binder:
             assert tensor is not None
             layout.check(tensor, role)
             begin, end = extent_of(tensor)
+            if written and is_overlapping(tensor):
+                plan.tables[EXPANDED] = True
             if layout.dtype.is_complex != tensor.is_complex() or not layout.matches(tensor):
-                tensor = staging.stand_in(tensor, layout, written)
+                tensor = staging.stand_in(tensor, layout, index, written)
             table.set(column, index, tensor.data_ptr(), dtype_code(tensor.dtype), begin, end)
 
     def check_memory(
@@ -143,7 +150,8 @@ class Binder:
         Raises:
             SharedMemoryError: if the reference has to make it; see :func:`sam_kernels.memory.shares_memory`.
         """
-        if table.may_overlap(len(xs), base is not None) and shares_memory(plan, xs, base, snapshot, is_sum):
+        looks_closer = table.may_overlap(len(xs), base is not None) or EXPANDED in plan.tables
+        if looks_closer and shares_memory(plan, xs, base, snapshot, is_sum):
             raise SharedMemoryError
 
     def bind_snapshot(self, table: Any, plan: Plan, snapshot: Snapshot | None) -> bytearray | None:
@@ -172,9 +180,9 @@ class Binder:
 
     def finish(self, table: Any, plan: Plan, staging: Staging) -> None:
         """Tells autograd what the launch has written: it would otherwise compute wrong gradients without an error."""
-        if staging.results:
-            staging.write_back()
         rows = table.written_rows()
+        if staging.results:
+            staging.write_back(rows)
         increment_version(plan.tensors if rows is None else [plan.tensors[i] for i in rows])
 
 

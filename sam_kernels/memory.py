@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .bases import Base, TensorList
-from .plan import MASTER, Plan, Snapshot, is_dense, offsets_of
+from .errors import UnsupportedTensorError
+from .plan import MASTER, Plan, Snapshot, is_dense, is_overlapping, offsets_of
 
 _WEIGHT, _STATE, _LIST = range(3)
 
@@ -47,6 +48,7 @@ def shares_memory(
 
     Raises:
         ValueError: if a gradient lies in memory that is written, or two weights that share memory have masters.
+        UnsupportedTensorError: if what is written is expanded.
     """
     pieces = _pieces(plan, xs, base, snapshot, is_sum)
     masters = b"" if snapshot is None else bytes(flag & MASTER for flag in snapshot.taken)
@@ -57,6 +59,13 @@ def shares_memory(
 
 
 def _is_shared(plan: Plan, pieces: list[_Piece], masters: bytes, is_sum: bool) -> bool:
+    for piece in pieces:
+        if piece.kind != _LIST and is_overlapping(piece.tensor):
+            what = plan.names[piece.row] if piece.kind == _WEIGHT else f"the state of {plan.names[piece.row]}"
+            raise UnsupportedTensorError(
+                f"{what} is expanded: several of its elements are one number in memory, so that none can be written by "
+                "itself; make it of tensor.clone()"
+            )
     found = False
     open_pieces: list[_Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.begin):

@@ -226,16 +226,10 @@ class Plan:
         try:
             if torch.nn.parameter.is_lazy(tensor):
                 raise UnsupportedTensorError(f"{name} has not been initialised: run the lazy module once")
-            layout = Layout.of(tensor, name)
-            if is_overlapping(tensor):
-                raise UnsupportedTensorError(
-                    f"{name} is expanded: several of its elements are one number in memory, so that none can be "
-                    "changed by itself; make the parameter of tensor.clone()"
-                )
+            return Layout.of(tensor, name)
         except UnsupportedTensorError as error:
             self.unreadable[index] = error
             return None
-        return layout
 
     def _leave_out_unreadable(self, layouts: list[Layout | None]) -> None:
         """Gives parameters that no kernel can read an empty tensor, on a device that launches go to anyway."""

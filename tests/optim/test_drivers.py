@@ -408,7 +408,7 @@ def warm_up_and_cosine(optimizer):
 
 LR_SCHEDULES = {
     "linear warm-up and cosine": warm_up_and_cosine,
-    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=[0.8, 0.2], total_steps=13),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=[0.8, 0.2], total_steps=20),
     "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: min((t + 1) / 4, 1.0) * 0.8 ** max(t - 3, 0)),
     "falling": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8),
     "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 5),

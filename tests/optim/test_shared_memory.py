@@ -295,7 +295,8 @@ def test_a_frozen_view_changes_nothing():
     results = []
     for with_view in (False, True):
         params = leaves((40, 40), (5,))
-        frozen = [nn.Parameter(params[0].data[:3], requires_grad=False)] if with_view else []
+        views = [params[0].data[:3], params[0].data.T[1:], params[0].data[::2, ::3]] if with_view else []
+        frozen = [nn.Parameter(view, requires_grad=False) for view in views]
         optimizer = make([*params, *frozen], BASES[1], "cpu")
         for _ in range(3):
             step(optimizer, params)
@@ -361,6 +362,9 @@ def test_expanded_parameters_are_refused_as_torch_refuses_them(backend):
     with pytest.raises(sk.UnsupportedTensorError, match="expanded"):
         optimizer.first_step()
     assert torch.equal(other, before)
+    with pytest.raises(sk.UnsupportedTensorError, match="expanded"):
+        sk.combine_([expanded.data], [[torch.ones(3)]], [1.0], backend=backend)
+    assert sk.gram([[expanded.data]], backend=backend).item() == pytest.approx(3.0)
     expanded.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="single memory location"):
         torch.optim.SGD([expanded], lr=0.1).step()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import SAM, StabilityMonitor, StepOrderError, edge_of_stability
+from sam_optim import ASAM, GSAM, SAM, IntervalSAM, StabilityMonitor, StepOrderError, edge_of_stability
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 
@@ -171,3 +171,179 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(ImportError, match="stability"):
         StabilityMonitor(model, optimizer, loss_of)
+
+
+# ------------------------------------------------------------------ where an edge is known
+
+SGD = torch.optim.SGD
+BOWL = [[4.0, 0.0], [0.0, 1.0]]
+
+
+def measured(cls, *args, **settings):
+    model = Quadratic(BOWL, [0.5, 0.3])
+    return StabilityMonitor(model, cls(model.parameters(), *args, **settings), quadratic_loss).measure(None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.5, "nesterov": True},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.6, "dampening": 0.3},
+        {"dampening": 0.3},
+    ],
+)
+@pytest.mark.parametrize("rho", [None, 0.0])
+def test_gradient_descent_diverges_behind_its_edge_and_not_before(settings, rho):
+    """As SGD itself does it on a quadratic whose largest eigenvalue is 4."""
+    ends = []
+    for lr in (0.1, 0.3, 0.7, 0.9):
+        edge = measured(*((SGD,) if rho is None else (SAM, SGD, rho)), lr=lr, **settings).edge
+        ends.append(edge * lr)
+    assert ends == pytest.approx([ends[0]] * 4)
+    for share, converges in ((0.95, True), (1.05, False)):
+        model = Quadratic(BOWL, [0.5, 0.3])
+        optimizer = SGD(model.parameters(), lr=share * ends[0] / 4.0, **settings)
+        for _ in range(600):
+            optimizer.zero_grad()
+            quadratic_loss(model, None).backward()
+            optimizer.step()
+        assert (model.a.abs() < 0.01) == converges
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "word"),
+    [
+        ((SAM, SGD), {"momentum": 0.9}, "momentum"),
+        ((SAM, SGD), {"weight_decay": 0.1}, "weight decay"),
+        ((SGD,), {"weight_decay": 0.1}, "weight decay"),
+        ((SAM, SGD), {"maximize": True}, "maximize"),
+        ((SGD,), {"maximize": True}, "maximize"),
+        ((SAM, torch.optim.AdamW), {}, "AdamW"),
+        ((torch.optim.Adam,), {}, "Adam"),
+        ((torch.optim.Adadelta,), {}, "Adadelta"),
+        ((SAM, SGD), {"adaptive": True}, "ASAM"),
+        ((ASAM, SGD), {"adaptive": True}, "ASAM"),
+        ((GSAM, SGD), {}, "GSAM"),
+        ((IntervalSAM, SGD), {}, "IntervalSAM"),
+    ],
+)
+def test_no_edge_is_given_where_none_is_known(arguments, settings, word):
+    found = measured(*arguments, lr=0.1, **settings)
+    assert math.isnan(found.edge) and math.isnan(found.relative_sharpness)
+    assert word in found.edge_reason
+    assert found.eigenvalue == pytest.approx(4.0)
+    has_descent_edge = word in ("momentum", "ASAM", "GSAM", "IntervalSAM")
+    assert math.isnan(found.gradient_descent_edge) != has_descent_edge
+    if word == "momentum":
+        assert found.gradient_descent_edge == pytest.approx(38.0)
+    if not issubclass(arguments[0], SAM):
+        assert found.alignment == found.perturbed_alignment
+
+
+def test_groups_that_are_not_perturbed():
+    model = Quadratic(BOWL, [0.5, 0.3])
+    for flags, word in (((True, False), "perturb=False"), ((False, False), "")):
+        groups = [{"params": [p], "perturb": flag} for p, flag in zip(model.parameters(), flags, strict=True)]
+        found = StabilityMonitor(model, SAM(groups, SGD, lr=0.1), quadratic_loss).measure(None)
+        assert word in found.edge_reason and math.isnan(found.edge) == bool(word)
+        assert found.gradient_descent_edge == 20.0
+    assert found.edge == 20.0
+    groups = [{"params": [p], "momentum": m} for p, m in zip(model.parameters(), (0.0, 0.9), strict=True)]
+    assert "momentum" in StabilityMonitor(model, SGD(groups, lr=0.1), quadratic_loss).measure(None).edge_reason
+
+
+def test_a_known_edge_has_no_reason():
+    found = measured(SAM, SGD, rho=0.1, lr=0.1)
+    assert found.edge_reason == "" and found.edge < found.gradient_descent_edge == 20.0
+    assert measured(SGD, lr=0.0).edge == math.inf  # before a warm-up's first step
+
+
+# ------------------------------------------------------------------ models that are hard to differentiate twice
+
+
+@pytest.mark.parametrize("input_has_gradient", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_is_refused(input_has_gradient):
+    model, x = make_net(), batches(1)[0][0].requires_grad_(input_has_gradient)
+    optimizer = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+
+    def loss(use_reentrant):
+        def of(model, x):
+            hidden = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant)
+            return hidden.pow(2).mean()
+
+        return of
+
+    wanted = StabilityMonitor(model, optimizer, lambda m, x: m(x).pow(2).mean()).measure(x)
+    found = StabilityMonitor(model, optimizer, loss(False)).measure(x)
+    assert (found.eigenvalue, found.gradient_norm) == pytest.approx((wanted.eigenvalue, wanted.gradient_norm))
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        StabilityMonitor(model, optimizer, loss(True)).measure(x)
+    assert_same(weights_of(model), before)
+
+
+def test_complex_parameters_are_pairs_of_real_ones():
+    """The same loss of a complex vector and of its parts."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    start = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+
+    def loss(model, batch):
+        parts = torch.view_as_real(model.w) if model.w.is_complex() else model.w
+        v = parts.reshape(-1)
+        return (matrix @ v).square().sum() + (0.3 * v).sin().sum()
+
+    found = []
+    for value in (torch.view_as_complex(start), start):
+        model = nn.Module()
+        model.w = nn.Parameter(value.clone())
+        optimizer = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+        found.append(StabilityMonitor(model, optimizer, loss, tolerance=1e-10).measure(None))
+    own, wanted = found
+    assert list(own[1:7]) == pytest.approx(list(wanted[1:7]), rel=1e-6)
+    own_vector = torch.view_as_real(own.eigenvector[0]).reshape(-1)
+    assert abs(own_vector @ wanted.eigenvector[0].reshape(-1)).item() == pytest.approx(1.0, rel=1e-6)
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(1, dtype=torch.complex128))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    bowl = StabilityMonitor(model, optimizer, lambda m, b: 3.0 * m.w.real.square().sum() + m.w.imag.square().sum())
+    assert bowl.measure(None).eigenvalue == pytest.approx(6.0)
+    plane = StabilityMonitor(model, optimizer, lambda m, b: m.w.real.sum()).measure(None)
+    assert plane.eigenvalue == 0.0 and plane.eigenvector[0].abs().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_is_differentiated_twice(is_causal):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            q, k, v = (t.view(2, 5, 2, 4).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return self.attend(q, k, v).pow(2).mean()
+
+        def attend(self, q, k, v):
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+    class ByHand(Attention):
+        def attend(self, q, k, v):
+            scores = q @ k.mT / 2.0
+            if is_causal:
+                scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+            return scores.softmax(-1) @ v
+
+    own, by_hand = Attention(), ByHand()
+    by_hand.load_state_dict(own.state_dict())
+    found = [
+        StabilityMonitor(m, SAM(m.parameters(), SGD, rho=0.1, lr=0.1), lambda m, x: m(x)).measure(x)
+        for m in (own, by_hand)
+    ]
+    assert list(found[0][:7]) == pytest.approx(list(found[1][:7]), rel=1e-3)

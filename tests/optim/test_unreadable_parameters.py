@@ -41,7 +41,7 @@ FROZEN = {
     "meta": lambda: torch.ones(3, device="meta"),
     "sparse": lambda: torch.eye(3).to_sparse(),
     "subclass": lambda: Wrapped(torch.ones(3)),
-    "expanded": lambda: torch.ones(1).expand(4),
+    "expanded": lambda: torch.ones(1, dtype=torch.float64).expand(4),
     "empty": lambda: torch.empty(0, dtype=torch.int32),
 }
 
