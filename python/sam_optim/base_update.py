@@ -5,7 +5,6 @@ The state stays in the base optimizer under torch's own keys, so that checkpoint
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,8 @@ from sam_kernels.scales import Scale
 
 from .errors import InvalidSettingError
 from .passes import Gradients
+from .randomness import RandomState
+from .recorded import Recorded
 from .step_hooks import without_global_hooks, without_hooks
 
 _FIXED = Fixed()
@@ -136,15 +137,16 @@ class BaseUpdate:
         if is_set(overflow):
             return
         base = self.base_optimizer
-        before = {p: {k: _cloned(v) for k, v in entries.items()} for p, entries in base.state.items()}
+        before = Recorded(base, plan.params)
+        draws = RandomState({param.device for param in plan.params}, before.generators)
         for param, gradient, held in zip(plan.params, gradients, copies, strict=True):
             param.grad = gradient if held else None
         with without_hooks(base):
             base.step()
         for param in plan.params:
             param.grad = None
-        base.state.clear()
-        base.state.update(before)
+        before.put_back()
+        draws.restore()
 
     def two_points(
         self,
@@ -436,7 +438,3 @@ def _first_of(lists: Sequence[Gradients]) -> Gradients:
     if len(lists) == 1:
         return lists[0]
     return [next((x for x in entries if x is not None), None) for entries in zip(*lists, strict=True)]
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

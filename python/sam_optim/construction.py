@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from types import CodeType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,10 +28,12 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
     Raises:
         TypeError, InvalidSettingError: for what cannot serve as a base, and for keywords that nobody knows.
     """
-    if isinstance(base_optimizer, Optimizer):
+    if isinstance(base_optimizer, Optimizer) or _is_optimizer(base_optimizer):
+        if not hasattr(base_optimizer, "param_groups"):
+            raise TypeError(f"{type(base_optimizer).__name__} cannot be a base optimizer: it has no param_groups")
         if base_kwargs:
             raise TypeError(f"base_optimizer is an instance, so {', '.join(base_kwargs)} cannot be set here")
-        base = base_optimizer
+        base: Any = base_optimizer
         wanted = {id(p) for p in _tensors(params)}
         held = {id(p) for group in base.param_groups for p in group["params"]}
         if wanted != held:
@@ -40,12 +43,13 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
         _refuse_unknown(base_kwargs, base_optimizer, base, method)
     else:
         raise TypeError(f"base_optimizer must be an optimizer class or instance, got {base_optimizer!r}")
-    if not hasattr(base, "param_groups") or not hasattr(base, "step"):
-        raise TypeError(f"base_optimizer made a {type(base).__name__}, which is no optimizer")
+    if not _is_optimizer(base):
+        raise TypeError(f"base_optimizer made a {type(base).__name__}, which is no optimizer with groups of its own")
     if hasattr(base, "base_optimizer"):
         raise TypeError("base_optimizer wraps another optimizer itself; pass that one's base instead")
-    if isinstance(base, torch.optim.LBFGS):
-        raise TypeError("LBFGS cannot be a base optimizer: it evaluates gradients of its own within a step")
+    obstacle = _obstacle_to_being_base(base)
+    if obstacle is not None:
+        raise TypeError(f"{type(base).__name__} cannot be a base optimizer: {obstacle}")
     return base
 
 
@@ -79,6 +83,46 @@ def _mentions(owner: Callable[..., Any], name: str) -> bool:
                 return True
             codes += [each for each in code.co_consts if isinstance(each, CodeType)]
     return False
+
+
+def _is_optimizer(candidate: Any) -> TypeGuard[Optimizer]:
+    """Also one that is none of torch's."""
+    return not isinstance(candidate, type) and hasattr(candidate, "param_groups") and hasattr(candidate, "step")
+
+
+def _obstacle_to_being_base(base: Any) -> str | None:
+    """What its update needs and a step of ours cannot give: it has gradients, once, in ``p.grad``."""
+    names = {cls.__name__.lower() for cls in type(base).__mro__}
+    takes: Mapping[str, inspect.Parameter] = {}
+    with suppress(TypeError, ValueError):
+        takes = inspect.signature(base.step).parameters
+    if isinstance(base, torch.optim.LBFGS):
+        return "it evaluates gradients of its own within a step"
+    if names & _TAKING_SECOND_DERIVATIVES or "hessian" in takes:
+        return (
+            "it differentiates p.grad once more, through weights that have been restored since. Take one that needs "
+            "the gradient alone, torch.optim.AdamW for instance"
+        )
+    if hasattr(base, "fused_backward"):
+        return "it updates the weights within the backward pass"
+    if hasattr(base, "first_step"):
+        return "it makes passes of its own; give the optimizer that it is made of"
+    if "acceleratedoptimizer" in names:
+        return "accelerate has prepared it already. Give the plain one, and prepare the optimizer that is made of it"
+    required = [
+        name
+        for name, parameter in takes.items()
+        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_ONLY, _BY_PLACE_OR_NAME)
+    ]
+    if required:
+        return f"its step() needs {required[0]}, and the passes of a step have been made when it is called"
+    return None
+
+
+_BY_PLACE_OR_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+# Names of classes, in lower case: several packages have them.
+_TAKING_SECOND_DERIVATIVES = {"adahessian", "sophiah"}
 
 
 def _tensors(params: Any) -> Iterable[Tensor]:

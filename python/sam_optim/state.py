@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sam_kernels.host import same_objects
 from sam_kernels.sharding import local_part
 
 from .base_update import BaseUpdate
-from .errors import StepOrderError
+from .errors import InvalidSettingError, StepOrderError
 from .kept import PREFIX, KeptState, Lists, StateOfBoth, is_there, not_there
 from .moves import Moves, StepReport
 from .planning import PlanCache
@@ -111,13 +112,38 @@ class GroupsAndState(Moves, Optimizer):
             kept.replace([], {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, with the ``defaults`` of both where it does not say otherwise."""
+        """Adds a group to the base optimizer, with the ``defaults`` of both where it does not say otherwise.
+
+        Groups that were added to the base optimizer itself, or to ``param_groups``, get them when the next step begins.
+
+        Raises:
+            StepOrderError: in the middle of a step.
+            InvalidSettingError: for a setting out of range. What is refused, by the base too, changes nothing.
+        """
         self._refuse_mid_step("add_param_group() was called")
+        base = self.base_optimizer
+        if not isinstance(param_group, dict):
+            base.add_param_group(param_group)  # torch says what it wants
+            return
+        self._check_keys(param_group)
         # What is the base's and was not changed here is left to the base.
         given = self._given_defaults
         changed = {key: value for key, value in self.defaults.items() if key not in given or given[key] is not value}
-        self._complete_group(param_group, changed)
-        self.base_optimizer.add_param_group(param_group)
+        own = {**changed, **param_group}
+        count, known = len(base.param_groups), set(base.state)
+        base.add_param_group(own)
+        try:
+            for group in base.param_groups[count:]:
+                self.validate_group(group)
+        except BaseException:
+            del base.param_groups[count:]
+            for param in set(base.state) - known:
+                del base.state[param]
+            raise
+        if len(base.param_groups) > count and base.param_groups[-1] is own:
+            # torch completes the dict that it is given, and keeps it.
+            param_group.update(own)
+            base.param_groups[-1] = param_group
 
     def state_dict(self) -> dict[str, Any]:
         """Base and method state, loadable by the plain base optimizer too. The perturbation is never part of it.
@@ -431,17 +457,38 @@ class GroupsAndState(Moves, Optimizer):
 
     def _params(self) -> list[Tensor]:
         """All parameters, group by group, as the kernels' plan of this moment holds them."""
+        if not same_objects(list(self.param_groups), self._container["known groups"]):
+            self._complete_groups()
         plans: PlanCache = self._container["plans"]
         return plans.update(self.param_groups, self.geometry_of, self.is_perturbed_group).params
+
+    def _complete_groups(self) -> None:
+        """Groups that somebody has added to the base optimizer get its defaults and this method's."""
+        known = self._container["known groups"]
+        if known:
+            self._refuse_mid_step("param_groups were changed")
+        for group in self.param_groups:
+            if any(group is other for other in known):
+                continue
+            if not isinstance(group, dict) or "params" not in group:
+                raise InvalidSettingError(f"Invalid entry of param_groups: {group!r}; it must be a dict with 'params'")
+            params = group["params"]
+            if not isinstance(params, list):
+                group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            self._complete_group(group, self.defaults)
+        self._container["known groups"] = list(self.param_groups)
 
     def _complete_group(self, group: dict[str, Any], defaults: dict[str, Any]) -> None:
         if not isinstance(group, dict):
             raise TypeError(f"a parameter group is a dict, got {group!r}")
-        of_groups = [*self._method_defaults, *({"perturb"} - self._method_defaults.keys())]
-        check_group_keys(group, type(self), of_groups, getattr(self.base_optimizer, "defaults", ()))
+        self._check_keys(group)
         for key, value in defaults.items():
             group.setdefault(key, value)
         self.validate_group(group)
+
+    def _check_keys(self, group: dict[str, Any]) -> None:
+        of_groups = [*self._method_defaults, *({"perturb"} - self._method_defaults.keys())]
+        check_group_keys(group, type(self), of_groups, getattr(self.base_optimizer, "defaults", ()))
 
     def _reset_caches(self) -> None:
         self._container = {
@@ -453,6 +500,8 @@ class GroupsAndState(Moves, Optimizer):
             "clips each pass": False,
             "step arguments": None,
             "post hooks due": None,
+            "known groups": [],
+            "mode": None,
             "side by side": False,
             "in place": False,
             "loads": 0,

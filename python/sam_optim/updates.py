@@ -117,6 +117,37 @@ class Updates(GroupsAndState):
             if run is None or run.update is None:
                 self._run_due_post_hooks()
 
+    # ------------------------------------------------------------------ what a base may have besides
+
+    @property
+    def train(self) -> Callable[[], None]:
+        """``train()`` of a base optimizer that has two modes, as schedule-free ones do; missing where it has none.
+
+        Raises:
+            StepOrderError: if called in the middle of a step, unless it changes nothing.
+        """
+        return self._mode("train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """As :attr:`train`; the model then holds the weights that are to be evaluated and saved."""
+        return self._mode("eval")
+
+    def _mode(self, name: str) -> Callable[[], None]:
+        switch = getattr(self.base_optimizer, name, None)
+        if not callable(switch):
+            base = type(self.base_optimizer).__name__
+            raise AttributeError(f"{type(self).__name__} has no {name}(): its base optimizer {base} has none")
+
+        def change() -> None:
+            # Hugging Face's Trainer calls train() before each micro-batch, of every pass.
+            if not (name == "train" and self._container["mode"] == "train" and self.is_step_begun):
+                self._refuse_mid_step(f"{name}() was called")
+                switch()
+                self._container["mode"] = name
+
+        return change
+
     # ------------------------------------------------------------------ step hooks
 
     def _patch_step_function(self) -> None:

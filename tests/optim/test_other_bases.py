@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import SAM, InvalidSettingError
+from sam_optim import SAM, InvalidSettingError, SAMPa, StepOrderError
 
 from .cases import assert_same, batches, loss_of, make_net, oracle_step, step_by_hand, weights_of
 
@@ -148,3 +148,248 @@ def test_a_base_that_is_not_torchs():
         found.append(weights_of(model))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_an_instance_that_is_not_torchs():
+    """schedulefree's wrapper is one."""
+    model = make_net()
+    base = Plain(model.parameters(), 0.05)
+    optimizer = SAM(model.parameters(), base, rho=0.1)
+    assert optimizer.base_optimizer is base
+    step_by_hand(optimizer, model, batches(1)[0])
+
+
+def alone_from_the_second(model, base):
+    """SAMPa with rho and lam 0 updates with the batch of the step before."""
+    optimizer = SAMPa(model.parameters(), base, rho=0.0, lam=0.0)
+    previous = None
+
+    def step(batch):
+        nonlocal previous
+        for p in optimizer.each_pass():
+            loss_of(model, previous if p.data == "previous" else batch).backward()
+        previous = batch
+
+    return step
+
+
+# They count in groups, in themselves or in state of a wrapper's own, draw random numbers, or change state in place.
+LOOKING_AHEAD = ["adabelief", "gravity", "kron", "lamb", "madgrad", "magma", "ranger", "schedulefreeadamw", "spam"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*TORCHS, *(name for name in LOOKING_AHEAD if name in others())])
+def test_a_look_ahead_leaves_the_base_as_it_was(name):
+    assert_same(train(name, alone_from_the_second, steps=5), train(name, alone, steps=4))
+
+
+class Matrices(nn.Module):
+    """Muon and its like take nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(7, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_base_for_matrices_alone():
+    found = []
+    for how in (by_sam(0.1), by_formula, by_sam(0.0), alone):
+        torch.manual_seed(1)
+        model = Matrices()
+        step = how(model, torch.optim.Muon(model.parameters(), lr=0.01))
+        for batch in batches(3, torch.float32):
+            step(batch)
+        found.append(weights_of(model))
+    assert_same(found[2], found[3])
+    for a, b in zip(found[0], found[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what cannot be a base
+
+
+class AdaHessian(torch.optim.SGD):
+    pass
+
+
+class OfAnotherName(torch.optim.SGD):
+    def step(self, closure=None, hessian=None):
+        raise NotImplementedError
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure):
+        raise NotImplementedError
+
+
+class InBackward(torch.optim.SGD):
+    def fused_backward(self, loss, lr):
+        raise NotImplementedError
+
+
+class AnotherSAM(torch.optim.SGD):
+    def first_step(self):
+        raise NotImplementedError
+
+
+class AcceleratedOptimizer(torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (AdaHessian, "differentiates p.grad once more"),
+        (OfAnotherName, "differentiates p.grad once more"),
+        (NeedsClosure, "its step\\(\\) needs closure"),
+        (InBackward, "within the backward pass"),
+        (AnotherSAM, "passes of its own"),
+        (AcceleratedOptimizer, "prepared it already"),
+    ],
+)
+def test_what_cannot_be_a_base(cls, message):
+    model = make_net()
+    with pytest.raises(TypeError, match=f"{cls.__name__} cannot be a base optimizer: .*{message}"):
+        SAM(model.parameters(), cls, lr=0.1)
+    with pytest.raises(TypeError, match="cannot be a base optimizer"):
+        SAM(model.parameters(), cls(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("name", ["adahessian", "sophiah", "lomo", "adalomo"])
+def test_others_that_cannot(name):
+    others = pytest.importorskip("pytorch_optimizer")
+    model = make_net()
+    given = model if "lomo" in name else model.parameters()
+    with pytest.raises(TypeError, match="cannot be a base optimizer"):
+        SAM(model.parameters(), others.load_optimizer(name)(given, lr=0.1))
+
+
+def test_an_optimizer_without_groups():
+    class Hollow(torch.optim.Optimizer):
+        def __init__(self):
+            pass
+
+    with pytest.raises(TypeError, match="Hollow cannot be a base optimizer: it has no param_groups"):
+        SAM([nn.Parameter(torch.ones(2))], Hollow())
+
+
+class Failing(torch.optim.SGD):
+    """It fails half-way."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(1.0)
+        raise RuntimeError("no second derivatives")
+
+
+def test_what_a_base_raises_says_whose_it_is():
+    model = make_net()
+    optimizer = SAM(model.parameters(), Failing, rho=0.1, lr=0.1)
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match="no second derivatives") as raised:
+        step_by_hand(optimizer, model, batches(1)[0])
+    assert any("step() of the base optimizer, Failing" in note for note in raised.value.__notes__)
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+
+
+# ---------------------------------------------------------------- schedule-free bases
+
+
+class Averaging(torch.optim.SGD):
+    """Two modes, as schedule-free optimizers have them: eval() shows the mean of the weights so far."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.trains = False
+        self.means = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not self.trains:
+            raise RuntimeError("not in train mode")
+        super().step()
+        self.count += 1
+        for p, mean in self.means.items():
+            mean.lerp_(p, 1.0 / self.count)
+
+    def train(self):
+        self._change(True)
+
+    def eval(self):
+        self._change(False)
+
+    @torch.no_grad()
+    def _change(self, trains):
+        if trains != self.trains and self.count:
+            for p, mean in self.means.items():
+                kept = p.clone()
+                p.copy_(mean)
+                mean.copy_(kept)
+        self.trains = trains
+
+
+def schedule_free():
+    found = [lambda params: Averaging(params, 0.05)]
+    try:
+        from pytorch_optimizer import ScheduleFreeAdamW
+    except ImportError:
+        return found
+    return [*found, lambda params: ScheduleFreeAdamW(params, lr=0.05)]
+
+
+@pytest.mark.parametrize("make_base", schedule_free())
+def test_train_and_eval_are_the_bases(make_base):
+    found = []
+    for by_hand in (False, True):
+        model = make_net()
+        base = make_base(model.parameters())
+        optimizer = base if by_hand else SAM(model.parameters(), base, rho=0.1)
+        shown = []
+        for batch in batches(4):
+            optimizer.train()
+            if by_hand:
+                oracle_step(model, base, 0.1, lambda name, w: 1.0, batch)
+            else:
+                step_by_hand(optimizer, model, batch)
+            optimizer.eval()
+            shown += weights_of(model)
+        found.append(shown)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_modes_are_there_where_the_base_has_them():
+    model = make_net()
+    plain = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    assert not hasattr(plain, "train") and not hasattr(plain, "eval")
+    with pytest.raises(AttributeError, match="its base optimizer SGD has none"):
+        plain.eval()
+    assert hasattr(SAM(model.parameters(), Averaging, lr=0.1), "train")
+
+
+def test_modes_change_between_steps():
+    model = make_net()
+    optimizer = SAM(model.parameters(), Averaging, rho=0.1, lr=0.1)
+    batch = batches(1)[0]
+    optimizer.train()
+    for _ in range(2):
+        step_by_hand(optimizer, model, batch)
+    before = weights_of(model)
+    loss_of(model, batch).backward()
+    optimizer.first_step(zero_grad=True)
+    optimizer.train()  # as Hugging Face's Trainer does before each micro-batch
+    with pytest.raises(StepOrderError, match="eval\\(\\) was called in the middle of a step"):
+        optimizer.eval()
+    optimizer.restore()
+    assert_same(weights_of(model), before)
+    optimizer.eval()
+    assert not torch.equal(next(model.parameters()), before[0])
+    loss_of(model, batch).backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(StepOrderError, match="train\\(\\) was called in the middle of a step"):
+        optimizer.train()
