@@ -8,7 +8,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -66,6 +66,9 @@ class GroupsAndState(Moves, Optimizer):
     counts_in_norm: Callable[[Tensor], bool] | None
     _method_defaults: dict[str, Any]
     _given_defaults: dict[str, Any]  # the base's
+
+    # What the method keeps under names of other packages: from theirs to ours.
+    _names_elsewhere: Mapping[str, str] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -348,6 +351,7 @@ class GroupsAndState(Moves, Optimizer):
             if len(entries) != len(params):
                 raise ValueError(f"the state dict has {len(entries)} entries of {name!r} for {len(params)} parameters")
             lists[name] = list(entries)
+        self._unwrap(state_dict, lists)
         groups: list[dict[str, Any]] = state_dict.get("param_groups", [])  # a base may have a form of its own
         keys = list(chain.from_iterable(group["params"] for group in groups))
         if groups:
@@ -367,6 +371,23 @@ class GroupsAndState(Moves, Optimizer):
             keys,
             state_dict.get("state", {}),
         )
+
+    def _unwrap(self, state_dict: dict[str, Any], lists: Lists) -> None:
+        """Of a wrapper that saves its base's state dict within its own, as pytorch-optimizer's do: that of the base."""
+        base = state_dict.get("base_optimizer")
+        if self._has_own_form or not isinstance(base, Mapping) or not {"state", "param_groups"} <= base.keys():
+            return
+        count = len(self._params())
+        del state_dict["base_optimizer"]
+        keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        for index, key in enumerate(keys[:count]):
+            entries = state_dict["state"].get(key, {})
+            for theirs, own in self._names_elsewhere.items():
+                if theirs in entries:
+                    lists.setdefault(own, [None] * count)[index] = entries[theirs]
+        pairs = zip(state_dict["param_groups"], base["param_groups"], strict=False)
+        state_dict["param_groups"] = [{**outer, **inner} for outer, inner in pairs]
+        state_dict["state"] = base["state"]
 
     def _divide(self, state: Mapping[Any, Any], keys: list[Any], lists: Lists) -> dict[Any, Any]:
         """The base's part of a state dict's state; what is kept by the method goes into the lists."""

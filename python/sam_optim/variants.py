@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -176,6 +177,7 @@ class FriendlySAM(SAM):
     perturbs_micro_batches = False
     _scaling_obstacle = "it averages gradients over steps, whose scales differ"
     method_state_names = ("average",)
+    _names_elsewhere = MappingProxyType({"momentum": "average"})  # pytorch-optimizer's
 
     def __init__(
         self,
