@@ -140,7 +140,8 @@ class BaseUpdate:
         before = Recorded(base, plan.params)
         draws = RandomState({param.device for param in plan.params}, before.generators)
         for param, gradient, held in zip(plan.params, gradients, copies, strict=True):
-            param.grad = gradient if held else None
+            # Of its own: some bases write into gradients, and this one is kept until the next step is through.
+            param.grad = gradient.clone() if held and gradient is not None else None
         with without_hooks(base):
             base.step()
         for param in plan.params:

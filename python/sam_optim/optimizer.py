@@ -150,8 +150,11 @@ class SharpnessAwareOptimizer(Updates):
         **base_kwargs: Any,
     ) -> None:
         check_choice("closure_runs", closure_runs, get_args(ClosureRuns))
+        check_choice("master_weights", master_weights, [False, True])
         if backend is not None:
             backend_named(backend)
+        if counts_in_norm is not None and not callable(counts_in_norm):
+            raise InvalidSettingError(f"Invalid counts_in_norm: {counts_in_norm!r}; it is a function of a parameter")
         if counts_in_norm is not None and process_group is None:
             raise InvalidSettingError("counts_in_norm says nothing without a process_group")
         base = make_base(params, base_optimizer, base_kwargs, type(self))
@@ -489,7 +492,9 @@ class SharpnessAwareOptimizer(Updates):
                 PREVIOUS: previous,
                 MEMORY: memory_closure,
             }
-            loss = self._run_closures(closures, closure_runs or self.closure_runs)
+            custom = self.closure_runs if closure_runs is None else closure_runs
+            check_choice("closure_runs", custom, get_args(ClosureRuns))
+            loss = self._run_closures(closures, custom)
             self._container["previous closure"] = closure if self.uses_previous_batch else None
             return loss
         except BaseException:

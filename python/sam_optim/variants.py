@@ -16,7 +16,7 @@ from .construction import BaseOptimizer
 from .optimizer import ClosureRuns
 from .passes import Gradients, Pass, Passes, Update
 from .sam import SAM
-from .settings import Adaptive, check_number, handed_on, whole_number
+from .settings import Adaptive, check_choice, check_number, handed_on, whole_number
 
 
 class GSAM(SAM):
@@ -129,6 +129,7 @@ class WSAM(SAM):
         **base_kwargs: Any,
     ) -> None:
         check_number("gamma", gamma, 0, 1, open_end=True)
+        check_choice("decouple", decouple, [False, True])
         self.gamma, self.decouple = gamma, decouple
         super().__init__(params, base_optimizer, rho, **handed_on(locals()))
 

@@ -158,6 +158,16 @@ def test_grad_scaler(method, which):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("which", ["all groups", "one group"])
+def test_micro_batches_perturbed_each_by_itself(which):
+    results = []
+    for model, optimizer, loss in cases(EVERY_METHOD[0], BASES[0], which):
+        data = batches(3)
+        by_train_step(model, optimizer, loss, data, data, micro_batches=2, perturbation="micro_batch")
+        results.append(weights_of(model))
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("method", [EVERY_METHOD[0], Method(WSAM, {"rho": 0.1})], ids=str)
 def test_master_weights(method):
     data, others = batches(4, torch.bfloat16), batches(4, torch.bfloat16, size=5)

@@ -189,6 +189,31 @@ def test_with_lam_one_rho_does_not_matter():
     assert_same(run(by_passes, rho=0.1, lam=1.0), run(by_passes, rho=3.0, lam=1.0))
 
 
+class TurnsGradients(torch.optim.SGD):
+    """As pytorch-optimizer's do in place, to maximise."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.neg_()
+        return super().step(closure)
+
+
+def test_a_base_that_writes_into_gradients_does_not_into_the_one_that_is_kept():
+    model = make_net()
+    optimizer = SAMPa(model.parameters(), TurnsGradients, lr=0.05)
+    [first] = batches(1)
+    for _ in optimizer.each_pass():
+        loss_of(model, first).backward()
+    kept = [g.clone() for g in optimizer.method_state("y_gradient")]
+    for number, _ in enumerate(optimizer.each_pass()):
+        if number == 1:
+            break
+        loss_of(model, first).backward()
+    assert_same(optimizer.method_state("y_gradient"), kept)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("base", SEVERAL, ids=str)
 def test_the_look_ahead_leaves_state_and_weights_alone(base, backend):

@@ -20,6 +20,7 @@ from sam_optim import (
     AESAM,
     GSAM,
     SAM,
+    WSAM,
     AgnosticSAM,
     FriendlySAM,
     IntervalSAM,
@@ -124,6 +125,10 @@ def test_numbers_of_any_kind(rho):
         (SAM, {"perturb_eps": None}),
         (SAM, {"adaptive": "weight"}),
         (SAM, {"adaptive": None}),
+        (SAM, {"master_weights": "yes"}),
+        (SAM, {"counts_in_norm": True}),
+        (SAM, {"closure_runs": "twice"}),
+        (WSAM, {"decouple": "no"}),
         (GSAM, {"alpha": "0.4"}),
         (FriendlySAM, {"sigma": math.inf}),
         (LookSAM, {"k": 2.5}),
@@ -193,6 +198,17 @@ def test_a_start_that_is_a_share():
 def test_a_start_that_never_comes(settings, match):
     with pytest.raises(InvalidSettingError, match=match):
         made(IntervalSAM, **settings)
+
+
+def test_the_custom_of_one_step_is_one_of_two():
+    model = make_net()
+    optimizer = made(SAM, model.parameters())
+    before = weights_of(model)
+    loss_of(model, batches(1)[0]).backward()
+    for custom in ("twice", ""):
+        with pytest.raises(InvalidSettingError, match="Invalid closure_runs"):
+            optimizer.step(lambda: 0.0, closure_runs=custom)
+    assert_same(weights_of(model), before)
 
 
 def test_backends_are_looked_up_at_once(monkeypatch):
