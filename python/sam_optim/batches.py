@@ -36,6 +36,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 # What stands for "no label" in the targets of torch's cross entropy, and of whatever follows it.
 IGNORED = -100
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 _VALUES = (str, bytes, Number, Enum, type(None), type, FunctionType, PurePath, torch.Size, torch.dtype, torch.device)
 _HELP = (
@@ -157,12 +158,12 @@ def samples_of(part: Any) -> int:
 
 
 def _columns_of_labels(parts: Sequence[Any]) -> list[list[Tensor]]:
-    """What may be targets: the tensors of 64-bit integers that stand in one place of all parts.
+    """What may be targets: the tensors of integers that stand in one place of all parts.
 
     Raises:
         ValueError: if some are -100 and parts have different numbers of such tensors.
     """
-    rows = [[t for t in _tensors(part) if t.dtype == torch.int64 and t.dim() > 0] for part in parts]
+    rows = [[t for t in _tensors(part) if t.dtype in _INTEGERS and t.dim() > 0] for part in parts]
     if len({len(row) for row in rows}) > 1:
         if any(bool((t == IGNORED).any()) for row in rows for t in row):
             raise ValueError(f"some labels are {IGNORED} in lists of samples; {_WEIGHT}")

@@ -7,8 +7,8 @@ meant samples, or labels where some are ignored; here that is compared with what
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,54 +19,98 @@ from .errors import InvalidSettingError
 _PASSED = ("Add", "Sub", "Mul", "Div", "Neg", "ToCopy", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Clone", "Alias")
 _MAX_NODES = 32
 
-# A number, or a tensor of one element; and whether it is one of targets for sure.
-Denominator = tuple[float | Tensor, bool]
+
+class Term(NamedTuple):
+    """A mean or a sum in a loss.
+
+    Attributes:
+        divisor: what a sum is divided by, a number or a tensor of one element; None where nothing divides it.
+        is_of_targets: it is one of targets for sure, and not of the weights of a regulariser.
+    """
+
+    divisor: float | Tensor | None
+    is_of_targets: bool
 
 
-def denominators(loss: Tensor) -> list[Denominator]:
-    """What the terms of a loss are divided by: cross entropies, means, and sums that something divides."""
-    found: list[Denominator] = []
-    waiting: list[Any] = [loss.grad_fn]
-    for _ in range(_MAX_NODES):
-        if not waiting:
-            break
+def terms_of(loss: Tensor) -> list[Term]:
+    """Cross entropies, means, sums that something divides, and sums."""
+    found: list[Term] = []
+    for node in _nodes(loss.grad_fn, _PASSED):
+        name = _name_of(node)
+        if name in ("NllLoss", "NllLoss2D"):
+            if node._saved_reduction == 1:
+                found.append(Term(node._saved_total_weight, True))
+            elif node._saved_reduction == 2 and not _is_divided(node, loss):
+                found.append(Term(None, True))
+        elif name == "Mean":
+            found.append(Term(float(node._saved_self_sym_numel), False))
+        elif name == "Div" and _divides_a_sum(node):
+            found.append(Term(node._saved_other, False))
+        elif name == "Sum" and not _is_divided(node, loss) and not _is_of_means(node):
+            found.append(Term(None, False))
+    # Subclasses, as DTensors, may have other ranks to ask.
+    return [term for term in found if not isinstance(term.divisor, Tensor) or type(term.divisor) is Tensor]
+
+
+def _nodes(start: Any, passed: Sequence[str] | None) -> Iterator[Any]:
+    """The nodes of a graph nearest to one, not those behind others than ``passed``."""
+    waiting, seen = [start], 0
+    while waiting and seen < _MAX_NODES:
         node = waiting.pop(0)
         if node is None:
             continue
-        name = node.name().split("Backward")[0]
-        if name in ("NllLoss", "NllLoss2D"):
-            if node._saved_reduction == 1:
-                found.append((node._saved_total_weight, True))
-        elif name == "Mean":
-            found.append((float(node._saved_self_sym_numel), False))
-        elif name == "Div" and _is_sum(node) and node._saved_other.numel() == 1:
-            found.append((node._saved_other, False))
-        elif name in _PASSED:
+        seen += 1
+        yield node
+        if passed is None or _name_of(node) in passed:
             waiting += [following for following, _ in node.next_functions]
-    return found
 
 
-def _is_sum(division: Any) -> bool:
+def _name_of(node: Any) -> str:
+    return str(node.name()).split("Backward")[0]
+
+
+def _divides_a_sum(division: Any) -> bool:
     dividend = division.next_functions[0][0]
-    return dividend is not None and dividend.name().split("Backward")[0] == "Sum"
+    return dividend is not None and _name_of(dividend) == "Sum" and division._saved_other.numel() == 1
 
 
-def refuse_other_means(found: Sequence[Sequence[Denominator]], shares: Sequence[float]) -> None:
+def _is_divided(term: Any, loss: Tensor) -> bool:
+    """Whether something between a sum and the loss divides it; it may be the number of samples."""
+    return any(
+        _name_of(node) in ("Div", "Mul") and any(term in _nodes(own, _PASSED) for own, _ in node.next_functions)
+        for node in _nodes(loss.grad_fn, _PASSED)
+    )
+
+
+def _is_of_means(total: Any) -> bool:
+    """Whether a sum is one of means, over classes or tasks."""
+    return any(_name_of(node) in ("Mean", "Div", "NllLoss", "NllLoss2D") for node in _nodes(total, None))
+
+
+def refuse_other_means(found: Sequence[Sequence[Term]], shares: Sequence[float]) -> None:
     """Compares the denominators in each micro-batch with what these count; waits for a GPU.
 
     Raises:
         InvalidSettingError: if a mean over targets does not count as much as it is a mean over. Or another mean, unless
-            it is over as many in all micro-batches, as the weights of a regulariser are.
+            it is over as many in all micro-batches, as the weights of a regulariser are. Or if the loss is a sum.
     """
     if len({len(terms) for terms in found}) != 1:
         return
     for terms in zip(*found, strict=True):
-        numbers = [float(number) for number, _ in terms]
+        divisors = [divisor for divisor, _ in terms if divisor is not None]
+        if len(divisors) < len(terms):
+            if terms[0].is_of_targets or len(found[0]) == 1:
+                raise InvalidSettingError(
+                    "the loss is a sum, and micro-batches make the step of the whole batch for a mean: divide it by "
+                    "the number of samples, or of what weight=... counts"
+                )
+            continue
+        numbers = [float(divisor) for divisor in divisors]
         is_same = len(set(numbers)) == 1 and not all(is_of_targets for _, is_of_targets in terms)
         total = sum(numbers)
         if is_same or not 0.0 < total < math.inf:
             continue
-        tolerance = total * max(_precision(number) for number, _ in terms)
+        tolerance = total * max(map(_precision, divisors))
         if any(abs(number - share * total) > tolerance for number, share in zip(numbers, shares, strict=True)):
             of = " and ".join(f"{number:g}" for number in numbers)
             counted = " and ".join(f"{share:.3g}" for share in shares)

@@ -20,7 +20,7 @@ from .batch_norm import Start, StatisticsRule, frozen_batch_norm, running_statis
 from .batches import Share, Split, Weight, split_batch, split_off, weighed_parts
 from .capture import CapturedDraws, CapturedSteps, Recorder
 from .errors import InvalidSettingError, StepOrderError
-from .means import Denominator, denominators, refuse_other_means
+from .means import Term, refuse_other_means, terms_of
 from .optimizer import SharpnessAwareOptimizer
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
 from .randomness import Draws, RandomState
@@ -68,7 +68,7 @@ class TrainStep:
         memory_loss: for methods with a batch from memory, its loss, if that is another than ``loss_fn``.
         split: from a batch and a number to that many parts; by default :func:`split_batch`, which says what it cuts.
         weight: of a micro-batch, from a part to a number: how much the mean over it counts in the mean over the batch.
-            By default its samples, or, where some of its targets (64-bit integers) are -100, which cross entropy
+            By default its samples, or, where some of its targets (integers) are -100, which cross entropy
             ignores, the number of the others. For a loss that is another mean, over tokens, say so:
             ``lambda part: (part["labels"] != -100).sum()``, with the labels shifted as the loss shifts them. A loss of
             which autograd's graph shows that it is a mean over something else is refused.
@@ -383,7 +383,7 @@ class _Step:
         self._starts: dict[str, Start] = {}  # of the pass on each batch that statistics learn from
         self._outputs: list[tuple[Share, Any]] = []  # of the training batch's first pass: weights and results
         self._has_output = False
-        self._means: list[list[Denominator]] = []  # what the loss of each part was a mean over
+        self._means: list[list[Term]] = []  # what the loss of each part was a mean over
         self._sum: Gradients | None = None
         self._is_finite = True
 
@@ -488,7 +488,7 @@ class _Step:
                     output = loss_fn(owner.model, batch)
             loss = _loss_of(output)
             if is_first and owner.looks_at_means:
-                self._means.append(denominators(loss))
+                self._means.append(terms_of(loss))
             loss = _counted(loss, share) * share
             if owner.scaler is not None:
                 loss = owner.scaler.scale(loss)

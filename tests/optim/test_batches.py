@@ -301,6 +301,40 @@ def test_means_over_something_else_are_refused(kind, options):
     assert_same(weights_of(model), before)
 
 
+def summed_entropy(model, part):
+    return cross_entropy(model(part["x"])[:, 0], part["labels"][:, 0], reduction="sum")
+
+
+SUMS = {
+    "cross entropy": summed_entropy,
+    "with a term": lambda m, p: (m.weight**2).mean() + summed_entropy(m, p),
+    "squares": lambda m, p: (m(p["x"]) ** 2).sum(),
+    "negative": lambda m, p: -m(p["x"]).tanh().sum().squeeze(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_sums_are_refused(kind):
+    with pytest.raises(InvalidSettingError, match="the loss is a sum"):
+        steps(METHODS["SAM"], SUMS[kind], tokens(1, ignored=0), micro_batches=2)
+
+
+MEANS = {
+    "over samples, then a sum": lambda m, p: (m(p["x"]) ** 2).mean((0, 1)).sum(),
+    "divided": lambda m, p: (m(p["x"]) ** 2).sum() / len(p["x"]),
+    "multiplied": lambda m, p: (m(p["x"]) ** 2).sum() * (1.0 / len(p["x"])),
+    "of tasks": lambda m, p: torch.stack([m(p["x"]).mean(), (m(p["x"]) ** 2).mean()]).sum(),
+    "with a sum of weights": lambda m, p: 0.1 * (m.weight**2).sum() + (m(p["x"]) ** 2).mean(),
+    "and a plain sum of weights": lambda m, p: (m.weight**2).sum() + (m(p["x"]) ** 2).mean(),
+}
+
+
+@pytest.mark.parametrize("kind", MEANS)
+def test_means_that_look_like_sums(kind):
+    data = tokens(ignored=0)
+    assert_close(steps(METHODS["SAM"], MEANS[kind], data, micro_batches=3), steps(METHODS["SAM"], MEANS[kind], data))
+
+
 def test_shifted_labels_are_told():
     """As causal language models shift them: the first is not counted."""
     data = tokens(shift=1)
@@ -328,7 +362,7 @@ def test_means_over_samples_are_not_refused():
         return torch.stack(rows).mean() + 0.1 * (model.weight**2).mean()
 
     def summed(model, part):
-        return cross_entropy(model(part["x"])[:, 0], part["labels"][:, 0], reduction="sum") / len(part["x"])
+        return summed_entropy(model, part) / len(part["x"])
 
     for loss in (by_sample, summed):
         data = tokens(ignored=0)
