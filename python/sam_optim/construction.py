@@ -39,7 +39,13 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
         if wanted != held:
             raise InvalidSettingError("base_optimizer is an instance that holds other parameters than params")
     elif callable(base_optimizer):
-        base = base_optimizer(params, **base_kwargs)
+        try:
+            base = base_optimizer(params, **base_kwargs)
+        except TypeError as error:
+            for name in base_kwargs:
+                if name not in named_parameters(base_optimizer):
+                    error.add_note(f"{method.__name__} knows no {name} either{did_you_mean(name, settings_of(method))}")
+            raise
         _refuse_unknown(base_kwargs, base_optimizer, base, method)
     else:
         raise TypeError(f"base_optimizer must be an optimizer class or instance, got {base_optimizer!r}")
@@ -59,7 +65,7 @@ def _refuse_unknown(keywords: Iterable[str], maker: Callable[..., Optimizer], ba
     That some put whatever they are given into their groups says nothing. So a keyword has to be named by a constructor,
     or occur in the code that makes the base or is its class's.
     """
-    inner = [value for value in vars(base).values() if isinstance(value, Optimizer)]
+    inner = [value for value in getattr(base, "__dict__", {}).values() if isinstance(value, Optimizer)]
     kinds = [cls for each in (base, *inner) for cls in type(each).__mro__ if cls not in (Optimizer, object)]
     calls: list[Callable[..., Any]] = [maker, *kinds]
     named = {name for call in calls for name in named_parameters(call)}

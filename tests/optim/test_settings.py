@@ -323,6 +323,12 @@ def test_keywords_that_nobody_knows(base, keyword, match):
         made(SAM, base=base, **{keyword: 0.5})
 
 
+def test_what_the_base_refuses_itself_may_have_been_meant_for_the_method():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'roh'") as caught:
+        made(SAM, roh=0.5)
+    assert caught.value.__notes__ == ["SAM knows no roh either. Did you mean rho?"]
+
+
 def test_keywords_that_somebody_knows():
     made(SAM, base=Swallowing, twist=1)
     assert made(SAM, base=popping, decay=0.5).param_groups[0]["weight_decay"] == 0.5
