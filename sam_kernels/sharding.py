@@ -24,6 +24,14 @@ def is_distributed(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_flat_shard(tensor: Any) -> bool:
+    """Whether a tensor belongs to ``FullyShardedDataParallel``, FSDP 1: a flat parameter, or a part of one.
+
+    To the optimizer it is a plain tensor that holds what its rank has of it.
+    """
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
 def local_part(tensor: Any, like: Any = None, name: str = "a tensor") -> Any:
     """What this rank holds of a DTensor, the very memory; any other tensor as it is.
 

@@ -13,6 +13,7 @@ from sam_kernels import Peers, Plan, Snapshot
 from sam_kernels.host import same_objects
 from sam_kernels.memory import sharing
 from sam_kernels.plan import TAKEN, Layout
+from sam_kernels.sharding import is_flat_shard
 
 from .construction import names_of
 from .errors import InvalidSettingError, StepOrderError
@@ -98,6 +99,12 @@ class PlanCache:
 
     def _peers_of(self, params: Sequence[Tensor]) -> Peers | None:
         if self._process_group is None:
+            if any(map(is_flat_shard, params)) and torch.distributed.get_world_size() > 1:
+                raise InvalidSettingError(
+                    "the parameters are those of FullyShardedDataParallel (FSDP 1), of which each rank would take the "
+                    "norm of its own shard: use FSDP2 (torch.distributed.fsdp.fully_shard), whose shards can be seen, "
+                    "or say which ranks hold the others, process_group=model.process_group"
+                )
             return None
         is_counted = self._is_counted or (lambda param: True)
         return Peers(self._process_group, [bool(is_counted(param)) for param in params])

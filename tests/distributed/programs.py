@@ -117,6 +117,34 @@ def fsdp_trains_like_one_process(rank: int, ranks: int) -> None:
                 assert all(isinstance(v, DTensor) for k, v in entries.items() if k != "step")
 
 
+def fsdp_of_version_1(rank: int, ranks: int) -> None:
+    """Flat shards: refused without a process group, and with it trained like one process."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for use_orig_params in (False, True):
+        for method, base in METHODS:
+            if method.settings.get("adaptive") == "weights" and not use_orig_params:
+                continue  # flat parameters have no names to choose by
+            wanted = make_model()
+            model = FullyShardedDataParallel(
+                make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+            )
+            try:
+                refused = method.make(model, base)
+                loss_of(model, of_rank(data(1)[0], rank, ranks)).backward()
+                refused.first_step()
+            except InvalidSettingError as error:
+                assert "fully_shard" in str(error) and "process_group=" in str(error)
+            else:
+                raise AssertionError("FSDP 1 was not refused")
+            model.zero_grad()
+            optimizer = method.make(model, base, process_group=model.process_group)
+            train(TrainStep(model, optimizer, loss_of), rank, ranks)
+            train(TrainStep(wanted, method.make(wanted, base), loss_of), 0, 1)
+            with FullyShardedDataParallel.summon_full_params(model):
+                assert_close(model.module, wanted, rtol=1e-9, atol=1e-11)
+
+
 def norms_are_global(rank: int, ranks: int) -> None:
     """Also where the weights are gathered, kept whole and changed between the passes."""
     model, wanted = sharded(make_model(), init_device_mesh("cpu", (ranks,))), make_model()

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
         programs.gradients_in_buckets,
         programs.zero_redundancy,
         programs.grad_scaler,
+        programs.fsdp_of_version_1,
     ],
 )
 def test_two_ranks(program):
