@@ -342,7 +342,8 @@ class LookSAM(SAM):
 
     def _keep_direction(self, g_plus: Gradients, g: Gradients) -> None:
         direction = self.method_state("direction")
-        report = apply_rule(_orthogonal, [g_plus, g], self._params(), backend=self.backend)
+        plan = self._container["plans"].without_geometry  # which knows of ranks that hold other parameters
+        report = apply_rule(_orthogonal, [g_plus, g], plan, backend=self.backend)
         self.combine_into(direction, [g_plus, g], report.coefficients)
 
     def _reuse(self, gram: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ METHODS = [
     (Method(MomentumSAM, {"rho": 0.1}), ADAMW),
     (Method(CRSAM, {"rho": 0.1}), SGD),
     (Method(MGSERSAM, {"rho": 0.1}), UNFUSED),
+    (Method(LookSAM, {"rho": 0.1, "k": 2, "alpha": 0.5}), SGD),
 ]
 
 
@@ -122,7 +123,7 @@ def fsdp_of_version_1(rank: int, ranks: int) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for use_orig_params in (False, True):
-        for method, base in METHODS:
+        for method, base in (*METHODS[1:5], (Method(SAMPa, {"rho": 0.1}), SGD)):
             if method.settings.get("adaptive") == "weights" and not use_orig_params:
                 continue  # flat parameters have no names to choose by
             wanted = make_model()
