@@ -264,8 +264,7 @@ class SharpnessAwareOptimizer(Updates):
         # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
         grad_enabled = torch.is_grad_enabled()
         try:
-            if self._container["at end of pass"]:
-                self._end_pass()
+            self._tell_followers(None)
             gradients = gradients_of(self._params())
             run: BegunStep | None = self._container["run"] or self._begin()
             if run is None:
@@ -279,6 +278,7 @@ class SharpnessAwareOptimizer(Updates):
                 else:
                     goes_on = self._make_combined_update(run, gradients)
                 self._make_updates(run, goes_on, not to_last)
+            self._tell_followers(self.waiting)
         except BaseException:
             torch.set_grad_enabled(grad_enabled)
             self.restore()
@@ -377,12 +377,13 @@ class SharpnessAwareOptimizer(Updates):
                 if len(group.gradients) != len(group.passes):
                     raise StepOrderError(f"{len(group.gradients)} gradients were given for {len(group.passes)} passes")
                 goes_on = True
-                self._end_pass()
+                self._tell_followers(None)
                 for gradients in group.gradients:
                     self._refuse_no_gradient(gradients, run)
                     goes_on = run.receive(gradients)
                 if not self._make_updates(run, goes_on):
                     run = None
+                self._tell_followers(self.waiting)
         finally:
             self._container["side by side"] = False
             if run is not None and self._container["run"] is run:
@@ -550,6 +551,7 @@ class SharpnessAwareOptimizer(Updates):
             except StopIteration:
                 self._end()
                 return None
+            self._tell_followers(run.waiting)
         except BaseException:
             self.restore()
             raise
@@ -665,14 +667,22 @@ class SharpnessAwareOptimizer(Updates):
         report: StepReport = self._container["report"]
         return report
 
-    def when_pass_ends(self, call: Callable[[], None]) -> None:
-        """Calls back once: when the gradient of the pass under way is taken, or its step abandoned."""
-        self._container["at end of pass"].append(call)
+    def follow_passes(self, call: Callable[[Pass | None], None]) -> None:
+        """Calls back whenever a gradient is taken, or a step abandoned: with the pass that is wanted next.
 
-    def _end_pass(self) -> None:
-        waiting: list[Callable[[], None]] = self._container["at end of pass"]
-        while waiting:
-            waiting.pop()()
+        None is for the end of a step, and may come before the call with the next pass of the same step.
+        """
+        self._container["followers"].append(call)
+
+    def unfollow_passes(self, call: Callable[[Pass | None], None]) -> None:
+        """Undoes :meth:`follow_passes`."""
+        followers: list[Callable[[Pass | None], None]] = self._container["followers"]
+        if call in followers:
+            followers.remove(call)
+
+    def _tell_followers(self, waiting: Pass | None) -> None:
+        for call in self._container["followers"]:
+            call(waiting)
 
     @untraced
     def restore(self) -> None:
@@ -685,7 +695,7 @@ class SharpnessAwareOptimizer(Updates):
         _under_way.discard(self)
         self._container.pop("descent", None)
         self._container["post hooks due"] = None
-        self._end_pass()
+        self._tell_followers(None)
         # A generator that is running is the one that the exception comes from, and ends by it.
         if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:
             run.passes.close()

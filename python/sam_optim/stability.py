@@ -14,7 +14,7 @@ import sam_kernels
 from sam_kernels import UnsupportedTensorError
 from sam_kernels.sharding import is_distributed
 
-from .batch_norm import StatisticsRule, frozen_batch_norm, running_statistics
+from .batch_norm import StatisticsRule, running_statistics, statistics_aside
 from .errors import StepOrderError
 from .optimizer import SharpnessAwareOptimizer
 from .per_tensor import PerTensorSAM
@@ -171,7 +171,7 @@ class StabilityMonitor:
 
         random = RandomState({p.device for p in params})
         try:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), frozen_batch_norm(self.model, self._statistics):
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), statistics_aside(self.model, self._statistics):
                 loss, gradients = self._gradients(params, batch, graph=True)
                 flat = [g.detach() for g in gradients]
                 norm = math.sqrt(float(sam_kernels.gram([flat])[0, 0]))

@@ -532,7 +532,7 @@ class GroupsAndState(Moves, Optimizer):
             "method state": KeptState(),
             "previous closure": None,
             "descent handler": None,
-            "at end of pass": [],
+            "followers": [],
             "plans": PlanCache(self.master_weights, self.process_group, self.counts_in_norm),
             "update": BaseUpdate(self.base_optimizer, self.master_weights),
         }

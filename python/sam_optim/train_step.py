@@ -16,7 +16,7 @@ from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 from sam_kernels.sharding import is_distributed
 
-from .batch_norm import Start, StatisticsRule, frozen_batch_norm, running_statistics, start_of
+from .batch_norm import Start, StatisticsRule, running_statistics, start_of, statistics_aside, statistics_of
 from .batches import Share, Split, Weight, split_batch, split_off, weighed_parts
 from .capture import CapturedDraws, CapturedSteps, Recorder
 from .errors import InvalidSettingError, StepOrderError
@@ -302,10 +302,7 @@ class TrainStep:
 
     def _buffers_of_statistics(self) -> Iterator[Tensor]:
         for module in self._modules.modules():
-            for name in self._statistics(module):
-                buffer = module._buffers.get(name)
-                if buffer is not None:
-                    yield buffer
+            yield from statistics_of(module, self._statistics).values()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -463,7 +460,7 @@ class _Step:
                 self._starts[p.data] = start_of(owner._modules, owner._statistics)
             else:
                 start = self._starts.get(p.data)
-                stack.enter_context(frozen_batch_norm(owner._modules, owner._statistics, start))
+                stack.enter_context(statistics_aside(owner._modules, owner._statistics, start))
             for number, (share, part) in enumerate(parts):
                 with self._without_reduction(number + 1 < len(parts)):
                     loss_fn = owner._losses.get(p.data, owner.loss_fn)

@@ -20,7 +20,7 @@ from .base_update import BaseUpdate, Descent, combined_gradient
 from .compiling import untraced
 from .errors import StepOrderError
 from .moves import StepReport
-from .passes import BegunStep, Gradients, Update, refuse_overwritten
+from .passes import BegunStep, Gradients, Pass, Update, refuse_overwritten
 from .planning import PlanCache
 from .state import GroupsAndState
 from .step_hooks import Arguments, post_hooks_of, pre_hooks_of, run_post_hooks, run_pre_hooks
@@ -45,8 +45,8 @@ class Updates(GroupsAndState):
         """Raises if somebody clips each gradient of a step that combines them."""
 
     @abstractmethod
-    def _end_pass(self) -> None:
-        """The gradient of the pass under way is taken."""
+    def _tell_followers(self, waiting: Pass | None) -> None:
+        """The gradient of the pass under way is taken, and this one is wanted next."""
 
     def descend(self, *lists: Gradients, rule: RuleLike = _FIXED, scale: Scale = 1.0) -> None:
         """Restores the weights and updates them by the base optimizer with a combination of gradient lists.
@@ -292,7 +292,7 @@ class Updates(GroupsAndState):
         if run is None or run.waiting is None or not run.waiting.last:
             raise StepOrderError("combine_gradients() was called before the backward of a step's last pass")
         with self.restore_on_error():
-            self._end_pass()
+            self._tell_followers(None)
             gradients = gradients_of(self._params())
             self._refuse_no_gradient(gradients, run)
             self._container["combining"] = True

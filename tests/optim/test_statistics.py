@@ -206,20 +206,23 @@ def test_frozen_by_a_hook_within_train_step(rho):
     assert_same([v.detach() for v in model.state_dict().values()], wanted)
 
 
-def test_an_abandoned_step_puts_statistics_back():
-    """An exception after the perturbed forward pass; combine_gradients() ends a pass, too."""
+def test_an_abandoned_step_ends_its_pass():
+    """After a perturbed forward pass; combine_gradients() ends a pass, too."""
     model = normed_model()
     optimizer = GSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5)
     freeze_in_perturbed_passes(model, optimizer, rule)
     batch = batches(1, torch.float32)[0]
-    for ends_by in (optimizer.restore, optimizer.combine_gradients):
+    for count, ends_by in enumerate((optimizer.restore, optimizer.combine_gradients)):
         loss_of(model, batch).backward()
-        originals = list(model.buffers())
+        before, originals = buffers_of(model), list(model.buffers())
         optimizer.first_step(zero_grad=True)
         loss_of(model, batch).backward()
-        assert not any(a is b for a, b in zip(model.buffers(), originals, strict=True))
-        ends_by()
+        assert_same(buffers_of(model), before)
         assert all(a is b for a, b in zip(model.buffers(), originals, strict=True))
+        assert model[1].num_batches_tracked == 2 * count + 1
+        ends_by()
+        model(batch[0])
+        assert model[1].num_batches_tracked == 2 * count + 2
         optimizer.zero_grad()
 
 
