@@ -61,6 +61,14 @@ def statistics_of(module: nn.Module, rule: StatisticsRule) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in found.items() if buffer is not None}
 
 
+def _refuse_torchscript(module: nn.Module, name: str) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InvalidSettingError(
+            f"{name} of a TorchScript module cannot be kept from perturbed passes, since it calls no hooks and takes "
+            "no other buffers: use the module that it was made from, with torch.compile if you like"
+        )
+
+
 # ---------------------------------------------------------------------- for the passes of a driver of ours
 
 # Values of buffers, by the buffers' identities.
@@ -82,7 +90,7 @@ def start_of(model: nn.Module, rule: StatisticsRule) -> Start:
 def statistics_aside(model: nn.Module, rule: StatisticsRule, start: Start | None = None) -> Iterator[None]:
     """Within the block the model holds copies of its statistics. For one whole pass that nothing comes between.
 
-    It needs no hooks, so that compiled and TorchScript modules are covered whatever they were made from.
+    It needs no hooks, so that modules whose ``forward()`` is called directly are covered, too.
 
     Args:
         model: all its modules are looked at.
@@ -90,22 +98,16 @@ def statistics_aside(model: nn.Module, rule: StatisticsRule, start: Start | None
         start: what the copies of some buffers begin with, see :func:`start_of`; the others begin as they are.
     """
     originals: dict[tuple[int, str], tuple[Any, Tensor]] = {}
-    values: list[tuple[Tensor, Tensor]] = []
     try:
         for module in model.modules():
             for name, buffer in statistics_of(module, rule).items():
-                if isinstance(module, torch.jit.ScriptModule):  # takes no other buffers
-                    values.append((buffer, buffer.clone()))
-                    continue
+                _refuse_torchscript(module, name)
                 originals.setdefault((id(module._buffers), name), (module._buffers, buffer))
                 module._buffers[name] = (start or {}).get(id(buffer), buffer).clone()
         yield
     finally:
         for (_, name), (buffers, original) in originals.items():
             buffers[name] = original
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
 
 
 # ---------------------------------------------------------------------- by hooks of the modules
@@ -279,7 +281,7 @@ class _Freezing:
         is_on: from the beginning.
 
     Raises:
-        InvalidSettingError: for TorchScript modules with statistics, which call no hooks.
+        InvalidSettingError: for TorchScript modules with statistics.
     """
 
     def __init__(self, model: nn.Module, rule: StatisticsRule, is_on: bool) -> None:
@@ -300,11 +302,7 @@ class _Freezing:
         found = [(module, list(statistics_of(module, self._rule))) for module in model.modules()]
         found = [(module, names) for module, names in found if names]
         for module, names in found:
-            if isinstance(module, torch.jit.ScriptModule):
-                raise InvalidSettingError(
-                    f"{', '.join(names)} of a TorchScript module cannot be kept from perturbed passes, since it calls "
-                    "no hooks: use TrainStep, or the module that it was made from, with torch.compile if you like"
-                )
+            _refuse_torchscript(module, ", ".join(names))
         has_new_hooks = False
         for module, names in found:
             used = [name for name in power_iteration(module) if name in names]
