@@ -391,5 +391,5 @@ def test_schedulers_that_look_at_defaults():
 
 
 def test_a_group_that_is_none():
-    with pytest.raises(TypeError, match="a parameter group is a dict, got 'x'"):
+    with pytest.raises(TypeError, match="param_group must be a dict"):
         made(SAM).add_param_group("x")
