@@ -8,11 +8,11 @@ plain values. If everything fits one number alone, that is B; what fits none is 
 
 * Up to three tensors of equal length in the outermost list or tuple are fields, as ``[x, y]`` of torch's DataLoader is.
   Tensors that might as well be single samples are refused: images (C, H, W) with up to four channels, four or more of
-  the same shape, or a vector alone.
+  the same shape, a vector alone, or one row beside several.
 * Entries that hold a number, or a tensor without dimensions, are samples: ``[(image, 3), (image, 5)]``.
 * A list of B dicts or values beside something else with B samples is of samples.
 
-Everything else is refused; nothing is guessed.
+Everything else is refused.
 """
 
 from __future__ import annotations
@@ -273,9 +273,9 @@ def _decided(batch: Any, found: dict[int, _Cut]) -> dict[int, _Cut]:
 
 
 def _may_be_samples(tensors: Sequence[Any]) -> bool:
-    """Whether tensors of equal length may be one sample each."""
+    """Whether tensors may be one sample each, although they could be fields."""
     shapes = [tuple(t.shape) for t in tensors]
-    if all(len(shape) == 3 and shape[0] <= 4 for shape in shapes):
+    if len({shape[0] for shape in shapes}) > 1 or all(len(shape) == 3 and shape[0] <= 4 for shape in shapes):
         return True
     return (len(shapes) > 3 and len(set(shapes)) == 1) or (len(shapes) == 1 and len(shapes[0]) == 1)
 
@@ -338,14 +338,18 @@ def _fit_sequence(entries: Sequence[Any], samples: int, is_outermost: bool) -> _
     except _MisfitError as error:
         reason = error
     is_fields = fields is not None and any(cut is not None for cut in fields)
-    if is_samples and is_fields and _are_tensors(entries):
-        # Beside something else with as many samples: as many tensors, each with as many rows.
-        if not is_outermost or _may_be_samples(entries):
+    if is_samples and is_fields:
+        if _are_tensors(entries):
+            is_samples, is_plain = False, is_outermost and not _may_be_samples(entries)
+        elif is_outermost:
+            is_plain = all(_has_whole_value(entry, samples) for entry in entries)
+        else:
+            is_plain = not any(entry is None for entry in entries)
+        if not is_plain:
             raise ValueError(
-                f"a {type(entries).__name__} of {samples} tensors, each of {samples} rows, can be read as fields and "
+                f"a {type(entries).__name__} of {samples} entries, each with {samples} rows, can be read as fields and "
                 f"as samples; {_HELP}"
             )
-        is_samples = False
     if is_samples:
         return lambda start, end: _rebuilt(entries, entries[start:end])
     if is_fields:

@@ -77,9 +77,13 @@ READ = {
     "dicts": ([{"x": image, "y": i} for i, image in enumerate(images(6))], lambda p: [[s["x"][0, 0, 0] for s in p]]),
     "ragged": ([torch.full((2 + i,), i) for i in range(6)], lambda p: [[s[0] for s in p]]),
     "objects": ({"y": Y, "o": [Unknown(i) for i in range(6)]}, lambda p: [p["y"], [o.rows for o in p["o"]]]),
-    "one row": ((X, torch.ones(1, 4)), lambda p: [p[0][:, 0] / 2]),
+    "one row": ((X, Y, torch.ones(1, 4)), lambda p: [p[0][:, 0] / 2, p[1]]),
     "sparse": ((X.to_sparse(), Y), lambda p: [p[0].to_dense()[:, 0] / 2, p[1]]),
     "nested": ({"a": [X, "name"], "b": (Y, {"c": Y})}, lambda p: [p["a"][0][:, 0] / 2, p["b"][0], p["b"][1]["c"]]),
+    "as many boxes as images": (
+        (Y, [{"boxes": torch.full((6, 4), i)} for i in range(6)]),
+        lambda p: [p[0], [t["boxes"][0, 0] for t in p[1]]],
+    ),
     "missing": ((Y, [None, *boxes(6)[1:]]), lambda p: [p[0]]),
 }
 
@@ -104,7 +108,11 @@ REFUSED = {
     "images alone": (images(6), "can be read as 3 or 6 samples"),
     "images of other sizes": (images(6, False), "can be read as 3 or 6"),
     "vectors": ([torch.zeros(5)] * 4, "can be read as 4 or 5"),
-    "as many images as channels": ((images(3), torch.arange(3)), "a list of 3 tensors, each of 3 rows"),
+    "as many images as channels": ((images(3), torch.arange(3)), "a list of 3 entries, each with 3 rows"),
+    "no target": ((X[:2], None), "a tuple of 2 entries, each with 2 rows"),
+    "two tasks": ([{"x": X[:2]}, {"x": X[:2]}], "a list of 2 entries, each with 2 rows"),
+    "one row beside several": ([X[:1], X[:3], X[:3]], "a list of 3 entries, each with 3 rows"),
+    "one row beside six": ((X, X[:1]), "can be read as 2 or 6"),
     "flattened boxes": ((torch.zeros(4, 3, 8, 8), torch.zeros(7, 6)), r"shape \(7, 6\) does not have the 4 rows"),
     "another length": ((X, ["a", "b"]), "2 entries does not have the 6"),
     "number lists": (([1, 2, 3], [4, 5, 6]), "can be read as 2 or 3"),
