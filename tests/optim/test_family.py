@@ -134,7 +134,7 @@ def test_vasso_goes_on_from_an_average_that_began_at_zero():
     for _ in optimizer.each_pass():
         weight.grad = torch.tensor([1.0, 0.0], dtype=torch.float64)
         late.grad = torch.tensor([2.0], dtype=torch.float64)
-    average = optimizer.state_dict()["method_state"]["direction"]
+    average = optimizer.method_state("direction")
     assert average[0].tolist() == pytest.approx([0.6 * 1.2 + 0.4, 0.6 * 1.6], abs=1e-15)
     assert average[1].tolist() == [2.0]
 

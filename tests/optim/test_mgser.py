@@ -69,20 +69,20 @@ def gradient(model, at, loss, batch):
 @pytest.mark.parametrize("base", BASES, ids=str)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_trajectory(base, adaptive):
-    """Against the formula on one long vector, with torch's own base optimizer, in float64."""
+    """Against the formula on one long vector, with torch's own base optimizer, which minimises, in float64."""
     wanted, model = make_net(), make_net()
     optimizer = METHOD.make(model, base, adaptive=adaptive)
-    oracle = base.cls(wanted.parameters(), **copy.deepcopy(base.settings))
+    oracle = base.minimizing(wanted.parameters())
     sizes = [p.numel() for p in wanted.parameters()]
     for batch, memory_batch in pairs(6):
         by_passes(optimizer, model, batch, memory_batch)
         w = torch.nn.utils.parameters_to_vector(wanted.parameters()).detach().clone()
-        g_m = gradient(wanted, w, memory_loss, memory_batch)
-        g = gradient(wanted, w, loss_of, batch) + g_m
+        g_m = base.sign * gradient(wanted, w, memory_loss, memory_batch)
+        g = base.sign * gradient(wanted, w, loss_of, batch) + g_m
         t = w.abs() if adaptive else torch.ones_like(w)
         e = 0.1 * t**2 * g / (t * g).norm()
         g_plus = gradient(wanted, w + e, loss_of, batch) + gradient(wanted, w + e, memory_loss, memory_batch)
-        for p, own in zip(wanted.parameters(), (g_plus + 0.7 * g_m).split(sizes), strict=True):
+        for p, own in zip(wanted.parameters(), (base.sign * g_plus + 0.7 * g_m).split(sizes), strict=True):
             p.grad = own.view_as(p).clone()
         oracle.step()
         for a, b in zip(model.parameters(), wanted.parameters(), strict=True):
