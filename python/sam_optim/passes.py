@@ -157,6 +157,7 @@ class BegunStep:
             )
         self.passes, self._method = passes, method
         self.number = 0
+        self.expected: list[Pass] = []
         self.last: tuple[Gradients, bool] = [], False
         self._take(next(passes))
 
@@ -206,6 +207,11 @@ class BegunStep:
         if isinstance(asked, Update):
             self.waiting, self.update = None, asked
             return
+        if self.expected and self.expected[-1].last:
+            raise StepOrderError(
+                f"passes() of {self._method} yields {_named(asked)} after a pass that it said was the last: say "
+                "last=True of the pass that its Update follows"
+            )
         gradients, is_kept = self.last
         if not is_kept:
             gradients[:] = [OVERWRITTEN] * len(gradients)

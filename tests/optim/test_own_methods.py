@@ -122,6 +122,13 @@ def other_data(self):
     yield Pass(data="valid", perturbed=True, last=True)
 
 
+def more_than_the_last(self):
+    g = yield Pass(last=True)
+    ascend(self, g)
+    g_plus = yield Pass(perturbed=True, last=True)
+    yield Update(g_plus)
+
+
 def no_generator(self):
     return None
 
@@ -154,6 +161,7 @@ MISTAKES = [
     (a_name_first, TypeError, "yields 'train'; it may yield Pass"),
     (an_empty_list, StepOrderError, "yields an empty list"),
     (other_data, InvalidSettingError, "'valid'; it is one of train, validation, previous, memory"),
+    (more_than_the_last, StepOrderError, "after a pass that it said was the last"),
     (no_generator, TypeError, "returned NoneType: it has to be a generator"),
     (returned, TypeError, "returned list: it has to be a generator"),
     (raises_by_itself, ValueError, "coefficients of shape"),
