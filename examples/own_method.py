@@ -31,7 +31,7 @@ class MongeSAM(SharpnessAwareOptimizer):
 
     def passes(self) -> Passes:
         g = yield Pass()
-        self.ascend(g, rule=self.rule, scale=[[group["rho"]] for group in self.param_groups])
+        self.ascend(g, rule=self.rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus)
 

@@ -13,8 +13,8 @@ from sam_kernels.rules import NORM_EPSILON, RuleLike
 from .construction import BaseOptimizer
 from .optimizer import ClosureRuns
 from .passes import VALIDATION, Pass, Passes, Update
-from .sam import SAM, is_zero, radius
-from .settings import Adaptive, check_choice, check_number, handed_on
+from .sam import SAM
+from .settings import Adaptive, check_choice, check_number, handed_on, is_zero, radius
 
 
 class AgnosticSAM(SAM):

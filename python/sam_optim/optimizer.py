@@ -32,7 +32,7 @@ from .moves import StepReport
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup, Update
 from .planning import PlanCache
 from .randomness import Draws
-from .settings import check_choice
+from .settings import check_choice, radius
 from .step_hooks import runs_its_own_hooks
 from .updates import Updates
 from .watching import UnperturbedEntries
@@ -192,6 +192,22 @@ class SharpnessAwareOptimizer(Updates):
     @abstractmethod
     def passes(self) -> Passes:
         """One step of the method: yields :class:`Pass` objects and is sent their gradients, and yields its update."""
+
+    def radii(self, setting: str = "rho") -> list[list[float | Tensor]]:
+        """Each group's radius, as :meth:`ascend` takes it for its scale with one gradient list.
+
+        Args:
+            setting: its name in the groups.
+
+        Raises:
+            InvalidSettingError: unless each is a finite number of at least 0.
+        """
+        return [[radius(group[setting], setting)] for group in self.param_groups]
+
+    def validate_group(self, group: dict[str, Any]) -> None:
+        """Looks at ``rho``, for methods that keep one; methods with other settings add to it."""
+        if "rho" in group:
+            radius(group["rho"])
 
     def obstacle_to_side_by_side(self) -> str | None:
         """Why no passes of this method can run side by side; None if some can."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from .construction import BaseOptimizer
 from .errors import InvalidSettingError
 from .optimizer import ClosureRuns, SharpnessAwareOptimizer
 from .passes import Pass, Passes, Update
-from .settings import Adaptive, check_choice, check_number, handed_on
+from .settings import Adaptive, check_choice, check_number, handed_on, is_zero, radius
 
 # The eta of the authors of ASAM (arXiv 2102.11600, section 5).
 AUTHORS_ETA = 0.01
@@ -104,8 +103,7 @@ class SAM(SharpnessAwareOptimizer):
         yield Update(g_plus)
 
     def _radii(self) -> list[list[float | Tensor]]:
-        """Each group's rho."""
-        return [[radius(group["rho"])] for group in self.param_groups]
+        return self.radii()
 
     def _is_plain_step(self) -> bool:
         return all(is_zero(group["rho"]) for group in self.param_groups)
@@ -160,21 +158,3 @@ class ASAM(SAM):
         **base_kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, **handed_on(locals()))
-
-
-def radius(rho: Any, name: str = "rho") -> float | Tensor:
-    """A radius as the kernels take it. A tensor on a GPU stays there, and nobody looks at its value.
-
-    Raises:
-        InvalidSettingError: unless it is a finite number of at least 0.
-    """
-    if type(rho) is float and 0.0 <= rho < math.inf:
-        return rho
-    check_number(name, rho, 0)
-    return rho if isinstance(rho, Tensor) and rho.is_cuda else float(rho)
-
-
-def is_zero(rho: float | Tensor) -> bool:
-    """Whether a radius is known to be zero."""
-    rho = radius(rho)
-    return not isinstance(rho, Tensor) and rho == 0.0

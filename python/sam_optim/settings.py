@@ -180,3 +180,24 @@ def check_group_keys(group: dict[str, Any], method: type, of_groups: Iterable[st
                 f"{method.__name__} does not know {key!r} in a group, where it would do nothing"
                 f"{did_you_mean(key, of_groups)}"
             )
+
+
+# ---------------------------------------------------------------------- radii
+
+
+def radius(rho: Any, name: str = "rho") -> float | Tensor:
+    """A radius as the kernels take it. A tensor on a GPU stays there, and nobody looks at its value.
+
+    Raises:
+        InvalidSettingError: unless it is a finite number of at least 0.
+    """
+    if type(rho) is float and 0.0 <= rho < math.inf:
+        return rho
+    check_number(name, rho, 0)
+    return rho if isinstance(rho, Tensor) and rho.is_cuda else float(rho)
+
+
+def is_zero(rho: float | Tensor) -> bool:
+    """Whether a radius is known to be zero."""
+    rho = radius(rho)
+    return not isinstance(rho, Tensor) and rho == 0.0

@@ -289,3 +289,26 @@ def test_a_perturbation_of_two_steps():
     wanted = [[3.0, 1.0], [3.12, 1.16], [3.12 + 0.2 * 3.12 / norm, 1.16 + 0.2 * 4.64 / norm]]
     for point, numbers in zip(seen, wanted, strict=True):
         assert point.tolist() == pytest.approx(numbers, abs=1e-12)
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf"), "0.1", None])
+def test_a_radius_out_of_range(rho):
+    class Own(SharpnessAwareOptimizer):
+        def passes(self):
+            g = yield Pass()
+            self.ascend(g, rule=Normalized(), scale=self.radii())
+            g_plus = yield Pass(perturbed=True, last=True)
+            yield Update(g_plus)
+
+    model = make_net()
+    with pytest.raises(InvalidSettingError, match="Invalid rho"):
+        Own(model.parameters(), torch.optim.SGD, {"rho": rho}, lr=0.1)
+    optimizer = Own(model.parameters(), torch.optim.SGD, {"rho": 0.1}, lr=0.1)
+    before = weights_of(model)
+    optimizer.param_groups[0]["rho"] = rho
+    with pytest.raises(InvalidSettingError, match="Invalid rho"):
+        each_pass(model, optimizer, batches(1)[0])
+    assert_same(weights_of(model), before)
+    optimizer.param_groups[0]["rho"] = 0.2
+    each_pass(model, optimizer, batches(1)[0])
+    assert optimizer.last_step.updated
