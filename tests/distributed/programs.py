@@ -210,6 +210,7 @@ def exceptions_and_infinities(rank: int, ranks: int) -> None:
     assert any(not torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
     optimizer.restore()
     assert all(torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+    loss_of(model, of_rank(batch, rank, ranks)).backward()
     if rank == ranks - 1:
         next(model.parameters()).grad.to_local().fill_(math.inf)
     optimizer.first_step()
