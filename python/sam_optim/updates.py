@@ -141,10 +141,12 @@ class Updates(GroupsAndState):
 
         def change() -> None:
             # Hugging Face's Trainer calls train() before each micro-batch, of every pass.
-            if not (name == "train" and self._container["mode"] == "train" and self.is_step_begun):
+            if not self._is_step_as_if_not_begun():
+                if name == self._container["mode"] == "train" and self.is_step_begun:
+                    return
                 self._refuse_mid_step(f"{name}() was called")
-                switch()
-                self._container["mode"] = name
+            switch()
+            self._container["mode"] = name
 
         return change
 

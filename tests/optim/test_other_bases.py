@@ -376,7 +376,9 @@ def test_modes_change_between_steps():
     model = make_net()
     optimizer = SAM(model.parameters(), Averaging, rho=0.1, lr=0.1)
     batch = batches(1)[0]
-    optimizer.train()
+    optimizer.begin()
+    optimizer.train()  # as Hugging Face's Trainer does: the weights are still what they were
+    optimizer.restore()
     for _ in range(2):
         step_by_hand(optimizer, model, batch)
     before = weights_of(model)

@@ -125,6 +125,40 @@ def test_the_trainer_clips_what_the_update_is_made_of(tmp_path, name):
     assert_close(got, by_hand(MAKERS[name], 2, clip=0.1))
 
 
+def test_schedule_free_bases(tmp_path):
+    """The Trainer calls train() before each micro-batch, amid a step too, and eval() before it evaluates."""
+    others = pytest.importorskip("pytorch_optimizer")
+
+    def make(model):
+        return SAM(model.parameters(), others.ScheduleFreeAdamW, rho=0.05, lr=0.01)
+
+    def make_in_train_mode(model):
+        optimizer = make(model)
+        optimizer.train()
+        return optimizer
+
+    got, trainer = train(SharpnessAwareTrainer, tmp_path, make, gradient_accumulation_steps=2)
+    assert_close(got, by_hand(make_in_train_mode, 2))
+    trainer.evaluate(dataset())
+    assert not all(torch.equal(a, b) for a, b in zip(got, weights_of(trainer.model), strict=True))
+
+
+def test_step_hooks(tmp_path):
+    """A hook that clips does what the Trainer's own clipping does, with a method that combines gradients."""
+
+    def make(model):
+        optimizer = MAKERS["GSAM"](model)
+
+        def clip(*arguments):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+        optimizer.register_step_pre_hook(clip)
+        return optimizer
+
+    got, _ = train(SharpnessAwareTrainer, tmp_path, make, gradient_accumulation_steps=2)
+    assert_close(got, by_hand(MAKERS["GSAM"], 2, clip=0.1))
+
+
 def test_same_dropout_in_all_passes(tmp_path):
     """With rho next to nothing SAM is its base, whatever dropout draws; and later steps draw as without SAM."""
     results = []
