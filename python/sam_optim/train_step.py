@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from .optimizer import SharpnessAwareOptimizer
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
 from .randomness import Draws, RandomState
 from .side_by_side import Isolated, Lanes, OneLane, StreamLanes
+from .step_arguments import check_functions, check_modules, check_settings, check_validation
 
 Perturbation = Literal["batch", "micro_batch"]
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -113,10 +113,10 @@ class TrainStep:
     ) -> None:
         if not isinstance(optimizer, SharpnessAwareOptimizer):
             raise TypeError(f"TrainStep drives the optimizers of sam_optim, not {type(optimizer).__name__}")
-        _check_functions(loss_fn=loss_fn, memory_loss=memory_loss, split=split, weight=weight, statistics=statistics)
-        _check_modules(model, other_modules)
-        _check_settings(micro_batches, max_grad_norm, scaler, autocast)
-        _check_validation(validation, split)
+        check_functions(loss_fn=loss_fn, memory_loss=memory_loss, split=split, weight=weight, statistics=statistics)
+        check_modules(model, other_modules)
+        check_settings(micro_batches, max_grad_norm, scaler, autocast)
+        check_validation(validation, split)
         if perturbation not in ("batch", "micro_batch"):
             raise InvalidSettingError(f"Invalid perturbation: {perturbation!r}; it is 'batch' or 'micro_batch'")
         if perturbation == "micro_batch" and not optimizer.perturbs_micro_batches:
@@ -626,59 +626,3 @@ def _counted(loss: Tensor, share: Share) -> Tensor:
 def _detached(output: Any) -> Any:
     leaves, structure = tree_flatten(output)
     return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
-
-
-# ---------------------------------------------------------------- settings
-
-
-def _check_functions(**functions: Any) -> None:
-    for name, function in functions.items():
-        if not callable(function) and not (function is None and name not in ("loss_fn", "statistics")):
-            raise InvalidSettingError(f"Invalid {name}: {function!r}; it must be a function")
-
-
-def _check_modules(model: Any, others: Any) -> None:
-    if isinstance(others, nn.Module):
-        raise InvalidSettingError("Invalid other_modules: a module; it must be a list of them: [module]")
-    for name, module in [("model", model), *(("other_modules", other) for other in others)]:
-        if not isinstance(module, nn.Module):
-            raise InvalidSettingError(f"Invalid {name}: {type(module).__name__}; TrainStep drives torch.nn.Modules")
-        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
-            raise InvalidSettingError(
-                f"Invalid {name}: TorchScript, whose buffers TrainStep cannot put aside for a pass. Give it the module "
-                "that was scripted, by torch.compile if it is to be compiled; or drive the optimizer by each_pass()."
-            )
-
-
-def _check_settings(micro_batches: Any, max_grad_norm: Any, scaler: Any, autocast: Any) -> None:
-    is_whole = hasattr(type(micro_batches), "__index__") and not isinstance(micro_batches, (bool, Tensor))
-    if not is_whole or micro_batches < 1:
-        raise InvalidSettingError(f"Invalid micro_batches: {micro_batches!r}; it must be a whole number, at least 1")
-    if max_grad_norm is not None:
-        is_number = isinstance(max_grad_norm, Real) and not isinstance(max_grad_norm, bool)
-        if not is_number or not max_grad_norm > 0.0:
-            raise InvalidSettingError(f"Invalid max_grad_norm: {max_grad_norm!r}; it must be a number above 0, or None")
-    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise InvalidSettingError(f"Invalid scaler: {scaler!r}; it must be a torch.amp.GradScaler, or None")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise InvalidSettingError(
-            f"Invalid autocast: {autocast!r}; it must be torch.bfloat16, torch.float16 (with a scaler), or None"
-        )
-
-
-def _check_validation(validation: Any, split: Split | None) -> None:
-    if validation is None:
-        return
-    if isinstance(validation, (int, float)):
-        if isinstance(validation, bool) or not 0.0 < validation < 1.0:
-            raise InvalidSettingError(f"Invalid validation: {validation}; a share lies between 0 and 1")
-        if split not in (None, split_batch) and validation != 0.5:
-            raise InvalidSettingError(
-                f"Invalid validation: {validation}; a split of your own makes parts of one size, so the share can be "
-                "0.5 alone. Cut it off yourself: step(batch, validation_batch)."
-            )
-    elif isinstance(validation, (Tensor, str, bytes, Mapping)) or not hasattr(type(validation), "__iter__"):
-        raise InvalidSettingError(
-            f"Invalid validation: {type(validation).__name__}; it must be a share between 0 and 1 or an iterable of "
-            "batches, as a DataLoader. A single batch is given to the step: step(batch, validation_batch)."
-        )

@@ -484,7 +484,8 @@ def test_errors():
         ({"weight": 2}, "Invalid weight: 2"),
         ({"memory_loss": "loss"}, "Invalid memory_loss: 'loss'"),
         ({"statistics": None}, "Invalid statistics: None"),
-        ({"other_modules": model}, "Invalid other_modules: a module"),
+        ({"other_modules": model}, "Invalid other_modules: Net"),
+        ({"other_modules": None}, "Invalid other_modules: NoneType"),
         ({"other_modules": [None]}, "Invalid other_modules: NoneType"),
     ]:
         with pytest.raises(InvalidSettingError, match=message):
