@@ -118,14 +118,13 @@ def _obstacle_to_being_base(base: Any) -> str | None:
     required = [
         name
         for name, parameter in takes.items()
-        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_ONLY, _BY_PLACE_OR_NAME)
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     if required:
         return f"its step() needs {required[0]}, and the passes of a step have been made when it is called"
     return None
 
-
-_BY_PLACE_OR_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 # Names of classes, in lower case: several packages have them.
 _TAKING_SECOND_DERIVATIVES = {"adahessian", "sophiah"}

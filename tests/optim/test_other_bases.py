@@ -225,6 +225,11 @@ class NeedsClosure(torch.optim.SGD):
         raise NotImplementedError
 
 
+class NeedsMore(torch.optim.SGD):
+    def step(self, closure=None, *, losses):
+        raise NotImplementedError
+
+
 class InBackward(torch.optim.SGD):
     def fused_backward(self, loss, lr):
         raise NotImplementedError
@@ -245,6 +250,7 @@ class AcceleratedOptimizer(torch.optim.SGD):
         (AdaHessian, "differentiates p.grad once more"),
         (OfAnotherName, "differentiates p.grad once more"),
         (NeedsClosure, "its step\\(\\) needs closure"),
+        (NeedsMore, "its step\\(\\) needs losses"),
         (InBackward, "within the backward pass"),
         (AnotherSAM, "passes of its own"),
         (AcceleratedOptimizer, "prepared it already"),
