@@ -277,5 +277,5 @@ def test_a_copy_of_another_type_without_the_flag_is_refused(target):
     snapshot = sk.Snapshot(plan, masters=True)
     snapshot.taken[0] = 0
     with pytest.raises(ValueError, match="no master"):
-        sk.perturb_(plan, [[weight]], [1.0], snapshot=snapshot, backend=target.name)
+        sk.perturb_(plan, [[weight.clone()]], [1.0], snapshot=snapshot, backend=target.name)
     assert TAKEN == 1
