@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Before the names of what is kept, where it stands beside the base optimizer's state.
@@ -94,7 +95,10 @@ class KeptState:
 
 
 def _sizes_of(params: list[Tensor]) -> list[int]:
-    return list(map(Tensor.numel, params))
+    try:
+        return list(map(Tensor.numel, params))
+    except ValueError:  # a lazy module's parameters have no size yet
+        return [-1 if is_lazy(param) else param.numel() for param in params]
 
 
 def _places_of(params: list[Tensor]) -> list[tuple[int, int]]:
