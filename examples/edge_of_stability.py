@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from sam_optim import SAM, Stability, StabilityMonitor
-from sam_optim.quickstart import Data, load_digits
+from sam_optim.experiments import Data, load_digits
 
 
 def make_model() -> nn.Module:

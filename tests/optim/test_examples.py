@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import SAM, quickstart
+from sam_optim import SAM, experiments, quickstart
 from sam_optim.per_tensor import PerTensorSAM
 
 from .cases import batches, loss_of, make_net, step_by_hand
@@ -22,21 +22,123 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def test_quickstart(tmp_path, capsys):
     picture = tmp_path / "curves.png"
-    runs = quickstart.main(["--epochs", "12", "--seeds", "2", "--noise", "0.3", "--output", str(picture)])
+    runs = quickstart.main(["--epochs", "8", "--seeds", "2", "--noise", "0.3", "--output", str(picture)])
     assert picture.stat().st_size > 10_000
-    assert set(runs) == {"SGD", "per-tensor SAM", "SAM", "Agnostic-SAM"}
-    for of_name in runs.values():
+    assert set(runs) == {"SGD, not tuned", "SGD", "per-tensor SAM", "SAM", "Agnostic-SAM"}
+    passes = {"SGD, not tuned": 1, "SGD": 1, "per-tensor SAM": 2, "SAM": 2, "Agnostic-SAM": 4}
+    for name, of_name in runs.items():
         assert len(of_name) == 2
         for run in of_name:
             assert run.accuracies[-1] > 80.0
-            assert len(run.accuracies) == 12
-            assert len(run.step_seconds) == len(run.optimizer_seconds) == 12 * 20
+            assert len(run.accuracies) == 8
+            assert len(run.step_seconds) == len(run.optimizer_seconds) == 8 * 20
+            assert run.gradients == passes[name] * 8 * 20
     # The same method, whoever computes it.
     for ours, theirs in zip(runs["SAM"], runs["per-tensor SAM"], strict=True):
         assert ours.accuracies[-1] == pytest.approx(theirs.accuracies[-1], abs=1.5)
     output = capsys.readouterr().out
     assert "test accuracy" in output
     assert str(picture) in output.replace("\n", "")
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.6, 0.8])
+@pytest.mark.parametrize("split", ["hold_out", "of a user, by the same seed"])
+def test_wrong_labels_fall_into_the_held_out_part_as_into_the_other(noise, split):
+    """Within what chance allows: settings chosen on a part where all labels are random are chosen on noise."""
+    differences = []
+    for seed in (0, 1, 7, 1000):
+        (images, labels), _ = experiments.load_digits(noise, seed)
+        (_, right), _ = experiments.load_digits(0.0, seed)
+        is_wrong = (labels != right).float()
+        if split == "hold_out":
+            (kept_images, kept), (held_out_images, held_out) = experiments.hold_out((images, is_wrong), seed)
+            assert len(kept) + len(held_out) == len(labels)
+            together = torch.cat([kept_images, held_out_images])
+            assert torch.equal(together.sum(0), images.sum(0))  # each image once; their pixels are sixteenths
+        else:
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+            held_out, kept = is_wrong[order[: len(order) // 3]], is_wrong[order[len(order) // 3 :]]
+        share = is_wrong.mean().item()
+        deviation = (share * (1 - share) * (1 / len(kept) + 1 / len(held_out))) ** 0.5
+        differences.append((held_out.mean() - kept.mean()).item() / deviation)
+    assert max(map(abs, differences)) < 4.0
+    assert abs(sum(differences)) / len(differences) ** 0.5 < 4.0
+
+
+def test_the_test_images_are_in_no_training_set():
+    """Whatever the seed, so that no choice of settings has seen them."""
+    (first, _), (test, _) = experiments.load_digits(0.6, 0, experiments.TEST_SEED)
+    for seed in (1, 1000):
+        (train, _), (same_test, _) = experiments.load_digits(0.6, seed, experiments.TEST_SEED)
+        assert torch.equal(test, same_test)
+        assert torch.equal(train, first)
+
+
+@pytest.fixture
+def label_noise():
+    path = EXAMPLES / "label_noise.py"
+    if not path.exists():
+        pytest.skip("the examples are not here")
+    return runpy.run_path(str(path), run_name="example")
+
+
+@pytest.mark.parametrize("top", [(3, 4, 5), (0, 0, 4), (4, 7, 1)])
+def test_search_finds_the_top_wherever_it_lies(top):
+    """It tries all neighbours of its choice, and as many settings for each method."""
+    ladders = [[10.0 * rung for rung in range(8)]] * 3
+    tried = []
+
+    def score(values):
+        tried.append(tuple(round(value / 10.0) for value in values))
+        return -sum((a - b) ** 2 for a, b in zip(tried[-1], top, strict=True))
+
+    assert experiments.search(score, ladders, [30.0, 30.0, 30.0], 40) == [10.0 * rung for rung in top]
+    assert len(tried) == len(set(tried)) == 40
+    assert set(experiments.neighbours(top, ladders)) <= set(tried)
+
+
+def test_search_ends_where_all_was_tried():
+    assert experiments.search(lambda values: values[1], [[1.0], [0.0, 2.0, 4.0]], [1.0, 0.0], 40) == [1.0, 4.0]
+
+
+def test_label_noise_goes_on_where_it_stopped(label_noise, tmp_path, monkeypatch):
+    """A run that is in the file is not made again, and held-out runs never see the test set."""
+    settings = quickstart.Settings(0.1, 0.0, 2)
+    made = []
+
+    def train(make, train_set, evaluated_on, epochs, seed):
+        made.append((train_set, evaluated_on))
+        return quickstart.train(make, train_set, evaluated_on, epochs, seed)
+
+    monkeypatch.setitem(label_noise["run"].__globals__, "train", train)
+    found = []
+    for _ in range(2):
+        runs = experiments.Runs(tmp_path / "runs.jsonl")
+        found.append([label_noise["run"]("SAM", settings, 0.6, on, 1000, runs) for on in ("held out", "test")])
+    assert found[0] == found[1]
+    assert found[0][1]["gradients"] == 2.0
+    (chosen_with, held_out), (trained_with, test) = made
+    assert len(chosen_with[1]) + len(held_out[1]) == len(trained_with[1]) == 1257
+    assert len(test[1]) == 540
+
+
+def test_the_page_shows_what_the_runs_gave(label_noise, monkeypatch, tmp_path):
+    """And the quickstart's settings are those that were chosen."""
+    page = EXAMPLES.parent / "docs" / "experiments.md"
+    if not page.exists():
+        pytest.skip("the pages are not here")
+
+    def train(*_):
+        raise AssertionError("a run of the page's tables is not in the file")
+
+    monkeypatch.setitem(label_noise["run"].__globals__, "train", train)
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text())
+    label_noise["main"](["--page", str(copy)])
+    assert copy.read_text() == page.read_text()
+    runs = experiments.Runs(label_noise["RESULTS"])
+    for name in ("SGD", "SAM", "Agnostic-SAM"):
+        assert label_noise["choose"](name, 0.6, runs) == quickstart.CHOSEN[name]
 
 
 def test_continual_digits():
@@ -46,10 +148,11 @@ def test_continual_digits():
         pytest.skip("the examples are not here")
     example = runpy.run_path(str(path))
     options = SimpleNamespace(memory=50, epochs=2)
-    sets = quickstart.load_digits(0.0, 0)
-    replayed, _ = example["train"](example["Method"]("DER++", "MGSER-SAM"), {"rho": 0.02}, *sets, options, 0)
+    sets = experiments.load_digits(0.0, 0)
+    settings = {"rho": 0.02, "lr": 0.03}
+    replayed, _ = example["train"](example["Method"]("DER++", "MGSER-SAM"), settings, *sets, options, 0)
     options.memory = 1
-    alone, _ = example["train"](example["Method"]("ER", "SGD"), {}, *sets, options, 0)
+    alone, _ = example["train"](example["Method"]("ER", "SGD"), {"lr": 0.03}, *sets, options, 0)
     assert replayed.shape == (5, 5)
     assert example["final_accuracy"](replayed) > example["final_accuracy"](alone) + 20.0
     assert example["forgetting"](replayed) < example["forgetting"](alone)
@@ -107,8 +210,8 @@ def test_bfloat16_weights(capsys):
 
 
 def test_quickstart_noise_replaces_the_share_asked_for():
-    (_, clean), (_, test) = quickstart.load_digits(0.0, seed=1)
-    (_, noisy), (_, same_test) = quickstart.load_digits(0.6, seed=1)
+    (_, clean), (_, test) = experiments.load_digits(0.0, seed=1)
+    (_, noisy), (_, same_test) = experiments.load_digits(0.6, seed=1)
     # A tenth of random labels hits the right one.
     assert (clean != noisy).float().mean().item() == pytest.approx(0.6 * 0.9, abs=0.03)
     assert torch.equal(test, same_test)
