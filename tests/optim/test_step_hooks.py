@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sam_optim import SAM, WSAM, LookSAM, SAMPa, StepOrderError, TrainStep
+from sam_optim import GSAM, SAM, WSAM, LookSAM, SAMPa, StepOrderError, TrainStep
 
 from .cases import (
     BASES,
@@ -338,6 +338,23 @@ def test_an_overflow_is_skipped_whatever_a_hook_does(base):
         scaler.step(optimizer)
     assert_same(weights_of(model), before)
     assert not optimizer.last_step.updated
+
+
+@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("infinite", [0, 1])
+def test_an_update_that_is_left_out_shows_nan(base, infinite):
+    """Where the combination's Gram matrix is not finite; the weights and the base's state stay."""
+    model, optimizer = make(base, GSAM)
+    before, seen = weights_of(model), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(all(p.grad.isnan().all() for p in model.parameters())))
+    for number in range(2):
+        loss_of(model, batches(1)[0]).backward()
+        if number == infinite:
+            next(model.parameters()).grad[0, 0] = torch.inf
+        optimizer.second_step() if number else optimizer.first_step(zero_grad=True)
+    assert seen == [True]
+    assert_same(weights_of(model), before)
+    assert not optimizer.last_step.updated and not optimizer.state
 
 
 @pytest.mark.parametrize(
