@@ -482,7 +482,8 @@ class SharpnessAwareOptimizer(Updates):
 
         Returns:
             What the closure returned: for its only pass, or for the first of several (the loss at the weights
-            themselves). None without a closure.
+            themselves). None without a closure, and where no pass was left for it, as in steps of one pass by
+            ``"second_pass"``.
 
         Raises:
             StepOrderError: without closure if no step is begun or passes are missing; with a closure that cannot run
