@@ -34,22 +34,28 @@ class Term(NamedTuple):
 
 def terms_of(loss: Tensor) -> list[Term]:
     """Cross entropies, means, sums that something divides, and sums."""
-    found: list[Term] = []
-    for node in _nodes(loss.grad_fn, _PASSED):
-        name = _name_of(node)
-        if name in ("NllLoss", "NllLoss2D"):
-            if node._saved_reduction == 1:
-                found.append(Term(node._saved_total_weight, True))
-            elif node._saved_reduction == 2 and not _is_divided(node, loss):
-                found.append(Term(None, True))
-        elif name == "Mean":
-            found.append(Term(float(node._saved_self_sym_numel), False))
-        elif name == "Div" and _divides_a_sum(node):
-            found.append(Term(node._saved_other, False))
-        elif name == "Sum" and not _is_divided(node, loss) and not _is_of_means(node):
-            found.append(Term(None, False))
+    found = [term for node in _nodes(loss.grad_fn, _PASSED) if (term := _term_of(node, loss)) is not None]
     # Subclasses, as DTensors, may have other ranks to ask.
     return [term for term in found if not isinstance(term.divisor, Tensor) or type(term.divisor) is Tensor]
+
+
+def _term_of(node: Any, loss: Tensor) -> Term | None:
+    name = _name_of(node)
+    try:
+        if name in ("NllLoss", "NllLoss2D"):
+            if node._saved_reduction == 1:
+                return Term(node._saved_total_weight, True)
+            if node._saved_reduction == 2 and not _is_divided(node, loss):
+                return Term(None, True)
+        elif name == "Mean":
+            return Term(float(node._saved_self_sym_numel), False)
+        elif name == "Div" and _divides_a_sum(node):
+            return Term(node._saved_other, False)
+        elif name == "Sum" and not _is_divided(node, loss) and not _is_of_means(node):
+            return Term(None, False)
+    except (AttributeError, RuntimeError):
+        return None  # what nodes save is torch's own business, and may have another name in another torch
+    return None
 
 
 def _nodes(start: Any, passed: Sequence[str] | None) -> Iterator[Any]:
