@@ -146,7 +146,7 @@ class _Part:
         self.name(names, used)
 
     def name(self, names: list[str], used: list[str]) -> None:
-        self._names, self._used = names, used
+        self._names, self.used = names, used
         self._kept = [name for name in names if name not in _ONLY_WRITTEN]
 
     @property
@@ -195,10 +195,10 @@ class _Part:
     def note_start(self, module: nn.Module) -> None:
         """Of an unperturbed pass: where the power iteration begins."""
         data = self.freezing.data
-        if self._used and data not in self._started:
+        if data not in self._started:
             self._started.append(data)
             start: dict[str, Tensor] = {}
-            for name in self._used:
+            for name in self.used:
                 buffer = module._buffers.get(name)
                 if buffer is not None:
                     start[name] = buffer.detach().clone()
@@ -222,30 +222,26 @@ class _Hooks:
     def before(self, module: nn.Module, args: Any) -> None:
         if not module.training:
             return
-        if torch.compiler.is_compiling():
-            self._before(module)
-        else:
-            with _one_at_a_time:
-                self._before(module)
-
-    def _before(self, module: nn.Module) -> None:
         for part in self.parts[::-1]:
             if part.freezing.is_on:
-                part.put_aside(module)
+                if torch.compiler.is_compiling():
+                    part.put_aside(module)
+                else:
+                    with _one_at_a_time:
+                        part.put_aside(module)
                 return
         for part in self.parts:
-            part.note_start(module)
+            if part.used:
+                part.note_start(module)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._after(module)
-        else:
-            with _one_at_a_time:
-                self._after(module)
-
-    def _after(self, module: nn.Module) -> None:
         for part in self.parts:
-            part.put_back(module)
+            if part.freezing.aside:
+                if torch.compiler.is_compiling():
+                    part.put_back(module)
+                else:
+                    with _one_at_a_time:
+                        part.put_back(module)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": []}
