@@ -366,6 +366,7 @@ class SharpnessAwareOptimizer(Updates):
                         stacklevel=2,
                     )
 
+    @untraced
     def _has_gradients(self) -> bool:
         gradients = gradients_of(self._params())
         return len(missing(gradients)) < len(gradients)
