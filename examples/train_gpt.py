@@ -99,7 +99,7 @@ def main() -> None:
     step = TrainStep(model, optimizer, loss_of, micro_batches=options.micro_batches, max_grad_norm=1.0)
 
     def state() -> dict[str, object]:
-        weights, of_optimizer = get_state_dict(model, optimizer.base_optimizer)
+        weights, of_optimizer = get_state_dict(model, optimizer)
         return {"model": weights, "optimizer": of_optimizer, "number": torch.tensor(number)}
 
     number = 0
@@ -107,9 +107,7 @@ def main() -> None:
     if saves:
         saved = state()
         dcp.load(saved, checkpoint_id=saves[-1])
-        set_state_dict(
-            model, optimizer.base_optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-        )
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
         number = int(saved["number"])
 
     text, held_out = load_text()

@@ -154,6 +154,13 @@ class StateOfBoth(MutableMapping[Any, Any]):
         if kept is None or key in self._state:
             del self._state[key]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._state or key in self._beside
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """As a dict's: a base's state may make an entry for whatever it is asked for by index."""
+        return self[key] if key in self else default  # noqa: SIM401  is this very method
+
     def keep(self, key: Any, name: str, value: Tensor | None) -> None:
         """Writes to what the method keeps."""
         self._set_kept(key, name, value)

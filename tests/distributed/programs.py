@@ -299,7 +299,7 @@ def two_dimensions(rank: int, ranks: int) -> None:
 
 
 def checkpoints(rank: int, ranks: int) -> None:
-    """By torch.distributed.checkpoint's state dicts of the base optimizer, and by the optimizer's own."""
+    """By torch.distributed.checkpoint's state dicts, and by the optimizer's own."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     mesh = init_device_mesh("cpu", (ranks,))
@@ -307,6 +307,7 @@ def checkpoints(rank: int, ranks: int) -> None:
         (Method(SAM, {"rho": 0.1}), ADAMW, False),
         (Method(SAM, {"rho": 0.1}), SGD, True),
         (Method(FriendlySAM, {"rho": 0.1}), SGD, True),
+        (Method(FriendlySAM, {"rho": 0.1}), UNFUSED, False),
     ):
         model = sharded(make_model(), mesh)
         optimizer = method.make(model, base)
@@ -315,7 +316,7 @@ def checkpoints(rank: int, ranks: int) -> None:
         if own_dict:
             saved = copy.deepcopy(optimizer.state_dict())
         else:
-            saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer.base_optimizer))
+            saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
         train(TrainStep(model, optimizer, loss_of), rank, ranks)
 
         resumed = sharded(make_model(), mesh)
@@ -324,7 +325,7 @@ def checkpoints(rank: int, ranks: int) -> None:
         if own_dict:
             optimizer.load_state_dict(saved)
         else:
-            set_optimizer_state_dict(resumed, optimizer.base_optimizer, saved)
+            set_optimizer_state_dict(resumed, optimizer, saved)
         train(TrainStep(resumed, optimizer, loss_of), rank, ranks)
         for own, other in zip(resumed.parameters(), model.parameters(), strict=True):
             assert torch.equal(own.to_local(), other.to_local())

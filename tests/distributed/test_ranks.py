@@ -10,7 +10,7 @@ import torch
 from sam_kernels import Peers, Plan, UnsupportedTensorError
 from sam_optim import SAM, InvalidSettingError, SAMPa, StabilityMonitor, TrainStep
 
-from . import plain_parts, programs
+from . import checkpointing, plain_parts, programs
 from .ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
@@ -34,6 +34,20 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 )
 def test_two_ranks(program):
     on_ranks(2, program, 2)
+
+
+def test_checkpoints_for_other_numbers_of_ranks(tmp_path):
+    """Each in fresh processes: saved by two ranks, loaded and saved by one, loaded by two."""
+    first, second = str(tmp_path), str(tmp_path / "again")
+    on_ranks(2, checkpointing.save, 2, first)
+    on_ranks(1, checkpointing.load, 1, first, second)
+    on_ranks(2, checkpointing.load, 2, second)
+
+
+def test_accelerate_resumes_in_fresh_processes(tmp_path):
+    pytest.importorskip("accelerate")
+    on_ranks(2, checkpointing.save_by_accelerate, 2, str(tmp_path))
+    on_ranks(2, checkpointing.load_by_accelerate, 2, str(tmp_path))
 
 
 def test_mmengine():

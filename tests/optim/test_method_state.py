@@ -196,6 +196,9 @@ def test_state_shows_what_is_kept():
     assert optimizer.base_optimizer.state[weight]["exp_avg"].eq(6.0).all()
     assert "sam_optim_direction" not in optimizer.base_optimizer.state[weight]
     assert type(copy.deepcopy(optimizer.state)) is dict
+    other = nn.Parameter(torch.ones(1))
+    assert other not in optimizer.state and optimizer.state.get(other) is None
+    assert other not in optimizer.base_optimizer.state and len(optimizer.state) == 4
 
     del optimizer.state[weight]
     assert optimizer.method_state("direction")[0] is None
