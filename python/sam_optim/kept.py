@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sam_kernels import Plan
+from sam_kernels.host import same_objects
+
 # Before the names of what is kept, where it stands beside the base optimizer's state.
 PREFIX = "sam_optim_"
 
@@ -33,6 +36,7 @@ class KeptState:
         self._sizes: list[int] = []
         self._lists: Lists = {}
         self._aside: dict[str, MutableMapping[Tensor, Tensor]] = {}
+        self._plan: Plan | None = None
 
     @property
     def names(self) -> list[str]:
@@ -50,6 +54,12 @@ class KeptState:
         """Whether some parameter has an entry."""
         return any(entry is not None for entry in self._lists.get(name, ()))
 
+    def plan_of(self, entries: list[Tensor]) -> Plan:
+        """The kernels' view of entries that are written to in every step."""
+        if self._plan is None or not same_objects(entries, self._plan.params):
+            self._plan = Plan(entries)
+        return self._plan
+
     def forget_others(self, name: str) -> None:
         """Drops what waits for parameters that are in no group now."""
         self._aside.pop(name, None)
@@ -58,7 +68,7 @@ class KeptState:
         """Other lists, of these parameters; nothing of before is kept."""
         self.is_awaited = False
         self._params, self._sizes = params, _sizes_of(params)
-        self._lists, self._aside = lists, {}
+        self._lists, self._aside, self._plan = lists, {}, None
 
     def follow(self, params: list[Tensor]) -> None:
         """Puts entries where their parameters are now.
@@ -77,6 +87,7 @@ class KeptState:
         return True
 
     def _rearrange(self, params: list[Tensor]) -> None:
+        self._plan = None
         before, places = _places_of(self._params), _places_of(params)
         for name, entries in self._lists.items():
             aside = self._aside.setdefault(name, WeakTensorKeyDictionary())

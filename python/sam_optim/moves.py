@@ -258,9 +258,10 @@ class Moves:
             if state[i] is None:
                 state[i] = torch.zeros_like(params[i], dtype=self._state_dtype(params[i]), requires_grad=False)
         if index:
-            out = [state[i] for i in index]
+            kept: KeptState = self._container["method state"]
+            out = kept.plan_of([state[i] for i in index])  # type: ignore[misc]
             chosen = [[x[i] for i in index] for x in lists]
-            sam_kernels.combine_(out, chosen, coefficients, backend=self.backend)  # type: ignore[arg-type]
+            sam_kernels.combine_(out, chosen, coefficients, backend=self.backend)
 
     def moving_average(
         self, name: str, gradients: Gradients, kept: float, starts_at_gradient: bool = False
