@@ -61,6 +61,7 @@ def test_same_bits_and_no_warning(method, base, drive, compiled):
     assert_same(got, train(method, base, drive, None))
 
 
+@pytest.mark.filterwarnings("ignore:each_pass\\(\\) was left:UserWarning")
 def test_an_exception_in_a_compiled_step_leaves_the_weights():
     model = make_net(torch.float32)
     optimizer = METHODS[0][0].make(model, SGD)
