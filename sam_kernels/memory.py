@@ -16,8 +16,9 @@ _WEIGHT, _STATE, _LIST = range(3)
 
 
 class _Piece(NamedTuple):
-    """The memory of one tensor of a launch, as addresses in bytes."""
+    """The memory of one tensor of a launch, as addresses in bytes within one space."""
 
+    space: int
     begin: int
     end: int
     kind: int
@@ -32,6 +33,15 @@ def extent_of(tensor: Tensor) -> tuple[int, int]:
     begin = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (last + 1) * tensor.element_size()
+
+
+def _place_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Space, begin and end. Devices that give no addresses have a space for each storage."""
+    begin, end = extent_of(tensor)
+    if tensor.data_ptr() != 0:
+        return 0, begin, end
+    offset = int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.untyped_storage()._cdata, begin + offset, end + offset
 
 
 def shares_memory(
@@ -52,7 +62,7 @@ def shares_memory(
     """
     pieces = _pieces(plan, xs, base, snapshot, is_sum)
     masters = b"" if snapshot is None else bytes(flag & MASTER for flag in snapshot.taken)
-    key = [(*piece[:4], piece.tensor.stride()) for piece in pieces], masters, is_sum
+    key = [(*piece[:5], piece.tensor.stride()) for piece in pieces], masters, is_sum
     if plan.memory is None or plan.memory[0] != key:
         plan.memory = key, _is_shared(plan, pieces, masters, is_sum)
     return plan.memory[1]
@@ -68,10 +78,10 @@ def _is_shared(plan: Plan, pieces: list[_Piece], masters: bytes, is_sum: bool) -
             )
     found = False
     open_pieces: list[_Piece] = []
-    for piece in sorted(pieces, key=lambda piece: piece.begin):
-        open_pieces = [other for other in open_pieces if other.end > piece.begin]
+    for piece in sorted(pieces, key=lambda piece: (piece.space, piece.begin)):
+        open_pieces = [other for other in open_pieces if other.space == piece.space and other.end > piece.begin]
         for other in open_pieces:
-            if piece.kind == other.kind == _LIST or not _has_common_element(piece.tensor, other.tensor):
+            if piece.kind == other.kind == _LIST or not _has_common_element(piece, other):
                 continue
             if _LIST in (piece.kind, other.kind):
                 written, gradient = (other, piece) if piece.kind == _LIST else (piece, other)
@@ -93,10 +103,10 @@ def _is_shared(plan: Plan, pieces: list[_Piece], masters: bytes, is_sum: bool) -
 def sharing(plan: Plan) -> tuple[str, str] | None:
     """Names of two parameters that share memory, None if none do."""
     open_pieces: list[_Piece] = []
-    for piece in sorted(_pieces(plan, [], None, None, True), key=lambda piece: piece.begin):
-        open_pieces = [other for other in open_pieces if other.end > piece.begin]
+    for piece in sorted(_pieces(plan, [], None, None, True), key=lambda piece: (piece.space, piece.begin)):
+        open_pieces = [other for other in open_pieces if other.space == piece.space and other.end > piece.begin]
         for other in open_pieces:
-            if _has_common_element(piece.tensor, other.tensor):
+            if _has_common_element(piece, other):
                 return plan.names[other.row], plan.names[piece.row]
         open_pieces.append(piece)
     return None
@@ -110,7 +120,7 @@ def _pieces(
 
     def add(kind: int, row: int, tensor: Tensor | None) -> None:
         if tensor is not None and tensor.numel() > 0:
-            pieces.append(_Piece(*extent_of(tensor), kind, row, tensor))
+            pieces.append(_Piece(*_place_of(tensor), kind, row, tensor))
 
     for row, weight in enumerate(plan.tensors):
         has_entry = any(x[row] is not None for x in xs)
@@ -128,7 +138,7 @@ def _is_same(written: _Piece, read: _Piece) -> bool:
     """Whether both are the same elements of the same parameter."""
     return (
         written.row == read.row
-        and written.begin == read.begin
+        and (written.space, written.begin) == (read.space, read.begin)
         and written.tensor.dtype == read.tensor.dtype
         and written.tensor.stride() == read.tensor.stride()
     )
@@ -142,12 +152,13 @@ def _gradient_error(plan: Plan, written: _Piece, gradient: _Piece) -> ValueError
     )
 
 
-def _has_common_element(a: Tensor, b: Tensor) -> bool:
+def _has_common_element(one: _Piece, other: _Piece) -> bool:
     """Whether two tensors whose ranges of memory overlap share an element: views may lie between each other's."""
+    a, b = one.tensor, other.tensor
     if is_dense(a) and is_dense(b):
         return True
     size = a.element_size()
-    if b.element_size() != size or (a.data_ptr() - b.data_ptr()) % size != 0:
+    if b.element_size() != size or (one.begin - other.begin) % size != 0:
         return True
-    behind = (b.data_ptr() - a.data_ptr()) // size
+    behind = (other.begin - one.begin) // size
     return bool(torch.isin(offsets_of(a), offsets_of(b) + behind).any())
