@@ -400,6 +400,50 @@ def test_rho_follows_the_learning_rate():
         RhoFollowsLR(optimizer, lr_max=0.0)
 
 
+@pytest.mark.parametrize("schedule", [lambda o: LambdaRho(o, lambda step: 0.5**step), RhoFollowsLR])
+def test_a_group_that_is_added_later_follows_the_schedule(schedule):
+    weights = list(make_net().parameters())
+    optimizer = SAM(weights[:1], torch.optim.SGD, rho=0.1, lr=0.4)
+    schedule = schedule(optimizer)
+    optimizer.add_param_group({"params": weights[1:], "rho": 0.2, "lr": 0.2})
+    schedule.step()
+    expected = [0.05, 0.1] if isinstance(schedule, LambdaRho) else [0.1, 0.2]
+    assert [group["rho"] for group in optimizer.param_groups] == pytest.approx(expected)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    schedule.step()
+    assert [group["rho"] for group in optimizer.param_groups] == pytest.approx([v / 2 for v in expected])
+
+
+def test_one_function_for_each_group_needs_one_for_a_new_group_too():
+    weights = list(make_net().parameters())
+    optimizer = SAM(weights[:1], torch.optim.SGD, rho=0.1, lr=0.4)
+    schedule = LambdaRho(optimizer, [lambda step: 0.5**step])
+    optimizer.add_param_group({"params": weights[1:]})
+    with pytest.raises(InvalidSettingError, match=r"1 functions for 2 groups.*rho_lambdas"):
+        schedule.step()
+    schedule.rho_lambdas.append(lambda step: 1.0)
+    schedule.step()
+    assert [group["rho"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.1])
+
+
+def test_a_rho_that_is_a_tensor_is_written_into():
+    """A CUDA graph goes on reading the tensor that it was recorded with. Groups that share a default part."""
+    first, second = next(make_net().parameters()), nn.Parameter(torch.ones(3))
+    rho = torch.tensor(0.2)
+    optimizer = SAM([{"params": [first]}, {"params": [second], "lr": 0.4}], torch.optim.SGD, rho=rho, lr=0.1)
+    by_step = LambdaRho(optimizer, [lambda step: 0.5**step, lambda step: 0.25**step])
+    by_step.step()
+    by_step.step()
+    assert optimizer.param_groups[0]["rho"] is rho
+    assert by_step.get_last_rho() == pytest.approx([0.05, 0.0125])
+    by_lr = RhoFollowsLR(optimizer)
+    for lr, expected in ((0.05, 0.1), (0.1, 0.2)):
+        optimizer.param_groups[0]["lr"] = lr
+        by_lr.step()
+        assert optimizer.param_groups[0]["rho"] is rho and rho.item() == pytest.approx(expected)
+
+
 def warm_up_and_cosine(optimizer):
     schedulers = torch.optim.lr_scheduler
     warm_up = schedulers.LinearLR(optimizer, start_factor=0.1, total_iters=4)
