@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .settings import whole_number
+
 
 class ReservoirMemory:
     """A uniform sample of all samples seen so far (reservoir sampling, Vitter 1985, algorithm R).
@@ -22,12 +24,13 @@ class ReservoirMemory:
 
     Attributes:
         seen: samples added so far.
+
+    Raises:
+        InvalidSettingError: for a capacity that is no whole number of at least 1.
     """
 
     def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
-        if capacity < 1:
-            raise ValueError(f"Invalid capacity: {capacity}; it must be at least 1")
-        self.capacity, self.seen = capacity, 0
+        self.capacity, self.seen = whole_number("capacity", capacity, 1), 0
         self._device = None if device is None else torch.device(device)
         self._columns: list[Tensor] = []
         self._generator = torch.Generator("cpu").manual_seed(seed)
@@ -83,8 +86,9 @@ class ReservoirMemory:
         Raises:
             ValueError: if the memory is empty, or ``count`` is not positive.
         """
-        if len(self) == 0 or count < 1:
-            raise ValueError(f"cannot draw {count} samples from a memory of {len(self)}")
+        count = whole_number("count", count, 1)
+        if len(self) == 0:
+            raise ValueError(f"cannot draw {count} samples from a memory of 0")
         drawn = torch.randperm(len(self), generator=self._generator, device="cpu")[:count]
         return tuple(own[drawn.to(own.device)] for own in self._columns)
 
@@ -107,7 +111,8 @@ class ReservoirMemory:
             raise ValueError(f"the state is of a memory of {state_dict['capacity']} samples, not {self.capacity}")
         self.seen = state_dict["seen"]
         self._columns = [own.to(self._device or own.device, copy=True) for own in state_dict["columns"]]
-        self._generator.set_state(state_dict["generator"])
+        # torch.load(map_location="cuda") moves it with the samples.
+        self._generator.set_state(state_dict["generator"].cpu())
 
 
 def dark_experience_loss(
@@ -131,7 +136,18 @@ def dark_experience_loss(
 
     Returns:
         A scalar; both parts are means.
+
+    Raises:
+        ValueError: for labels without logits of their samples or the reverse, or stored logits of another shape.
     """
+    if (labelled_logits is None) != (labels is None):
+        given, missing = ("labels", "labelled_logits") if labelled_logits is None else ("labelled_logits", "labels")
+        raise ValueError(f"{given} were given without {missing}: DER++ needs both, DER none of them")
+    if logits.shape != stored_logits.shape:
+        raise ValueError(
+            f"logits have the shape {tuple(logits.shape)}, and stored_logits {tuple(stored_logits.shape)}: if the "
+            "model has got new outputs since, compare those that it had, logits[:, : stored_logits.shape[1]]"
+        )
     loss = alpha * functional.mse_loss(logits, stored_logits)
     if labelled_logits is not None and labels is not None:
         loss = loss + beta * functional.cross_entropy(labelled_logits, labels)

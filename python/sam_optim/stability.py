@@ -20,6 +20,7 @@ from .optimizer import SharpnessAwareOptimizer
 from .per_tensor import PerTensorSAM
 from .randomness import RandomState
 from .sam import ASAM, SAM
+from .step_arguments import loss_of
 
 
 def edge_of_stability(lr: float, rho: float, gradient_norm: float) -> float:
@@ -155,6 +156,7 @@ class StabilityMonitor:
             StepOrderError: in the middle of a step.
             ValueError: if groups differ in lr or rho, for which there is no theory; if the gradient is not finite, or
                 there is none; or for reentrant checkpointing, through which there are no second derivatives.
+            TypeError: if ``loss_fn`` returns something else than a loss of one element, or one with more behind it.
             UnsupportedTensorError: for DTensors and with a process_group; measure on a whole model.
         """
         if isinstance(self.optimizer, SharpnessAwareOptimizer) and self.optimizer.is_step_begun:
@@ -162,7 +164,8 @@ class StabilityMonitor:
         # Of a plain optimizer, Adadelta, rho is something else.
         is_wrapper = hasattr(self.optimizer, "base_optimizer")
         lr, rho = self._one_of("lr", None), self._one_of("rho", 0.0) if is_wrapper else 0.0
-        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        listed = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        params = list(dict.fromkeys(listed))  # one that stands twice is one direction of the loss
         if any(is_distributed(p) for p in params) or getattr(self.optimizer, "process_group", None) is not None:
             raise UnsupportedTensorError(
                 "StabilityMonitor cannot measure a model that is spread over ranks; use one that is whole"
@@ -227,8 +230,7 @@ class StabilityMonitor:
         return [group for group in self.optimizer.param_groups if group["params"]]
 
     def _gradients(self, params: Sequence[Tensor], batch: Any, graph: bool) -> tuple[float, list[Tensor]]:
-        output = self.loss_fn(self.model, batch)
-        loss = output[0] if isinstance(output, (tuple, list)) else output
+        loss = loss_of(self.loss_fn(self.model, batch))
         _check_graph(loss)
         gradients = torch.autograd.grad(loss, params, create_graph=graph, allow_unused=True)
         return loss.item(), [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, params, strict=True)]

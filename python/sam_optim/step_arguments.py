@@ -65,3 +65,16 @@ def check_validation(validation: Any, split: Split | None) -> None:
             f"Invalid validation: {type(validation).__name__}; it must be a share between 0 and 1 or an iterable of "
             "batches, as a DataLoader. A single batch is given to the step: step(batch, validation_batch)."
         )
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what ``loss_fn`` returns.
+
+    Raises:
+        TypeError: if there is none, or one of several elements.
+    """
+    loss = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn must return the loss first, a tensor of one element, got {got}")
+    return loss

@@ -24,7 +24,7 @@ from .optimizer import SharpnessAwareOptimizer
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
 from .randomness import Draws, RandomState
 from .side_by_side import Isolated, Lanes, OneLane, StreamLanes
-from .step_arguments import check_functions, check_modules, check_settings, check_validation
+from .step_arguments import check_functions, check_modules, check_settings, check_validation, loss_of
 
 Perturbation = Literal["batch", "micro_batch"]
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -424,7 +424,7 @@ class _Step:
             return None
         if self.owner.micro_batches == 1:
             return self._outputs[0][1]
-        losses = sum(share * _counted(_loss_of(output), share) for share, output in self._outputs)
+        losses = sum(share * _counted(loss_of(output), share) for share, output in self._outputs)
         if all(isinstance(output, Tensor) for _, output in self._outputs):
             return losses
         return losses, [list(output[1:]) for _, output in self._outputs]
@@ -483,7 +483,7 @@ class _Step:
                 device = next(iter(owner._devices())).type
                 with torch.autocast(device, dtype=owner.autocast):
                     output = loss_fn(owner.model, batch)
-            loss = _loss_of(output)
+            loss = loss_of(output)
             if is_first and owner.looks_at_means:
                 self._means.append(terms_of(loss))
             loss = _counted(loss, share) * share
@@ -606,14 +606,6 @@ def _without_sync(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
-
-
-def _loss_of(output: Any) -> Tensor:
-    loss = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"loss_fn must return the loss first, a tensor of one element, got {got}")
-    return loss
 
 
 def _counted(loss: Tensor, share: Share) -> Tensor:

@@ -82,8 +82,11 @@ def test_what_is_added_may_change_afterwards():
 
 def test_what_is_refused():
     memory = ReservoirMemory(4)
-    with pytest.raises(ValueError, match="capacity"):
-        ReservoirMemory(0)
+    for capacity in (0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match="Invalid capacity"):
+            ReservoirMemory(capacity)
+    with pytest.raises(ValueError, match="Invalid count"):
+        memory.sample(0.5)
     with pytest.raises(ValueError, match="memory of 0"):
         memory.sample(1)
     with pytest.raises(ValueError, match="one length"):
@@ -105,6 +108,12 @@ def test_dark_experience_loss():
     torch.testing.assert_close(der, 0.3 * squares)
     both = dark_experience_loss(logits, stored, alpha=0.3, labelled_logits=other, labels=labels, beta=0.8)
     torch.testing.assert_close(both, 0.3 * squares + 0.8 * entropy)
+    with pytest.raises(ValueError, match="labels were given without labelled_logits"):
+        dark_experience_loss(logits, stored, labels=labels)
+    with pytest.raises(ValueError, match="labelled_logits were given without labels"):
+        dark_experience_loss(logits, stored, labelled_logits=other)
+    with pytest.raises(ValueError, match="new outputs"):  # torch would compare each row with this one
+        dark_experience_loss(logits, stored[:1])
 
 
 def test_only_tensors_are_kept():
@@ -113,3 +122,20 @@ def test_only_tensors_are_kept():
         with pytest.raises(TypeError, match=r"a memory keeps tensors, got a (dict|list).*add\(x, y\)"):
             memory.add(*columns)
     assert memory.seen == 0
+
+
+def test_a_state_that_was_loaded_to_another_device():
+    """``torch.load(map_location=...)`` moves the generator's state as well, which generators take on the CPU alone."""
+
+    class Elsewhere:
+        def __init__(self, state):
+            self.state = state
+
+        def cpu(self):
+            return self.state
+
+    memory, resumed = ReservoirMemory(5), ReservoirMemory(5)
+    fill(memory, 40, 8)
+    state = memory.state_dict()
+    resumed.load_state_dict({**state, "generator": Elsewhere(state["generator"])})
+    assert torch.equal(memory.sample(3)[0], resumed.sample(3)[0])

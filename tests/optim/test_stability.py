@@ -152,6 +152,25 @@ def test_parameters_that_take_no_part():
     assert StabilityMonitor(single, only, quadratic_loss).measure(None).eigenvalue == pytest.approx(3.0)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_stands_twice_is_one():
+    model = Quadratic([[3.0, 1.0], [1.0, 2.0]], [0.5, 0.3])
+    once = torch.optim.SGD([model.a, model.b], lr=0.1)
+    twice = torch.optim.SGD([model.a, model.b, model.a], lr=0.1)
+    expected, found = (StabilityMonitor(model, o, quadratic_loss).measure(None) for o in (once, twice))
+    assert found.eigenvalue == pytest.approx(expected.eigenvalue, rel=1e-6) == pytest.approx(2.5 + math.sqrt(1.25))
+    assert found.gradient_norm == pytest.approx(expected.gradient_norm)
+    assert found.perturbed_alignment == pytest.approx(expected.perturbed_alignment)
+
+
+@pytest.mark.parametrize("output", [{"loss": torch.ones(())}, torch.ones(3), None])
+def test_what_is_no_loss_is_refused(output):
+    model = make_net()
+    monitor = StabilityMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, batch: output)
+    with pytest.raises(TypeError, match="loss_fn must return the loss first"):
+        monitor.measure(None)
+
+
 def test_what_is_refused(monkeypatch):
     model = make_net()
     weights = list(model.parameters())
