@@ -67,12 +67,12 @@ ALL = {**METHODS, **FAMILY, NOT_TUNED: None}
 # What the page shows: the share of random labels, and the methods.
 TABLES: dict[str, tuple[float, list[str]]] = {
     "60 % random labels": (0.6, [NOT_TUNED, "SGD", "SAM", "SAMPa", "Align-SAM", "Agnostic-SAM"]),
-    "80 % random labels": (0.8, [NOT_TUNED, "SGD", "SAM", "Agnostic-SAM"]),
-    "family, 60 % random labels": (0.6, ["SGD", "SAM", "Momentum-SAM", "SAM every 2nd step"]),
+    "80 % random labels": (0.8, [NOT_TUNED, "SGD", "SAM", "Align-SAM", "Agnostic-SAM"]),
+    "family, 60 % random labels": (0.6, ["SGD", "SAM", "Momentum-SAM", "LookSAM", "AE-SAM", "SAM every 2nd step"]),
 }
 
 # Ladders that go on beyond where any method learns. The search starts at 0.1, 0.001 and 30.
-RHOS = tuple(0.00625 * 2**i for i in range(14))
+RHOS = tuple(0.00625 * 2**i for i in range(-8, 14))
 DECAYS = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 EPOCHS = (2, 4, 8, 15, 30, 60, 120, 240)
 
