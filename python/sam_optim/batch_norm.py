@@ -5,8 +5,9 @@ written to the real ones. So normalisation itself is unchanged, any way of updat
 average, counters), and the helpers can be nested and called twice. The copies are put in place by hooks of the module
 itself, for as long as its forward pass runs: whoever looks at the module before or after sees the real buffers.
 
-Spectral normalisation keeps the vectors of a power iteration in the same way, but forward passes use them, too. So its
-copies begin where the unperturbed pass on the same batch began, as its dropout does.
+Some forward passes use what they update: spectral normalisation the vectors of its power iteration, batch
+renormalisation its averages, vector quantisation its codes. There copies begin where the unperturbed pass on the same
+batch began, as its dropout does, so that both passes are of one loss.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from torch.utils.hooks import RemovableHandle
 from .errors import InvalidSettingError
 from .optimizer import SharpnessAwareOptimizer
 from .passes import TRAIN, Pass
+from .unnamed_state import UnnamedState
 
 # From a module to the names of its buffers that a forward pass in training mode updates.
 StatisticsRule = Callable[[nn.Module], Iterable[str]]
 
-# Those that forward passes in training mode write and do not read.
+# Those that the forward passes of torch's own layers write in training mode and do not read.
 _ONLY_WRITTEN = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -51,6 +53,13 @@ def power_iteration(module: nn.Module) -> Iterable[str]:
         return ("_u", "_v")
     hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
     return [f"{hook.name}_{vector}" for hook in hooks for vector in "uv"]
+
+
+def used_statistics(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of a module's statistics that a forward pass in training mode may read, too; in one's own classes all."""
+    if str(getattr(type(module).forward, "__module__", "")).startswith("torch.nn."):
+        return [name for name in names if name not in _ONLY_WRITTEN]
+    return list(names)
 
 
 def statistics_of(module: nn.Module, rule: StatisticsRule) -> dict[str, Tensor]:
@@ -71,18 +80,18 @@ def _refuse_torchscript(module: nn.Module, name: str) -> None:
 
 # ---------------------------------------------------------------------- for the passes of a driver of ours
 
-# Values of buffers, by the buffers' identities.
-Start = Mapping[int, Tensor]
+# Values of buffers, by their module's identity and their name: a forward pass may put another tensor in the place.
+Start = Mapping[tuple[int, str], Tensor]
 
 
 def start_of(model: nn.Module, rule: StatisticsRule) -> Start:
     """Copies of those statistics, as they are now, that a forward pass uses: none in most models."""
     found = {}
     for module in model.modules():
-        used = set(power_iteration(module))
-        if used:
-            statistics = statistics_of(module, rule)
-            found.update({id(statistics[name]): statistics[name].clone() for name in used & set(statistics)})
+        statistics = statistics_of(module, rule)
+        if statistics:
+            for name in used_statistics(module, statistics):
+                found[id(module), name] = statistics[name].clone()
     return found
 
 
@@ -103,7 +112,7 @@ def statistics_aside(model: nn.Module, rule: StatisticsRule, start: Start | None
             for name, buffer in statistics_of(module, rule).items():
                 _refuse_torchscript(module, name)
                 originals.setdefault((id(module._buffers), name), (module._buffers, buffer))
-                module._buffers[name] = (start or {}).get(id(buffer), buffer).clone()
+                module._buffers[name] = (start or {}).get((id(module), name), buffer).clone()
         yield
     finally:
         for (_, name), (buffers, original) in originals.items():
@@ -147,12 +156,6 @@ class _Part:
 
     def name(self, names: list[str], used: list[str]) -> None:
         self._names, self.used = names, used
-        self._kept = [name for name in names if name not in _ONLY_WRITTEN]
-
-    @property
-    def keeps(self) -> bool:
-        """Whether there is anything to be forgotten at the end of a pass."""
-        return bool(self._kept)
 
     def put_aside(self, module: nn.Module) -> None:
         for known in self.freezing.aside:
@@ -184,7 +187,7 @@ class _Part:
             if aside.module is module:
                 aside.passes -= 1
                 if aside.passes == 0:
-                    for name in self._kept:
+                    for name in self.used:
                         copy = module._buffers.get(name)
                         if copy is not None:
                             self._copies[name] = copy
@@ -193,7 +196,7 @@ class _Part:
                 return
 
     def note_start(self, module: nn.Module) -> None:
-        """Of an unperturbed pass: where the power iteration begins."""
+        """Of an unperturbed pass: where what it uses begins."""
         data = self.freezing.data
         if data not in self._started:
             self._started.append(data)
@@ -287,6 +290,8 @@ class _Freezing:
         self._model, self._rule = weakref.ref(model), rule
         self._parts: dict[weakref.ref[nn.Module], tuple[_Hooks, _Part]] = {}
         self._keeping: list[_Part] = []
+        self._is_watched = False
+        self._unnamed: UnnamedState | None = None  # while the first perturbed pass runs
         self.look_for_modules()
 
     def look_for_modules(self) -> None:
@@ -301,7 +306,7 @@ class _Freezing:
             _refuse_torchscript(module, ", ".join(names))
         has_new_hooks = False
         for module, names in found:
-            used = [name for name in power_iteration(module) if name in names]
+            used = used_statistics(module, names)
             known = self._parts.get(weakref.ref(module))
             if known is not None:
                 known[1].name(names, used)
@@ -314,7 +319,7 @@ class _Freezing:
             part = _Part(self, names, used)
             hooks.parts.append(part)
             self._parts[weakref.ref(module)] = hooks, part
-        self._keeping = [part for _, part in self._parts.values() if part.keeps]
+        self._keeping = [part for _, part in self._parts.values() if part.used]
         if has_new_hooks and _something_is_compiled():
             torch.compiler.reset()  # compiled code does not look for hooks that it was made without
 
@@ -330,8 +335,15 @@ class _Freezing:
             part.end_pass()
         self.data = TRAIN if waiting is None else waiting.data
         self.is_on = waiting is not None and waiting.perturbed
-        if self.is_on and self._seen != _registrations.count:
-            self.look_for_modules()
+        if self._unnamed is not None:
+            unnamed, self._unnamed = self._unnamed, None
+            unnamed.tell_what_was_written()
+        if self.is_on:
+            if self._seen != _registrations.count:
+                self.look_for_modules()
+            model = self._model()
+            if not self._is_watched and model is not None:
+                self._is_watched, self._unnamed = True, UnnamedState(model, self._rule)
 
     def end(self) -> None:
         self.is_on = False

@@ -25,6 +25,7 @@ from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
 from .randomness import Draws, RandomState
 from .side_by_side import Isolated, Lanes, OneLane, StreamLanes
 from .step_arguments import check_functions, check_modules, check_settings, check_validation, loss_of
+from .unnamed_state import UnnamedState
 
 Perturbation = Literal["batch", "micro_batch"]
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -74,7 +75,9 @@ class TrainStep:
             which autograd's graph shows that it is a mean over something else is refused.
         other_modules: modules besides ``model`` that ``loss_fn`` uses and that have running statistics, as a
             discriminator or a teacher in training mode; these are treated as the model's.
-        statistics: names BatchNorm's running statistics, see :func:`running_statistics`.
+        statistics: names BatchNorm's running statistics, see :func:`running_statistics`, and whatever else forward
+            passes update: queues, codebooks, observers. A perturbed pass uses and leaves them as the first pass on its
+            batch has found them; what it writes besides is warned of.
         passes: ``"sequential"``: one after the other. ``"streams"``: passes that do not depend on each other (SAMPa's
             two, Agnostic-SAM's first two) at the same time, on CUDA streams, each with leaf tensors and running
             statistics of its own; they take the memory of as many passes. Hooks on parameters do not run in them.
@@ -133,6 +136,7 @@ class TrainStep:
         self.validation = validation
         self._losses = {MEMORY: memory_loss or loss_fn}
         self._split, self._weight = split, weight
+        self._has_watched = False  # a perturbed pass, for what it writes
         self._looked_at = 0  # steps in which it was looked at what the loss is a mean over
         self._modules = nn.ModuleList([model, *other_modules]) if other_modules else model
         self._statistics = statistics
@@ -298,11 +302,12 @@ class TrainStep:
     @property
     def has_statistics(self) -> bool:
         """Whether the model or the other modules have running statistics."""
-        return next(self._buffers_of_statistics(), None) is not None
+        return next(self._places_of_statistics(), None) is not None
 
-    def _buffers_of_statistics(self) -> Iterator[Tensor]:
+    def _places_of_statistics(self) -> Iterator[tuple[Any, str, Tensor]]:
         for module in self._modules.modules():
-            yield from statistics_of(module, self._statistics).values()
+            for name, buffer in statistics_of(module, self._statistics).items():
+                yield module._buffers, name, buffer
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -354,14 +359,14 @@ class TrainStep:
     def _undone_on_error(self) -> Iterator[None]:
         """Weights are restored by the optimizer; running statistics and scaled gradients here."""
         # What is only recorded changes nothing.
-        saved = [] if self.is_recording else [(buffer, buffer.clone()) for buffer in self._buffers_of_statistics()]
+        saved = [] if self.is_recording else [(*place, place[-1].clone()) for place in self._places_of_statistics()]
         try:
             yield
         except BaseException:
             self.optimizer.restore()
             with torch.no_grad():
-                for buffer, value in saved:
-                    buffer.copy_(value)
+                for buffers, name, buffer, value in saved:
+                    buffers[name] = buffer.copy_(value)
             self.optimizer.zero_grad()
             raise
         finally:
@@ -461,6 +466,9 @@ class _Step:
             else:
                 start = self._starts.get(p.data)
                 stack.enter_context(statistics_aside(owner._modules, owner._statistics, start))
+                if not owner._has_watched:
+                    owner._has_watched, unnamed = True, UnnamedState(owner._modules, owner._statistics)
+                    stack.callback(unnamed.tell_what_was_written)
             for number, (share, part) in enumerate(parts):
                 with self._without_reduction(number + 1 < len(parts)):
                     loss_fn = owner._losses.get(p.data, owner.loss_fn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from sam_optim import (
     enable_running_stats,
     freeze_in_perturbed_passes,
     frozen_batch_norm,
+    running_statistics,
 )
 
 from .cases import assert_same, batches, by_every_pass_closure, loss_of, step_by_hand
@@ -239,3 +242,128 @@ def test_statistics_come_back_when_passes_are_run_in_groups():
         optimizer.zero_grad()
     assert counts == [0, 1, 1]
     assert model[1].num_batches_tracked == 1
+
+
+class Codebook(nn.Module):
+    """Vector quantisation whose codes follow what is assigned to them, in place or by another tensor."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.encoder, self.in_place = nn.Linear(7, 3), in_place
+        self.register_buffer("codes", torch.randn(5, 3))
+
+    def forward(self, x):
+        z = self.encoder(x)
+        nearest = torch.cdist(z.detach(), self.codes).argmin(1)
+        quantised = self.codes[nearest].clone()
+        moved = self.codes.lerp(torch.zeros_like(self.codes).index_add(0, nearest, z.detach()), 0.2)
+        if self.in_place:
+            self.codes.copy_(moved)
+        else:
+            self.codes = moved
+        return z + (z - quantised).square()
+
+
+class BatchRenorm(nn.BatchNorm1d):
+    """Normalises by the running statistics, which it updates then."""
+
+    def forward(self, x):
+        out = (x - self.running_mean) / (self.running_var + self.eps).sqrt()
+        with torch.no_grad():
+            self.running_mean.lerp_(x.mean(0), 0.3)
+            self.running_var.lerp_(x.var(0), 0.3)
+        return out
+
+
+class MomentumEncoder(nn.Module):
+    """As in self-supervised learning: a slow copy and a queue of what it has made, both updated by forward()."""
+
+    def __init__(self):
+        super().__init__()
+        self.fast, self.slow = nn.Linear(7, 3), nn.Linear(7, 3).requires_grad_(False)
+        self.register_buffer("queue", torch.randn(24, 3))
+
+    def forward(self, x):
+        for slow, fast in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
+            slow.data = slow.data * 0.9 + fast.data * 0.1
+        out = self.fast(x) - self.slow(x) @ self.queue.clone().mean(0).diag()
+        self.queue = torch.cat([self.queue[len(x) :], self.slow(x)])
+        return out
+
+
+USED_AND_UPDATED = {
+    "codes in place": lambda: Codebook(True),
+    "codes replaced": lambda: Codebook(False),
+    "batch renormalisation": lambda: nn.Sequential(nn.Linear(7, 3), BatchRenorm(3)),
+}
+
+
+def losses_and_warnings(model, driver, rule, micro_batches=1):
+    """Of passes at a radius so small that the second is the first once more."""
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=1e-13, lr=0.1)
+    losses = []
+
+    def loss_and_note(model, batch):
+        losses.append(loss_of(model, batch))
+        return losses[-1]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if driver == "TrainStep":
+            step = TrainStep(model, optimizer, loss_and_note, statistics=rule, micro_batches=micro_batches)
+            for batch in batches(3):
+                step(batch)
+        else:
+            freeze_in_perturbed_passes(model, optimizer, rule)
+            for batch in batches(3):
+                for _ in optimizer.each_pass():
+                    for part in zip(*(t.chunk(micro_batches) for t in batch), strict=True):
+                        loss_and_note(model, part).backward()
+    found = torch.stack(losses).detach().unflatten(0, (3, 2, micro_batches))
+    return found[:, 0], found[:, 1], [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("driver", ["hooks", "TrainStep"])
+@pytest.mark.parametrize("name", USED_AND_UPDATED)
+def test_both_passes_use_what_forward_passes_update_as_it_was(name, driver, micro_batches):
+    torch.manual_seed(0)
+    model = USED_AND_UPDATED[name]().double()
+    rule_of_codes = lambda module: (*running_statistics(module), "codes")  # noqa: E731
+    first, second, told = losses_and_warnings(model, driver, rule_of_codes, micro_batches)
+    torch.testing.assert_close(second, first, rtol=1e-9, atol=1e-9)
+    assert not told
+
+
+@pytest.mark.parametrize("driver", ["hooks", "TrainStep"])
+def test_what_perturbed_passes_write_unnamed_is_told_once(driver):
+    torch.manual_seed(0)
+    names = []
+    for model in (
+        Codebook(True),
+        Codebook(False),
+        MomentumEncoder(),
+        nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3)),
+    ):
+        *_, told = losses_and_warnings(model.double(), driver, running_statistics)
+        names.append(
+            [message.split(". Every")[0].removeprefix("a perturbed pass has written into ") for message in told]
+        )
+    assert names == [["Codebook.codes"], ["Codebook.codes"], ["MomentumEncoder.queue, Linear.weight, Linear.bias"], []]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_exception_puts_back_what_a_forward_pass_has_replaced(in_place):
+    torch.manual_seed(0)
+    model = Codebook(in_place).double()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    before = [value.clone() for value in model.state_dict().values()]
+    passes = []
+
+    def fails_in_the_second(model, batch):
+        passes.append(loss_of(model, batch))
+        return passes[-1] if len(passes) == 1 else passes[-1].nowhere
+
+    with pytest.raises(AttributeError):
+        TrainStep(model, optimizer, fails_in_the_second, statistics=lambda module: ("codes",))(batches(1)[0])
+    assert_same(list(model.state_dict().values()), before)
