@@ -18,3 +18,7 @@ class DeviceChangedError(Exception):
 
 class SharedMemoryError(Exception):
     """Internal: what a launch writes shares memory, so its tensors have to be worked on one after the other."""
+
+
+class WeightsConvertedError(RuntimeError):
+    """Weights were given another dtype, device, shape or order in memory while copies of them were held."""

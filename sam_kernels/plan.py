@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import DeviceChangedError, UnsupportedTensorError
+from .errors import DeviceChangedError, UnsupportedTensorError, WeightsConvertedError
 from .host import pick
 from .sharding import Peers, local_part, shares_of
 
@@ -374,12 +374,12 @@ class Snapshot:
         """Allocates anew if the plan's tensors changed their dtype, device, shape or strides.
 
         Raises:
-            RuntimeError: if the copies are still needed.
+            WeightsConvertedError: if the copies are still needed.
         """
         if self.layouts == plan.layouts:
             return
         if self.is_taken:
-            raise RuntimeError(
+            raise WeightsConvertedError(
                 "parameters changed their dtype, device or shape while they were perturbed; "
                 "convert or move the model between steps"
             )
@@ -389,6 +389,13 @@ class Snapshot:
         for index in self.with_master:
             if index in before and before[index].shape == self.layouts[index].shape:
                 self._adopt(index, plan.tensors[index], before[index])
+
+    @torch.no_grad()
+    def put_back(self, plan: Plan) -> None:
+        """Restores tensors that have been converted or moved since they were copied, those of other shapes excepted."""
+        for tensor, copy, flag in zip(plan.tensors, self.tensors, self.taken, strict=True):
+            if flag and tensor.shape == copy.shape:
+                tensor.copy_(copy)
 
     def adopt(self, plan: Plan, masters: Sequence[Tensor | None]) -> None:
         """Takes over masters from elsewhere, None for those to be left, wherever they round to the plan's tensors.

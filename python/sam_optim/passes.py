@@ -127,6 +127,34 @@ def refuse_overwritten(lists: Sequence[Gradients]) -> None:
             _Overwritten.refuse()
 
 
+class Unwritten:
+    """Notes gradients as they are, to tell later whether somebody has written into them."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        self.gradients = gradients
+        self._versions = _versions_of(gradients)
+
+    def check(self, which: str) -> None:
+        """Raises :class:`StepOrderError` if they are not what they were.
+
+        Args:
+            which: gradients these are, for the message.
+        """
+        if _versions_of(self.gradients) != self._versions:
+            raise StepOrderError(
+                f"the gradient of {which} is needed again, but was written into since: p.grad was assigned the same "
+                "tensors for another pass. Assign new ones for each, p.grad = g.clone()"
+            )
+
+
+def _versions_of(gradients: Gradients) -> list[int]:
+    """Of each tensor, how often it was written into; those made in inference mode do not know."""
+    try:
+        return [-1 if g is None else g._version for g in gradients]
+    except RuntimeError:
+        return [-1 if g is None or g.is_inference() else g._version for g in gradients]
+
+
 class BegunStep:
     """A step under way: the method's generator, what it waits for, and the gradients collected for it.
 
@@ -157,18 +185,28 @@ class BegunStep:
             )
         self.passes, self._method = passes, method
         self.number = 0
+        self._kept: list[tuple[int, Unwritten]] = []
         self.expected: list[Pass] = []
         self.last: tuple[Gradients, bool] = [], False
         self._take(next(passes))
 
     def receive(self, gradients: Gradients) -> bool:
-        """Takes the gradients of the pass that is waiting. False if the step is over."""
+        """Takes the gradients of the pass that is waiting. False if the step is over.
+
+        Raises:
+            StepOrderError: if a gradient that the method keeps was written into, as where ``p.grad`` is assigned one
+                tensor in all passes.
+        """
+        for number, before in self._kept:
+            before.check(f"pass {number}")
         is_kept = self.waiting is not None and self.waiting.kept
         if is_kept:
             # Views are of memory that somebody else writes into: DistributedDataParallel's buckets, in the next pass.
             gradients = [g.clone() if g is not None and g._is_view() else g for g in gradients]
         self.last = gradients, is_kept
         self.number += 1
+        if is_kept:
+            self._kept.append((self.number, Unwritten(gradients)))
         if not self._together:
             return self._send(gradients)
         self._collected.append(gradients)

@@ -339,7 +339,8 @@ class Updates(GroupsAndState):
         if any(param.requires_grad for param in self._params()):
             raise StepOrderError(
                 f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
-                "that runs all passes itself needs closure_runs='every_pass'.)"
+                "that runs all passes itself needs closure_runs='every_pass'. A model whose parameters were replaced, "
+                "by load_state_dict(assign=True) or to_empty() from the meta device, needs a new optimizer.)"
             )
 
 

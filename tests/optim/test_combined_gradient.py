@@ -287,3 +287,22 @@ def test_clipping_does_not_reach_what_a_method_keeps():
     step(torch.zeros(1))
     # g = (3, 4), clipped to (0.6, 0.8); g+ - g = A e = (1, 4) * 0.5 * (0.6, 0.8)
     assert weight.tolist() == pytest.approx([3 - 0.06 - 0.03, 1 - 0.08 - 0.16], abs=1e-7)
+
+
+@pytest.mark.parametrize("method", [*METHODS[1:7], *METHODS[8:]], ids=str)
+def test_one_tensor_as_the_gradient_of_all_passes(method):
+    """What is assigned is somebody's own: written into for the next pass, it is no longer what the method keeps."""
+    model = make_net()
+    optimizer = method.make(model, Base(torch.optim.SGD, {"lr": 0.1}))
+    before = weights_of(model)
+    own = [torch.empty_like(p) for p in model.parameters()]
+    with pytest.raises(StepOrderError, match="pass 1 is needed again, but was written into"):
+        for p in optimizer.each_pass():
+            gradients = torch.autograd.grad(loss_of(model, batches(2)[p.data != "train"]), list(model.parameters()))
+            for parameter, tensor, gradient in zip(model.parameters(), own, gradients, strict=True):
+                parameter.grad = tensor.copy_(gradient)
+    assert_same(weights_of(model), before)
+    # That of a loss that is linear may be the same tensor, unchanged.
+    for _ in optimizer.each_pass():
+        for parameter, tensor in zip(model.parameters(), own, strict=True):
+            parameter.grad = tensor.requires_grad_(False)

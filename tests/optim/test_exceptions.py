@@ -270,3 +270,28 @@ def test_passes_closed_early_run_their_clean_up():
     optimizer.advance()
     optimizer.restore()
     assert closed == [True]
+
+
+@pytest.mark.parametrize("backend", [None, "foreach", "reference"])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_model_that_is_converted_in_the_middle_of_a_step(backend, swap, adaptive):
+    model = make_net(torch.float32)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, adaptive=adaptive, backend=backend)
+    batch, wide = batches(1, torch.float32)[0], batches(1)[0]
+    step_by_hand(optimizer, model, batch)
+    before = [w.double() for w in weights_of(model)]
+    loss_of(model, batch).backward()
+    optimizer.first_step(zero_grad=True)
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    loss_of(model, wide).backward()
+    with pytest.raises(RuntimeError, match="convert or move the model between steps"):
+        optimizer.second_step()
+    assert not optimizer.is_step_begun
+    assert_same(weights_of(model), before)
+    step_by_hand(optimizer, model, wide)
+    assert not torch.equal(weights_of(model)[0], before[0])
