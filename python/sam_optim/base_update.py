@@ -86,8 +86,9 @@ class BaseUpdate:
         """Raises :class:`InvalidSettingError` if there are masters and the base cannot update them."""
         if self.has_masters and not FusedState.supports(self.base_optimizer):
             raise InvalidSettingError(
-                "master_weights needs torch.optim.SGD, Adam or AdamW as base_optimizer, not differentiable and with "
-                "betas, eps, momentum and weight_decay as numbers: other updates know nothing of masters"
+                "master_weights needs torch.optim.SGD, Adam or AdamW as base_optimizer, not differentiable, with its "
+                "own step() and with betas, eps, momentum and weight_decay as numbers: other updates know nothing of "
+                "masters"
             )
 
     def fuses(self, plan: Plan, backend: str | None, by_base_itself: bool) -> bool:
@@ -237,6 +238,8 @@ class FusedState:
     @staticmethod
     def supports(base_optimizer: Optimizer) -> bool:
         """Whether the base's class and present settings have a fused form; others take ``base_optimizer.step()``."""
+        if _has_own_step(base_optimizer):
+            return False
         if type(base_optimizer) is torch.optim.SGD:
             tensors: Sequence[str] = ("momentum", "dampening", "weight_decay")
         elif type(base_optimizer) in (torch.optim.Adam, torch.optim.AdamW):
@@ -362,6 +365,15 @@ class FusedState:
             for key, value in entries.items():
                 if key != "step" and isinstance(value, Tensor) and value.is_floating_point():
                     state[param][key] = value.detach().to(device=param.device, dtype=dtype, copy=saved is not None)
+
+
+def _has_own_step(base_optimizer: Optimizer) -> bool:
+    """Whether somebody has put another ``step()`` in place of the class's; a scheduler's only notes that it ran."""
+    step = vars(base_optimizer).get("step")
+    if step is None:
+        return False
+    is_schedulers = getattr(step, "_wrapped_by_lr_sched", False)
+    return not (is_schedulers and getattr(step, "__wrapped__", None) is type(base_optimizer).step)
 
 
 def _has_dampening(base_optimizer: Optimizer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -53,10 +54,47 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
         raise TypeError(f"base_optimizer made a {type(base).__name__}, which is no optimizer with groups of its own")
     if hasattr(base, "base_optimizer"):
         raise TypeError("base_optimizer wraps another optimizer itself; pass that one's base instead")
-    obstacle = _obstacle_to_being_base(base)
-    if obstacle is not None:
-        raise TypeError(f"{type(base).__name__} cannot be a base optimizer: {obstacle}")
+    for each in made_of(base):
+        obstacle = _obstacle_to_being_base(each, is_wrapped=each is not base)
+        if obstacle is not None:
+            raise TypeError(f"{type(each).__name__} cannot be a base optimizer: {obstacle}")
+    _complete(base)
     return base
+
+
+def _complete(base: Any) -> None:
+    """Gives a wrapper that is one of torch's optimizers, but has not called their constructor, what is asked of them.
+
+    Many a Lookahead is written so; it steps, and fails where torch looks for its hooks. Its class is left as it is:
+    torch's own way, ``__setstate__``, would let the ``step()`` of all its instances look for them.
+    """
+    if isinstance(base, Optimizer):
+        for kind in ("step", "state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                vars(base).setdefault(f"_optimizer_{kind}_{when}_hooks", OrderedDict())
+        if not hasattr(base, "defaults"):
+            base.defaults = {}
+
+
+def made_of(base: Any) -> list[Any]:
+    """An optimizer, and those that it wraps: its attributes, and what is in lists and dicts among them."""
+    found = [base]
+    for each in found:
+        for value in list(getattr(each, "__dict__", {}).values()):
+            entries = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
+            found += [o for o in entries if _is_optimizer(o) and not any(o is other for other in found)]
+    return found
+
+
+def defaults_of(base: Any) -> dict[str, Any]:
+    """What the groups of an optimizer have by default, also where it only wraps the one that says so."""
+    return {name: value for each in reversed(made_of(base)) for name, value in getattr(each, "defaults", {}).items()}
+
+
+def puts_into_groups(base: Any, name: str) -> bool:
+    """Whether a key of a group is the base's own, although it does not stand among its defaults."""
+    kinds = [cls for each in made_of(base) for cls in type(each).__mro__ if cls.__module__.partition(".")[0] != "torch"]
+    return any(_mentions(cls, name) for cls in kinds if cls is not object)
 
 
 def _refuse_unknown(keywords: Iterable[str], maker: Callable[..., Optimizer], base: Optimizer, method: type) -> None:
@@ -65,8 +103,7 @@ def _refuse_unknown(keywords: Iterable[str], maker: Callable[..., Optimizer], ba
     That some put whatever they are given into their groups says nothing. So a keyword has to be named by a constructor,
     or occur in the code that makes the base or is its class's.
     """
-    inner = [value for value in getattr(base, "__dict__", {}).values() if isinstance(value, Optimizer)]
-    kinds = [cls for each in (base, *inner) for cls in type(each).__mro__ if cls not in (Optimizer, object)]
+    kinds = [cls for each in made_of(base) for cls in type(each).__mro__ if cls not in (Optimizer, object)]
     calls: list[Callable[..., Any]] = [maker, *kinds]
     named = {name for call in calls for name in named_parameters(call)}
     unknown = [name for name in keywords if name not in named and not any(_mentions(call, name) for call in calls)]
@@ -96,8 +133,12 @@ def _is_optimizer(candidate: Any) -> TypeGuard[Optimizer]:
     return not isinstance(candidate, type) and hasattr(candidate, "param_groups") and hasattr(candidate, "step")
 
 
-def _obstacle_to_being_base(base: Any) -> str | None:
-    """What its update needs and a step of ours cannot give: it has gradients, once, in ``p.grad``."""
+def _obstacle_to_being_base(base: Any, is_wrapped: bool) -> str | None:
+    """What its update needs and a step of ours cannot give: it has gradients, once, in ``p.grad``.
+
+    Args:
+        is_wrapped: by the base itself, which may call its ``step()`` with whatever that needs.
+    """
     names = {cls.__name__.lower() for cls in type(base).__mro__}
     takes: Mapping[str, inspect.Parameter] = {}
     with suppress(TypeError, ValueError):
@@ -121,7 +162,7 @@ def _obstacle_to_being_base(base: Any) -> str | None:
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    if required:
+    if required and not is_wrapped:
         return f"its step() needs {required[0]}, and the passes of a step have been made when it is called"
     return None
 

@@ -25,7 +25,7 @@ from sam_kernels.host import missing
 
 from .base_update import BaseUpdate
 from .compiling import prepare, untraced
-from .construction import BaseOptimizer, make_base
+from .construction import BaseOptimizer, defaults_of, make_base
 from .errors import InvalidSettingError, StepOrderError
 from .kept import KeptState
 from .moves import StepReport
@@ -42,6 +42,10 @@ Closure = Callable[[], Any]
 Loss = TypeVar("Loss")
 
 
+_STALE_GRAPH = (
+    "the closure went backward through the graph of an earlier pass. Each pass is taken at other weights, so the "
+    "closure must run the forward pass again: put loss = loss_fn(model(x), y) inside it."
+)
 _UNDECLARED = (
     "its class does not say takes_scaled_gradients = True beside passes(), as a method may where gradients of another "
     "scale make the same perturbation, an update of that scale, and nothing else"
@@ -158,7 +162,7 @@ class SharpnessAwareOptimizer(Updates):
         if counts_in_norm is not None and process_group is None:
             raise InvalidSettingError("counts_in_norm says nothing without a process_group")
         base = make_base(params, base_optimizer, base_kwargs, type(self))
-        shared = sorted(set(getattr(base, "defaults", ())) & set(method_defaults))
+        shared = sorted(set(defaults_of(base)) & set(method_defaults))
         if shared:
             raise InvalidSettingError(
                 f"{type(base).__name__} cannot be the base optimizer: it keeps {', '.join(shared)} in its groups, "
@@ -542,7 +546,10 @@ class SharpnessAwareOptimizer(Updates):
                     raise StepOrderError(f"{type(self).__name__} needs a closure for the {waiting.data} batch as well")
             else:
                 with draws.of(waiting.data, waiting.perturbed):
-                    losses.append(_call(chosen))
+                    loss = _call(chosen)
+                if isinstance(loss, Tensor) and loss.requires_grad and any(loss is other for other in losses):
+                    raise StepOrderError(_STALE_GRAPH)
+                losses.append(loss)
             waiting = self.advance()
         return losses[0] if losses else None
 
@@ -782,8 +789,7 @@ def _call(closure: Closure) -> Any:
             return closure()
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
-            raise StepOrderError(
-                "the closure went backward through the graph a second time. Each pass is taken at other weights, so "
-                "the closure must run the forward pass again: put loss = loss_fn(model(x), y) inside it."
-            ) from error
+            raise StepOrderError(_STALE_GRAPH) from error
+        if "modified by an inplace operation" in str(error):
+            error.add_note(f"If the tensor is a weight, {_STALE_GRAPH}")
         raise

@@ -153,33 +153,37 @@ def named_parameters(call: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def check_group_keys(group: dict[str, Any], method: type, of_groups: Iterable[str], of_base: Iterable[str]) -> None:
+def check_group_keys(
+    group: dict[str, Any], method: type, of_groups: Iterable[str], is_of_base: Callable[[str], bool]
+) -> None:
     """Refuses keys of a group that the method would not look at, although they seem to be meant for it.
 
     What else a group holds is its owner's business, as with any torch optimizer.
 
     Args:
         of_groups: what the method keeps in groups.
-        of_base: the keys that the base optimizer knows.
+        is_of_base: whether a key is one that the base optimizer uses.
 
     Raises:
         InvalidSettingError: for a setting of the whole optimizer, and for a misspelt one.
     """
-    known = {*of_groups, *of_base, "params", "param_names"}
+    known = {*of_groups, "params", "param_names"}
     for key in group:
         if key in known or not isinstance(key, str):
             continue
         settings = ", ".join(of_groups) or "nothing of its own"
-        if key in settings_of(method):
+        is_setting = key in settings_of(method)
+        if is_of_base(key) or not (is_setting or near(key, of_groups)):
+            continue
+        if is_setting:
             raise InvalidSettingError(
                 f"{key} has no effect in a group: it is a setting of the whole optimizer, {method.__name__}(..., "
                 f"{key}=...). A group may set {settings}"
             )
-        if near(key, of_groups) is not None:
-            raise InvalidSettingError(
-                f"{method.__name__} does not know {key!r} in a group, where it would do nothing"
-                f"{did_you_mean(key, of_groups)}"
-            )
+        raise InvalidSettingError(
+            f"{method.__name__} does not know {key!r} in a group, where it would do nothing"
+            f"{did_you_mean(key, of_groups)}"
+        )
 
 
 # ---------------------------------------------------------------------- radii

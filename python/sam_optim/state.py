@@ -19,17 +19,21 @@ from sam_kernels.host import same_objects
 from sam_kernels.sharding import local_part
 
 from .base_update import BaseUpdate
+from .construction import defaults_of, puts_into_groups
 from .errors import InvalidSettingError, StepOrderError
 from .kept import PREFIX, KeptState, Lists, StateOfBoth, is_there, not_there
 from .moves import Moves, StepReport
 from .planning import PlanCache
-from .settings import check_group_keys
+from .settings import check_group_keys, settings_of
 
 # The masters' name among what is kept for parameters.
 _MASTERS = "master_weights"
 
 # Where a state dict has, by position, what is kept for parameters without state of the base.
 _LISTS = "method_state"
+
+# The base's, where it gives a list of several optimizers', or another form that is no dict.
+_OF_BASE = "base_state"
 
 # Copies of weights and gradients that other SAM classes leave in their state between steps.
 _LEFT_BY_OTHERS = frozenset({"old_p", "old_g", "e_w"})
@@ -169,7 +173,8 @@ class GroupsAndState(Moves, Optimizer):
 
     def _packed(self) -> dict[str, Any]:
         if self._has_own_form:
-            return self._with_kept(dict(self.base_optimizer.state_dict()))
+            of_base: Any = self.base_optimizer.state_dict()
+            return self._with_kept(dict(of_base) if isinstance(of_base, Mapping) else {_OF_BASE: of_base})
         # torch's own, without the hooks, which are to see what is kept as well.
         bare = SimpleNamespace(param_groups=self.param_groups, state=self.base_optimizer.state)
         bare._optimizer_state_dict_pre_hooks = bare._optimizer_state_dict_post_hooks = {}
@@ -285,7 +290,7 @@ class GroupsAndState(Moves, Optimizer):
     def _is_state_asked_for(self) -> bool:
         """Whether ``step()`` is torch's way of asking for state that is yet to come: lr 0, and zeros as gradients."""
         groups = self.param_groups
-        if not all("lr" in group and float(group["lr"]) == 0.0 for group in groups):
+        if not all(group.get("lr") is not None and float(group["lr"]) == 0.0 for group in groups):
             return False
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         return bool(gradients) and not any(bool(local_part(g).any()) for g in gradients)
@@ -312,14 +317,14 @@ class GroupsAndState(Moves, Optimizer):
             ValueError: for another number of groups or parameters, or other shapes.
         """
         self._refuse_mid_step("load_state_dict() was called")
-        state_dict = state_dict.copy()
+        state_dict = state_dict.copy() if isinstance(state_dict, Mapping) else {_OF_BASE: state_dict}
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         loaded = self._unpack(state_dict)
         self._container["loading"] = True
         try:
-            self.base_optimizer.load_state_dict(state_dict)
+            self.base_optimizer.load_state_dict(state_dict.get(_OF_BASE, state_dict))
         finally:
             self._container["loading"] = False
         self._take_loaded(loaded)
@@ -356,9 +361,14 @@ class GroupsAndState(Moves, Optimizer):
         keys = list(chain.from_iterable(group["params"] for group in groups))
         if groups:
             own_keys = [*self._method_defaults, "initial_rho"]
+            # Other SAM classes keep settings in groups that are the whole optimizer's here.
+            elsewhere = {k for k in settings_of(type(self)) if k not in own_keys and not self._is_of_base(k)}
             # A different number of groups is left to torch to complain of.
             pairs = zip(groups, self.param_groups, strict=False)
-            merged = [{**{k: own[k] for k in own_keys if k in own}, **saved} for saved, own in pairs]
+            merged = [
+                {**{k: own[k] for k in own_keys if k in own}, **{k: v for k, v in saved.items() if k not in elsewhere}}
+                for saved, own in pairs
+            ]
             state_dict["param_groups"] = merged + groups[len(merged) :]
         state = state_dict.get("state")
         if isinstance(state, Mapping) and not self._has_own_form:
@@ -509,7 +519,11 @@ class GroupsAndState(Moves, Optimizer):
 
     def _check_keys(self, group: dict[str, Any]) -> None:
         of_groups = [*self._method_defaults, *({"perturb"} - self._method_defaults.keys())]
-        check_group_keys(group, type(self), of_groups, getattr(self.base_optimizer, "defaults", ()))
+        check_group_keys(group, type(self), of_groups, self._is_of_base)
+
+    def _is_of_base(self, key: str) -> bool:
+        """Whether a key of a group is the base's."""
+        return key in defaults_of(self.base_optimizer) or puts_into_groups(self.base_optimizer, key)
 
     def _reset_caches(self) -> None:
         self._container = {

@@ -195,6 +195,24 @@ def test_a_closure_that_reuses_the_graph_is_told_so():
     assert_same(weights_of(model), before)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_closure_that_keeps_its_graph_is_told_so(layers):
+    """Through one layer torch sees nothing wrong: the second gradient would be the first once more."""
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(layers)])
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, closure_runs="every_pass")
+    before = weights_of(model)
+    loss = model(torch.randn(4, 3)).square().mean()
+
+    def closure():
+        loss.backward(retain_graph=True)
+        return loss
+
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step(closure)
+    assert "run the forward pass again" in " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+    assert_same(weights_of(model), before)
+
+
 # ---------------------------------------------------------------- parameters
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import SAM, InvalidSettingError, SAMPa, StepOrderError
+from sam_optim import SAM, FriendlySAM, InvalidSettingError, LookSAM, SAMPa, StepOrderError
+from sam_optim.base_update import FusedState
 
 from .cases import assert_same, batches, loss_of, make_net, oracle_step, step_by_hand, weights_of
 
@@ -173,6 +174,149 @@ def alone_from_the_second(model, base):
     return step
 
 
+class Several:
+    """Optimizers side by side, as people put Muon for matrices and AdamW for the rest; none of torch's."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self):
+        return {p: entries for optimizer in self.optimizers for p, entries in optimizer.state.items()}
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def several(model):
+    params = list(model.parameters())
+    return Several(torch.optim.AdamW(params[::2], lr=0.02), torch.optim.SGD(params[1::2], lr=0.05, momentum=0.9))
+
+
+@pytest.mark.parametrize("method", [SAM, FriendlySAM])
+def test_a_base_whose_state_dict_is_a_list(method):
+    """It has no state_dict() as torch's have it, and nothing of it may be lost."""
+    first, then = batches(6)[:3], batches(6)[3:]
+    model, other = make_net(), make_net()
+    optimizer = method(model.parameters(), several(model), rho=0.1)
+    for batch in first:
+        step_by_hand(optimizer, model, batch)
+    other.load_state_dict(model.state_dict())
+    resumed = method(other.parameters(), several(other), rho=0.1)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for batch in then:
+        step_by_hand(optimizer, model, batch)
+        step_by_hand(resumed, other, batch)
+    assert_same(weights_of(other), weights_of(model))
+
+
+def test_such_a_bases_own_checkpoint():
+    model, other = make_net(), make_net()
+    base = several(model)
+    step_by_hand(SAM(model.parameters(), base, rho=0.1), model, batches(1)[0])
+    optimizer = SAM(other.parameters(), several(other), rho=0.1)
+    optimizer.load_state_dict(copy.deepcopy(base.state_dict()))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same([v for v in base.state[p].values() if v.dim()], [v for v in optimizer.state[q].values() if v.dim()])
+
+
+class Slow(torch.optim.Optimizer):
+    """A Lookahead as many are written: it never calls the constructor of torch's optimizers."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self.state = optimizer.state
+        self.slow = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+        for group in self.param_groups:
+            group.update(alpha=0.5, k=2, counter=0)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.optimizer.step()
+        for group in self.param_groups:
+            group["counter"] += 1
+            for p in group["params"] if group["counter"] % group["k"] == 0 else ():
+                p.copy_(self.slow[p].lerp_(p, group["alpha"]))
+
+
+@pytest.mark.parametrize("method", [SAM, LookSAM])  # LookSAM has settings of the names k and alpha
+def test_a_wrapper_without_torchs_constructor(method):
+    found = []
+    for how in (by_formula, by_sam(0.1)):
+        model = make_net()
+        step = how(model, Slow(torch.optim.AdamW(model.parameters(), lr=0.02)))
+        for batch in batches(4):
+            step(batch)
+        found.append(weights_of(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    model = make_net()
+    own = type("Slow", (Slow,), {})  # loading lets torch change the class
+    optimizer = method(model.parameters(), own(torch.optim.AdamW(model.parameters(), lr=0.02)), rho=0.1)
+    step_by_hand(optimizer, model, batches(1)[0])
+    assert optimizer.param_groups[0]["k"] == 2
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_a_setting_of_the_same_name_within_a_wrapper():
+    model = make_net()
+    with pytest.raises(InvalidSettingError, match="Slow cannot be the base optimizer: it keeps rho in its groups"):
+        SAM(model.parameters(), Slow(torch.optim.Adadelta(model.parameters())), rho=0.05)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_step_that_somebody_has_put_in_place(cls, is_early):
+    """Torch calls it, so it is called here too; a scheduler's wrapper of step() changes nothing."""
+    found = []
+    for replaces in (False, True):
+        model = make_net()
+        base = cls(model.parameters(), lr=0.05)
+        calls = []
+        optimizer = None if is_early else SAM(model.parameters(), base, rho=0.1)
+        if replaces:
+            own = base.step
+            base.step = lambda closure=None, own=own, calls=calls: calls.append(own(closure))
+        optimizer = optimizer or SAM(model.parameters(), base, rho=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+        for batch in batches(3):
+            step_by_hand(optimizer, model, batch)
+            scheduler.step()
+        assert len(calls) == (3 if replaces else 0)
+        found.append(weights_of(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_schedulers_step_is_the_bases():
+    base = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    assert FusedState.supports(base)
+    torch.optim.lr_scheduler.StepLR(base, 1)
+    assert "step" in vars(base) and FusedState.supports(base)
+
+
+def test_a_learning_rate_that_the_base_finds_itself():
+    optimizer = SAM([nn.Parameter(torch.ones(2))], Plain, lr=None)
+    with pytest.raises(StepOrderError, match="none is begun"):
+        optimizer.step()
+
+
 # They count in groups, in themselves or in state of a wrapper's own, draw random numbers, or change state in place.
 LOOKING_AHEAD = ["adabelief", "gravity", "kron", "lamb", "madgrad", "magma", "ranger", "schedulefreeadamw", "spam"]
 
@@ -262,6 +406,9 @@ def test_what_cannot_be_a_base(cls, message):
         SAM(model.parameters(), cls, lr=0.1)
     with pytest.raises(TypeError, match="cannot be a base optimizer"):
         SAM(model.parameters(), cls(model.parameters(), lr=0.1))
+    if "its step" not in message:  # the wrapper may know what that wants
+        with pytest.raises(TypeError, match=f"{cls.__name__} cannot be a base optimizer: .*{message}"):
+            SAM(model.parameters(), Slow(cls(model.parameters(), lr=0.1)))
 
 
 @pytest.mark.parametrize("name", ["adahessian", "sophiah", "lomo", "adalomo"])
