@@ -123,6 +123,10 @@ class Binder:
         for index in odd:
             if index in plan.unreadable:
                 plan.refuse_unreadable(index)
+            if column != self.native.WEIGHT and not plan.layouts[index].is_of(plan.tensors[index]):
+                # Weights that this launch does not read may have been replaced, too.
+                plan.refresh()
+                raise DeviceChangedError
             tensor, layout = tensors[index], plan.layouts[index]
             role = (
                 plan.names[index] if column == self.native.WEIGHT else f"the gradient or state of {plan.names[index]}"
@@ -150,7 +154,7 @@ class Binder:
         Raises:
             SharedMemoryError: if the reference has to make it; see :func:`sam_kernels.memory.shares_memory`.
         """
-        looks_closer = table.may_overlap(len(xs), base is not None) or EXPANDED in plan.tables
+        looks_closer = table.may_overlap(len(xs), base is not None, is_sum) or EXPANDED in plan.tables
         if looks_closer and shares_memory(plan, xs, base, snapshot, is_sum):
             raise SharedMemoryError
 

@@ -13,7 +13,7 @@ class BackendUnavailableError(RuntimeError):
 
 
 class DeviceChangedError(Exception):
-    """Internal: a plan's parameters have moved to another device; the launch must be chosen anew."""
+    """Internal: a plan's parameters are others than it knew, as on another device; the launch must be chosen anew."""
 
 
 class SharedMemoryError(Exception):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .bases import Base, TensorList
 from .errors import UnsupportedTensorError
-from .plan import MASTER, Plan, Snapshot, is_dense, is_overlapping, offsets_of
+from .plan import MASTER, TAKEN, Plan, Snapshot, is_dense, is_overlapping, offsets_of
 
 _WEIGHT, _STATE, _LIST = range(3)
 
@@ -60,12 +60,22 @@ def shares_memory(
         ValueError: if a gradient lies in memory that is written, or two weights that share memory have masters.
         UnsupportedTensorError: if what is written is expanded.
     """
-    pieces = _pieces(plan, xs, base, snapshot, is_sum)
-    masters = b"" if snapshot is None else bytes(flag & MASTER for flag in snapshot.taken)
-    key = [(*piece[:5], piece.tensor.stride()) for piece in pieces], masters, is_sum
-    if plan.memory is None or plan.memory[0] != key:
-        plan.memory = key, _is_shared(plan, pieces, masters, is_sum)
-    return plan.memory[1]
+    taken = b"" if snapshot is None else bytes(snapshot.taken)
+    columns = [*xs, *(() if base is None else (*base.columns, base.steps))]
+    # A step's launches take turns, each with the same memory as in the step before.
+    kind = len(xs), base is not None, TAKEN in taken, is_sum
+    key = [_signature(column) for column in (plan.tensors, *columns)], taken
+    found = plan.memory.get(kind)
+    if found is None or found[0] != key:
+        masters = bytes(flag & MASTER for flag in taken)
+        found = key, _is_shared(plan, _pieces(plan, xs, base, snapshot, is_sum), masters, is_sum)
+        plan.memory[kind] = found
+    return found[1]
+
+
+def _signature(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """What tells where tensors lie; quick, because every launch of some backends asks."""
+    return [None if t is None else (t.data_ptr() or _place_of(t), t.stride(), t.dtype, t.numel()) for t in tensors]
 
 
 def _is_shared(plan: Plan, pieces: list[_Piece], masters: bytes, is_sum: bool) -> bool:

@@ -212,7 +212,7 @@ class Plan:
             self._leave_out_unreadable(layouts)
         self.layouts: list[Layout] = layouts  # type: ignore[assignment]
         self.tables: dict[str, Any] = {}
-        self.memory: tuple[Any, bool] | None = None  # what was found of shared memory, and for which addresses
+        self.memory: dict[Any, tuple[Any, bool]] = {}  # what was found of shared memory, and for which addresses
         devices = dict.fromkeys(layout.device for layout in self.layouts)
         self.device = next(iter(devices), torch.device("cpu"))
         self._parts: list[tuple[Plan, list[int]]] = []

@@ -120,7 +120,7 @@ bool TableBinding::remember(int column, size_t row, uintptr_t begin, uintptr_t e
     return true;
 }
 
-bool TableBinding::may_overlap(int lists, bool with_state) {
+bool TableBinding::may_overlap(int lists, bool with_state, bool is_sum) {
     check_lists(lists);
     Written& written = written_[with_state];
     const auto has_changed = [&](int column) {
@@ -147,15 +147,19 @@ bool TableBinding::may_overlap(int lists, bool with_state) {
             written.overlap = written.overlap || sorted[i].begin < sorted[i - 1].end;
     }
 
-    changed = changed || written.lists != lists;
+    changed = changed || written.lists != lists || written.is_sum != is_sum;
     written.lists = lists;
+    written.is_sum = is_sum;
     for (int list = 0; list < lists; ++list) changed = has_changed(kList + list) || changed;
     if (changed) {
         written.lists_overlap = false;
         for (int list = 0; list < lists && !written.overlap; ++list) {
             if (!is_bound_[kList + list]) continue;
-            for (const Extent& extent : extents_[kList + list]) {
+            for (size_t r = 0; r < rows_.size(); ++r) {
+                const Extent& extent = extents_[kList + list][r];
                 if (extent.begin == extent.end) continue;
+                const Cell &weight = rows_[r].cells[kWeight], &entry = rows_[r].cells[kList + list];
+                if (is_sum && entry.pointer == weight.pointer && entry.dtype == weight.dtype) continue;
                 const auto after =
                     std::upper_bound(written.sorted.begin(), written.sorted.end(), extent, starts_before);
                 const bool reaches_next = after != written.sorted.end() && after->begin < extent.end;

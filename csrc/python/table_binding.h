@@ -38,8 +38,8 @@ public:
 
     // Whether memory that a launch over this many lists may write, weights and with_state also state and step counts,
     // overlaps any other that was bound to it: see Note [Shared memory]. Ranges of memory are compared, so tensors
-    // that lie between each other's elements count as overlapping.
-    bool may_overlap(int lists, bool with_state);
+    // that lie between each other's elements count as overlapping. Of a sum a weight may itself be an entry of a list.
+    bool may_overlap(int lists, bool with_state, bool is_sum);
 
     // The rows that the last launch walked over; None for all of them.
     py::object written_rows() const;
@@ -104,6 +104,7 @@ private:
     struct Written {
         std::vector<Extent> sorted;
         int lists = 0;
+        bool is_sum = false;
         uint64_t seen[kColumns] = {};  // changes of each column that this is true of, plus one; 0 if it was not bound
         bool overlap = false;          // with itself
         bool lists_overlap = false;    // with gradient lists
@@ -130,7 +131,7 @@ void define_table(Class& definition) {
         .def("set", &Table::set, py::arg("column"), py::arg("row"), py::arg("pointer"), py::arg("dtype"),
              py::arg("begin") = uintptr_t(0), py::arg("end") = uintptr_t(0))
         .def("clear", &Table::clear)
-        .def("may_overlap", &Table::may_overlap)
+        .def("may_overlap", &Table::may_overlap, py::arg("lists"), py::arg("with_state"), py::arg("is_sum") = false)
         .def("written_rows", &Table::written_rows);
 }
 void define_columns(py::module_& module);

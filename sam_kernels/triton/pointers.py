@@ -74,7 +74,7 @@ class PointerTable:
     def set(self, column: int, row: int, address: int, dtype: int, begin: int = 0, end: int = 0) -> None:
         self._addresses[column][row], self._dtypes[column][row] = address, dtype
 
-    def may_overlap(self, lists: int, with_state: bool) -> bool:
+    def may_overlap(self, lists: int, with_state: bool, is_sum: bool) -> bool:
         """Always: whoever asks looks closer then."""
         return True
 

@@ -90,8 +90,8 @@ class Table:
     def clear(self, column: int) -> None:
         self._pointers.clear(column)
 
-    def may_overlap(self, lists: int, with_state: bool) -> Any:
-        return self._pointers.may_overlap(lists, with_state)
+    def may_overlap(self, lists: int, with_state: bool, is_sum: bool) -> Any:
+        return self._pointers.may_overlap(lists, with_state, is_sum)
 
     def written_rows(self) -> Any:
         return self._pointers.written_rows()

@@ -201,6 +201,18 @@ def test_moved_and_converted_weights_are_noticed():
         assert torch.equal(weight.detach(), torch.ones_like(replacement))
 
 
+@pytest.mark.parametrize("backend", ["reference", "foreach", "cpu"])
+def test_replaced_weights_are_noticed_where_they_are_not_read(backend):
+    """The Gram matrix of plain gradients reads no weights, but gradients must be of their shapes."""
+    weights = [torch.randn(3, 2), torch.randn(4)]
+    plan = sk.Plan(weights)
+    assert sk.gram([[torch.ones(3, 2), torch.ones(4)]], plan, backend=backend).item() == pytest.approx(10.0)
+    weights[0].data = torch.randn(5, 2)
+    assert sk.gram([[torch.ones(5, 2), torch.ones(4)]], plan, backend=backend).item() == pytest.approx(14.0)
+    with pytest.raises(ValueError, match=r"shape \(3, 2\), expected \(5, 2\)"):
+        sk.gram([[torch.ones(3, 2), torch.ones(4)]], plan, backend=backend)
+
+
 def test_weights_converted_while_perturbed_are_refused():
     weight = torch.nn.Parameter(torch.ones(10))
     plan = sk.Plan([weight])
