@@ -11,7 +11,7 @@ from types import CodeType
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import InvalidSettingError
@@ -29,6 +29,8 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
     Raises:
         TypeError, InvalidSettingError: for what cannot serve as a base, and for keywords that nobody knows.
     """
+    if _is_optimizer(params) or isinstance(base_optimizer, nn.Module):
+        raise TypeError(f"the order is {method.__name__}(model.parameters(), base_optimizer, ...); no model is needed")
     if isinstance(base_optimizer, Optimizer) or _is_optimizer(base_optimizer):
         if not hasattr(base_optimizer, "param_groups"):
             raise TypeError(f"{type(base_optimizer).__name__} cannot be a base optimizer: it has no param_groups")
@@ -152,6 +154,11 @@ def _obstacle_to_being_base(base: Any, is_wrapped: bool) -> str | None:
         )
     if hasattr(base, "fused_backward"):
         return "it updates the weights within the backward pass"
+    if hasattr(type(base), "grad_samples"):
+        return (
+            "it makes its update of each sample's gradient, as opacus does for privacy, and would take those of all "
+            "passes together"
+        )
     if hasattr(base, "first_step"):
         return "it makes passes of its own; give the optimizer that it is made of"
     if "acceleratedoptimizer" in names:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Recorded:
@@ -49,7 +50,10 @@ class Recorded:
             return
         self._seen.add(id(value))
         self._held.append(value)
-        if isinstance(value, Tensor):
+        if is_traceable_wrapper_subclass(value):  # states in 8 bits know no clone(), their parts do
+            for name in value.__tensor_flatten__()[0]:
+                self._visit(getattr(value, name))
+        elif isinstance(value, Tensor):
             self._tensors.append((value, value.clone()))
         elif isinstance(value, dict):
             self._contents(value, dict(value), list(value.values()))

@@ -31,6 +31,9 @@ def runs_its_own_hooks(step: Step) -> Step:
                 result = step(self, *args, **kwargs)
                 self._optimizer_step_code()
                 return result
+        except TypeError:  # arguments that step() does not take: it has not begun, and cannot restore the weights
+            self.restore()
+            raise
         finally:
             self._container["step arguments"] = before
 

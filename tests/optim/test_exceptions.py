@@ -120,6 +120,17 @@ def test_an_interrupt_that_gets_stuck_in_no_grad(monkeypatch, drive):
     assert_same(weights_of(model), before)
 
 
+def test_arguments_that_step_does_not_take():
+    model, optimizer = make()
+    before = weights_of(model)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'grad_scaler'"):
+        optimizer.step(grad_scaler=None)
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+
+
 def test_restore_on_error_for_hand_driven_passes():
     model, optimizer = make()
     before = weights_of(model)

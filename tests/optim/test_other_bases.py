@@ -327,6 +327,58 @@ def test_a_look_ahead_leaves_the_base_as_it_was(name):
     assert_same(train(name, alone_from_the_second, steps=5), train(name, alone, steps=4))
 
 
+class Packed(torch.Tensor):
+    """A state of two parts, as those of low-bit optimizers, of which little can be asked as a whole."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, meta, size, stride):
+        return cls(parts["codes"], parts["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+class LowBit(torch.optim.Optimizer):
+    """Momentum in 8 bits."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = Packed(torch.zeros_like(p, dtype=torch.int8), p.new_ones(()))
+                packed = self.state[p]["momentum"]
+                momentum = packed.codes * packed.scale * 0.9 + p.grad
+                packed.scale.copy_(momentum.abs().max().clamp_min(1e-9) / 127)
+                packed.codes.copy_((momentum / packed.scale).round())
+                p.sub_(momentum, alpha=group["lr"])
+
+
+def test_a_look_ahead_with_states_that_cannot_be_cloned():
+    found = []
+    for how, steps in ((alone_from_the_second, 5), (alone, 4)):
+        model = make_net()
+        step = how(model, LowBit(model.parameters(), 0.05))
+        for batch in batches(5)[:steps]:
+            step(batch)
+        found.append(weights_of(model))
+    assert_same(*found)
+
+
 class Matrices(nn.Module):
     """Muon and its like take nothing else."""
 
@@ -388,6 +440,12 @@ class AcceleratedOptimizer(torch.optim.SGD):
     pass
 
 
+class Private(torch.optim.SGD):
+    @property
+    def grad_samples(self):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
@@ -398,6 +456,7 @@ class AcceleratedOptimizer(torch.optim.SGD):
         (InBackward, "within the backward pass"),
         (AnotherSAM, "passes of its own"),
         (AcceleratedOptimizer, "prepared it already"),
+        (Private, "each sample's gradient"),
     ],
 )
 def test_what_cannot_be_a_base(cls, message):
@@ -418,6 +477,14 @@ def test_others_that_cannot(name):
     given = model if "lomo" in name else model.parameters()
     with pytest.raises(TypeError, match="cannot be a base optimizer"):
         SAM(model.parameters(), others.load_optimizer(name)(given, lr=0.1))
+
+
+def test_arguments_in_the_order_of_other_packages():
+    model = make_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    for arguments in ((base, model), (model.parameters(), model), (base, torch.optim.SGD)):
+        with pytest.raises(TypeError, match=r"the order is SAM\(model.parameters\(\), base_optimizer"):
+            SAM(*arguments, rho=0.1)
 
 
 def test_an_optimizer_without_groups():
