@@ -2,12 +2,15 @@
 
 Micro-batches make the step of the whole batch if each counts by what its loss is a mean over. Whoever gave no weights
 meant samples, or labels where some are ignored; here that is compared with what the loss has done.
+
+Note [Slopes]. A mean over n is a sum in which the loss has the slope 1 / n. What stands between sums and the loss, as
+divisions, weights and square roots of single numbers, need not be understood: autograd tells the slope.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,82 +18,142 @@ from torch import Tensor
 
 from .errors import InvalidSettingError
 
-# Through which a mean remains the loss, or a term of it.
-_PASSED = ("Add", "Sub", "Mul", "Div", "Neg", "ToCopy", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Clone", "Alias")
+# What makes one number of others, and is gone through.
+_ARRANGING = ("Add", "Sub", "Rsub", "Neg", "ToCopy", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Clone", "Alias")
+_SCALING = ("Mul", "Div", "Reciprocal", "Sqrt", "Log", "Exp", "Pow")
 _MAX_NODES = 32
+_EXACT = 1e-9
+_MEAN, _SUM = 1, 2  # torch's numbers of a loss's reductions
 
 
 class Term(NamedTuple):
     """A mean or a sum in a loss.
 
     Attributes:
-        divisor: what a sum is divided by, a number or a tensor of one element; None where nothing divides it.
+        divisor: what the sum is divided by in the loss; None where nothing divides it.
         is_of_targets: it is one of targets for sure, and not of the weights of a regulariser.
+        precision: of the divisor, relative.
     """
 
-    divisor: float | Tensor | None
+    divisor: float | None
     is_of_targets: bool
+    precision: float
+
+
+class _Place(NamedTuple):
+    """A node whose result is one number, with the loss's slope in it, and whether anything has scaled it."""
+
+    node: Any
+    slope: Tensor
+    is_scaled: bool
 
 
 def terms_of(loss: Tensor) -> list[Term]:
-    """Cross entropies, means, sums that something divides, and sums."""
-    found = [term for node in _nodes(loss.grad_fn, _PASSED) if (term := _term_of(node, loss)) is not None]
-    # Subclasses, as DTensors, may have other ranks to ask.
-    return [term for term in found if not isinstance(term.divisor, Tensor) or type(term.divisor) is Tensor]
+    """Cross entropies, other losses, means and sums."""
+    if type(loss) is not Tensor:  # subclasses, as DTensors, may have other ranks to ask
+        return []
+    found = []
+    waiting, seen = [_Place(loss.grad_fn, torch.ones_like(loss), False)], 0
+    with torch.no_grad():
+        while waiting and seen < _MAX_NODES:
+            place = waiting.pop(0)
+            if place.node is None:
+                continue
+            seen += 1
+            name = _name_of(place.node)
+            if name in _ARRANGING or name in _SCALING:
+                waiting += _before(place, name in _SCALING)
+            elif (term := _term_of(name, place)) is not None:
+                found.append(term)
+    return found
 
 
-def _term_of(node: Any, loss: Tensor) -> Term | None:
-    name = _name_of(node)
+def _before(place: _Place, scales: bool) -> list[_Place]:
+    following = [node for node, _ in place.node.next_functions]
+    if scales and _name_of(place.node) == "Mul" and None not in following:
+        # Of a loss and a weight that is learnt: the weight may have any slope, and the loss has a steady one.
+        slopes: Sequence[Any] = [place.slope] * len(following)
+    else:
+        found = place.node(place.slope)
+        slopes = found if isinstance(found, tuple) else (found,)
+        if scales:
+            slopes = slopes[:1] if following[0] is not None else slopes  # what divides may be learnt, too
+    # A single number that is one of several is none of the loss's terms.
+    pairs = zip(following, slopes, strict=False)
+    return [_Place(node, s, place.is_scaled or scales) for node, s in pairs if s is not None and s.numel() == 1]
+
+
+def _term_of(name: str, place: _Place) -> Term | None:
     try:
-        if name in ("NllLoss", "NllLoss2D"):
-            if node._saved_reduction == 1:
-                return Term(node._saved_total_weight, True)
-            if node._saved_reduction == 2 and not _is_divided(node, loss):
-                return Term(None, True)
-        elif name == "Mean":
-            return Term(float(node._saved_self_sym_numel), False)
-        elif name == "Div" and _divides_a_sum(node):
-            return Term(node._saved_other, False)
-        elif name == "Sum" and not _is_divided(node, loss) and not _is_of_means(node):
-            return Term(None, False)
+        count, is_of_targets, precision = _count_of(name, place.node)
+        factor = _factor_within(place.node) if name in ("Mean", "Sum") else None
     except (AttributeError, RuntimeError):
         return None  # what nodes save is torch's own business, and may have another name in another torch
-    return None
+    if factor is None and not place.is_scaled:
+        if count is None or (name == "Sum" and _is_of_means(place.node)):
+            return None
+        return Term(None if count == 1.0 and _is_sum(name, place.node) else count, is_of_targets, precision)
+    slope = abs(float(place.slope)) * abs(1.0 if factor is None else factor)
+    if not 0.0 < slope < math.inf:
+        return None
+    rounding = 4.0 * torch.finfo(place.slope.dtype).eps
+    return Term((1.0 if count is None else count) / slope, is_of_targets, max(precision, rounding))
 
 
-def _nodes(start: Any, passed: Sequence[str] | None) -> Iterator[Any]:
-    """The nodes of a graph nearest to one, not those behind others than ``passed``."""
-    waiting, seen = [start], 0
-    while waiting and seen < _MAX_NODES:
-        node = waiting.pop(0)
-        if node is None:
-            continue
-        seen += 1
-        yield node
-        if passed is None or _name_of(node) in passed:
-            waiting += [following for following, _ in node.next_functions]
+def _count_of(name: str, node: Any) -> tuple[float | None, bool, float]:
+    """What a node divides a sum by, None where nobody knows; whether by targets for sure; and how precisely."""
+    if name in ("NllLoss", "NllLoss2D"):
+        if node._saved_reduction != _MEAN:
+            return 1.0, True, _EXACT
+        weight = node._saved_total_weight
+        return float(weight), True, 4.0 * torch.finfo(weight.dtype).eps
+    if name == "Mean":
+        return float(node._saved_self_sym_numel), False, _EXACT
+    if _is_sum(name, node):
+        return 1.0, False, _EXACT
+    if getattr(node, "_saved_reduction", None) == _MEAN:
+        return float(node._saved_self.numel()), False, _EXACT
+    return None, False, _EXACT
+
+
+def _is_sum(name: str, node: Any) -> bool:
+    return name == "Sum" or getattr(node, "_saved_reduction", None) == _SUM
+
+
+def _factor_within(total: Any) -> float | None:
+    """What single numbers have scaled the entries of a sum or mean by; None if none has."""
+    found = None
+    node = total.next_functions[0][0]
+    while node is not None and _name_of(node) in ("Mul", "Div"):
+        (left, _), (right, _) = (*node.next_functions, (None, 0))[:2]
+        if None not in (left, right):  # a ratio of each sample's
+            break
+        is_second = left is None  # a number times the entries
+        other = node._saved_self if is_second else node._saved_other
+        if type(other) is not Tensor or other.numel() != 1:
+            break
+        value = float(other)
+        found = (1.0 if found is None else found) * (value if _name_of(node) == "Mul" else 1.0 / (value or math.nan))
+        node = right if is_second else left
+    return found
 
 
 def _name_of(node: Any) -> str:
     return str(node.name()).split("Backward")[0]
 
 
-def _divides_a_sum(division: Any) -> bool:
-    dividend = division.next_functions[0][0]
-    return dividend is not None and _name_of(dividend) == "Sum" and division._saved_other.numel() == 1
-
-
-def _is_divided(term: Any, loss: Tensor) -> bool:
-    """Whether something between a sum and the loss divides it; it may be the number of samples."""
-    return any(
-        _name_of(node) in ("Div", "Mul") and any(term in _nodes(own, _PASSED) for own, _ in node.next_functions)
-        for node in _nodes(loss.grad_fn, _PASSED)
-    )
-
-
 def _is_of_means(total: Any) -> bool:
     """Whether a sum is one of means, over classes or tasks."""
-    return any(_name_of(node) in ("Mean", "Div", "NllLoss", "NllLoss2D") for node in _nodes(total, None))
+    waiting, seen = [total], 0
+    while waiting and seen < _MAX_NODES:
+        node = waiting.pop(0)
+        if node is None:
+            continue
+        seen += 1
+        if _name_of(node) in ("Mean", "Div") or getattr(node, "_saved_reduction", None) == _MEAN:
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def refuse_other_means(found: Sequence[Sequence[Term]], shares: Sequence[float]) -> None:
@@ -103,32 +166,26 @@ def refuse_other_means(found: Sequence[Sequence[Term]], shares: Sequence[float])
     if len({len(terms) for terms in found}) != 1:
         return
     for terms in zip(*found, strict=True):
-        divisors = [divisor for divisor, _ in terms if divisor is not None]
-        if len(divisors) < len(terms):
+        numbers = [term.divisor for term in terms if term.divisor is not None]
+        if len(numbers) < len(terms):
             if terms[0].is_of_targets or len(found[0]) == 1:
                 raise InvalidSettingError(
                     "the loss is a sum, and micro-batches make the step of the whole batch for a mean: divide it by "
                     "the number of samples, or of what weight=... counts"
                 )
             continue
-        numbers = [float(divisor) for divisor in divisors]
-        is_same = len(set(numbers)) == 1 and not all(is_of_targets for _, is_of_targets in terms)
+        is_same = max(numbers) - min(numbers) <= max(term.precision for term in terms) * max(numbers)
+        is_same = is_same and not all(term.is_of_targets for term in terms)
         total = sum(numbers)
         if is_same or not 0.0 < total < math.inf:
             continue
-        tolerance = total * max(map(_precision, divisors))
+        tolerance = total * max(term.precision for term in terms)
         if any(abs(number - share * total) > tolerance for number, share in zip(numbers, shares, strict=True)):
             of = " and ".join(f"{number:g}" for number in numbers)
             counted = " and ".join(f"{share:.3g}" for share in shares)
             raise InvalidSettingError(
                 f"the loss is a mean over {of} in micro-batches that count {counted}, which do not make the step of "
                 "the whole batch: give TrainStep weight=..., from a part to what its loss is a mean over, as lambda "
-                "part: (part['labels'] != -100).sum(); or, to let them count as they do, what they do, as len(part[0])"
+                "part: (part['labels'] != -100).sum(); or, to let them count as they do, what they do, as "
+                "len(part[0]). (A loss of all samples together, as Dice over a batch, has no parts that make its step.)"
             )
-
-
-def _precision(number: float | Tensor) -> float:
-    """Of a sum that a loss has made in its own data type."""
-    if isinstance(number, Tensor) and number.is_floating_point():
-        return 4.0 * torch.finfo(number.dtype).eps
-    return 1e-9

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss, smooth_l1_loss
 from torch.nn.utils.rnn import pack_sequence
 
 from sam_optim import ASAM, GSAM, SAM, AgnosticSAM, InvalidSettingError, SAMPa, TrainStep, split_batch
@@ -285,6 +285,11 @@ def masked_mean(model, part):
     return (losses * mask.flatten()).sum() / mask.sum()
 
 
+def positives(part):
+    """Of a detector's loss: how many positions are none of the background."""
+    return (part["labels"] != 0).sum()
+
+
 CLASS_WEIGHTS = torch.arange(1, 6, dtype=torch.float64) ** 3
 OTHER_MEANS = {
     "padding": lambda m, p: token_mean(m, p, ignored=0),
@@ -294,6 +299,15 @@ OTHER_MEANS = {
     "masked": masked_mean,
     "selected": lambda m, p: (m(p["x"])[p["labels"] != 0] ** 2).mean(),
     "a term": lambda m, p: 0.1 * sum((w**2).mean() for w in m.parameters()) + token_mean(m, p, ignored=0),
+    "scaled before": lambda m, p: 2.0 * (m(p["x"]) ** 2).sum() / positives(p),
+    "by the inverse": lambda m, p: (m(p["x"]) ** 2).sum() * (1.0 / positives(p).item()),
+    "each divided": lambda m, p: ((m(p["x"]) ** 2) / positives(p)).sum(),
+    "each times a number": lambda m, p: (positives(p).reciprocal() * (m(p["x"]) ** 2)).sum(),
+    "a loss's own sum": lambda m, p: mse_loss(m(p["x"]), torch.ones_like(m(p["x"])), reduction="sum") / positives(p),
+    "a loss's own mean": lambda m, p: smooth_l1_loss(m(p["x"])[p["labels"] != 0], m.bias.detach().expand(positives(p), -1)),
+    "a product": lambda m, p: (m(p["x"]).flatten() @ m(p["x"]).flatten()) / positives(p),
+    "a root": lambda m, p: (m(p["x"]) ** 2).mean().sqrt(),
+    "a ratio": lambda m, p: 1.0 - (2.0 * m(p["x"]).sigmoid()[p["labels"] != 0].sum() + 1.0) / m(p["x"]).exp().sum(),
 }  # fmt: skip
 
 
@@ -334,7 +348,13 @@ MEANS = {
     "of tasks": lambda m, p: torch.stack([m(p["x"]).mean(), (m(p["x"]) ** 2).mean()]).sum(),
     "with a sum of weights": lambda m, p: 0.1 * (m.weight**2).sum() + (m(p["x"]) ** 2).mean(),
     "and a plain sum of weights": lambda m, p: (m.weight**2).sum() + (m(p["x"]) ** 2).mean(),
-}
+    "and a norm of weights": lambda m, p: 0.1 * (m.weight**2).sum().sqrt() + (m(p["x"]) ** 2).mean(),
+    "each divided": lambda m, p: ((m(p["x"]) ** 2) / len(p["x"])).sum(),
+    "a loss's own sum": lambda m, p: mse_loss(m(p["x"]), torch.ones_like(m(p["x"])), reduction="sum") / len(p["x"]),
+    "weighed by what is learnt": lambda m, p: (-m.bias[0]).exp() * (m(p["x"]) ** 2).mean() + m.bias[0],
+    "divided by what is learnt": lambda m, p: (m(p["x"]) ** 2).mean() / (2.0 * m.bias.exp().sum()) + m.bias[0],
+    "ratios of samples": lambda m, p: (m(p["x"]).tanh().sum((1, 2)) / m(p["x"]).exp().sum((1, 2))).mean(),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", MEANS)
