@@ -304,7 +304,7 @@ OTHER_MEANS = {
     "each divided": lambda m, p: ((m(p["x"]) ** 2) / positives(p)).sum(),
     "each times a number": lambda m, p: (positives(p).reciprocal() * (m(p["x"]) ** 2)).sum(),
     "a loss's own sum": lambda m, p: mse_loss(m(p["x"]), torch.ones_like(m(p["x"])), reduction="sum") / positives(p),
-    "a loss's own mean": lambda m, p: smooth_l1_loss(m(p["x"])[p["labels"] != 0], m.bias.detach().expand(positives(p), -1)),
+    "a loss's own mean": lambda m, p: smooth_l1_loss(m(p["x"])[p["labels"] != 0], torch.ones(positives(p), 5).double()),
     "a product": lambda m, p: (m(p["x"]).flatten() @ m(p["x"]).flatten()) / positives(p),
     "a root": lambda m, p: (m(p["x"]) ** 2).mean().sqrt(),
     "a ratio": lambda m, p: 1.0 - (2.0 * m(p["x"]).sigmoid()[p["labels"] != 0].sum() + 1.0) / m(p["x"]).exp().sum(),
