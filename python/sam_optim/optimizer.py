@@ -661,16 +661,17 @@ class SharpnessAwareOptimizer(Updates):
                 "it must be 1, since Lightning's closure runs the last micro-batch alone. Use manual optimization, and "
                 "run all micro-batches in each pass of each_pass()"
             )
-        self._container["clips each pass"] = bool(getattr(trainer, "gradient_clip_val", None))
+        own_clipping = bool(modules) and not _is_lightnings(modules[0].configure_gradient_clipping)
+        self._container["clips each pass"] = own_clipping or bool(getattr(trainer, "gradient_clip_val", None))
         if not self.takes_scaled_gradients:
             self._refuse_clipped_passes()
 
     def _refuse_clipped_passes(self) -> None:
         if self._container["clips each pass"]:
             raise InvalidSettingError(
-                f"{type(self).__name__} cannot be used with gradient_clip_val in automatic optimization: Lightning "
-                "clips the gradient of each pass, and not the update's. Use manual optimization, combine_gradients() "
-                "and clip_grad_norm_"
+                f"{type(self).__name__} cannot be used with gradient_clip_val or a configure_gradient_clipping() of "
+                "one's own in automatic optimization: Lightning clips the gradient of each pass, and not the update's. "
+                "Use manual optimization, combine_gradients() and clip_grad_norm_"
             )
 
     # ------------------------------------------------------------------ safety
@@ -781,6 +782,11 @@ def _plain_passes() -> Passes:
     """The base optimizer's step."""
     g = yield Pass(last=True)
     yield Update(g)
+
+
+def _is_lightnings(method: Any) -> bool:
+    """Whether a method is the one that Lightning's own class has."""
+    return str(getattr(method, "__module__", "")).partition(".")[0] in ("lightning", "pytorch_lightning")
 
 
 def _call(closure: Closure) -> Any:

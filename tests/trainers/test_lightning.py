@@ -191,6 +191,15 @@ def test_clipping_each_pass_is_refused_where_it_changes_the_method(method):
         fit(module, gradient_clip_val=0.05)
     fit(Automatic(method), gradient_clip_val=0.0)
 
+    class Own(Automatic):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+
+    with pytest.raises(InvalidSettingError, match="configure_gradient_clipping"):
+        fit(Own(method))
+    for a, b in zip(fit(Own(METHODS[0])), by_hand(METHODS[0], clip=0.05), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
 
 def scaled(module):
     """float16 as on a GPU, where Lightning makes the scaler by itself."""
