@@ -38,13 +38,19 @@ StatisticsRule = Callable[[nn.Module], Iterable[str]]
 # Those that the forward passes of torch's own layers write in training mode and do not read.
 _ONLY_WRITTEN = ("running_mean", "running_var", "num_batches_tracked")
 
+# Flags of whether a module learns; 0 stands in for them. Of torch's fake quantisation, whose observers run in it.
+_SWITCHES = ("observer_enabled",)
+
 
 def running_statistics(module: nn.Module) -> Iterable[str]:
     """The default rule: the names that torch's BatchNorm, InstanceNorm and SyncBatchNorm use, and spectral_norm's.
 
+    Also the flag that switches the observers of fake quantisation on: they are off while statistics are frozen, so that
+    perturbed passes are quantised by the ranges that the unperturbed one has left.
+
     User-made classes that use these names are covered; for others pass a rule of your own.
     """
-    return (*_ONLY_WRITTEN, *power_iteration(module))
+    return (*_ONLY_WRITTEN, *_SWITCHES, *power_iteration(module))
 
 
 def power_iteration(module: nn.Module) -> Iterable[str]:
@@ -68,6 +74,11 @@ def statistics_of(module: nn.Module, rule: StatisticsRule) -> dict[str, Tensor]:
     # Of a TorchScript module they are a mapping without get().
     found = {name: buffers[name] for name in rule(module) if name in buffers}
     return {name: buffer for name, buffer in found.items() if buffer is not None}
+
+
+def _stand_in(name: str, value: Tensor) -> Tensor:
+    """What a forward pass finds in the place of a buffer."""
+    return torch.zeros_like(value) if name in _SWITCHES else value.clone()
 
 
 def _refuse_torchscript(module: nn.Module, name: str) -> None:
@@ -112,7 +123,7 @@ def statistics_aside(model: nn.Module, rule: StatisticsRule, start: Start | None
             for name, buffer in statistics_of(module, rule).items():
                 _refuse_torchscript(module, name)
                 originals.setdefault((id(module._buffers), name), (module._buffers, buffer))
-                module._buffers[name] = (start or {}).get((id(module), name), buffer).clone()
+                module._buffers[name] = _stand_in(name, (start or {}).get((id(module), name), buffer))
         yield
     finally:
         for (_, name), (buffers, original) in originals.items():
@@ -180,7 +191,7 @@ class _Part:
         # The module may have been moved or converted since.
         if kept is None or kept.dtype != buffer.dtype or kept.device != buffer.device or kept.shape != buffer.shape:
             kept = buffer
-        return kept.detach().clone()
+        return _stand_in(name, kept.detach())
 
     def put_back(self, module: nn.Module) -> None:
         for aside in self.freezing.aside:

@@ -161,6 +161,8 @@ def _obstacle_to_being_base(base: Any, is_wrapped: bool) -> str | None:
         )
     if hasattr(base, "first_step"):
         return "it makes passes of its own; give the optimizer that it is made of"
+    if takes_single_samples(base):
+        return f"it makes its update of gradients of single samples, which every pass adds to. {WRAP_AROUND}"
     if "acceleratedoptimizer" in names:
         return "accelerate has prepared it already. Give the plain one, and prepare the optimizer that is made of it"
     required = [
@@ -172,6 +174,17 @@ def _obstacle_to_being_base(base: Any, is_wrapped: bool) -> str | None:
     if required and not is_wrapped:
         return f"its step() needs {required[0]}, and the passes of a step have been made when it is called"
     return None
+
+
+WRAP_AROUND = (
+    "Wrap it around this optimizer, and in each pass of first_step() and second_step() call its zero_grad() before the "
+    "backward and its pre_step() after it"
+)
+
+
+def takes_single_samples(optimizer: Any) -> bool:
+    """Whether it is one of differential privacy, as opacus' DPOptimizer, which clips the gradient of each sample."""
+    return hasattr(type(optimizer), "grad_samples")
 
 
 # Names of classes, in lower case: several packages have them.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar, cast, get_args, overload
+from typing import Any, Literal, TypeVar, get_args, overload
 from weakref import WeakSet
 
 import torch
@@ -25,7 +25,7 @@ from sam_kernels.host import missing
 
 from .base_update import BaseUpdate
 from .compiling import prepare, untraced
-from .construction import BaseOptimizer, defaults_of, make_base
+from .construction import WRAP_AROUND, BaseOptimizer, defaults_of, make_base, takes_single_samples
 from .errors import InvalidSettingError, StepOrderError
 from .kept import KeptState
 from .moves import StepReport
@@ -171,7 +171,7 @@ class SharpnessAwareOptimizer(Updates):
         prepare()
         self._method_defaults = dict(method_defaults)
         self._given_defaults = dict(getattr(base, "defaults", {}))
-        self.base_optimizer = base
+        vars(self)["base_optimizer"] = base
         for group in base.param_groups:
             self._complete_group(group, method_defaults)
 
@@ -186,9 +186,9 @@ class SharpnessAwareOptimizer(Updates):
         update.widen_state()
         # torch's constructor sets up hooks and profiling. It also empties groups and state, which are the base's own,
         # and adds a group, which makes some bases share their parameters out anew.
-        self.base_optimizer = cast(Any, SimpleNamespace(defaults={}, add_param_group=lambda group: None))
+        vars(self)["base_optimizer"] = SimpleNamespace(defaults={}, add_param_group=lambda group: None)
         super().__init__([{"params": []}], {**self._given_defaults, **method_defaults})
-        self.base_optimizer = base
+        vars(self)["base_optimizer"] = base
         self._watch_base()
 
     # ------------------------------------------------------------------ the method
@@ -343,10 +343,17 @@ class SharpnessAwareOptimizer(Updates):
                 ``lambda: scaler.step(optimizer)``.
 
         Raises:
-            StepOrderError: if a step is already begun (the weights are then restored).
+            StepOrderError: if a step is already begun (the weights are then restored), or ``step`` is of a wrapper that
+                has to be called in every pass.
         """
+        wrapper = getattr(step, "__self__", None)
         # accelerate's wrapper knows its scaler.
-        self.refuse_scaler(getattr(getattr(step, "__self__", None), "scaler", None))
+        self.refuse_scaler(getattr(wrapper, "scaler", None))
+        if takes_single_samples(wrapper):
+            raise StepOrderError(
+                f"{type(wrapper).__name__} cannot make the update of each_pass(): it clips gradients of single "
+                f"samples, and has to do so in every pass. {WRAP_AROUND}"
+            )
         waiting = self._begin_for("each_pass()")
         passes = None if waiting is None else self._container["run"].passes
         try:
@@ -502,8 +509,7 @@ class SharpnessAwareOptimizer(Updates):
             if hasattr(self, "grad_scale"):
                 self._refuse_scaled_step()
             if "descent" in self._container:
-                lists, rule, scale = self._container.pop("descent")
-                return self.descend(*lists, rule=rule, scale=scale)
+                return self._descend_for_caller()
             if closure is None:
                 return self._finish()
             self._refuse_amp_closure()

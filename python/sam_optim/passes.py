@@ -132,7 +132,7 @@ class Unwritten:
 
     def __init__(self, gradients: Gradients) -> None:
         self.gradients = gradients
-        self._versions = _versions_of(gradients)
+        self._versions = versions_of(gradients)
 
     def check(self, which: str) -> None:
         """Raises :class:`StepOrderError` if they are not what they were.
@@ -140,14 +140,14 @@ class Unwritten:
         Args:
             which: gradients these are, for the message.
         """
-        if _versions_of(self.gradients) != self._versions:
+        if versions_of(self.gradients) != self._versions:
             raise StepOrderError(
                 f"the gradient of {which} is needed again, but was written into since: p.grad was assigned the same "
                 "tensors for another pass. Assign new ones for each, p.grad = g.clone()"
             )
 
 
-def _versions_of(gradients: Gradients) -> list[int]:
+def versions_of(gradients: Gradients) -> list[int]:
     """Of each tensor, how often it was written into; those made in inference mode do not know."""
     try:
         return [-1 if g is None else g._version for g in gradients]

@@ -64,7 +64,6 @@ class GroupsAndState(Moves, Optimizer):
         counts_in_norm: whether this rank counts a parameter in sums over them; None for all.
     """
 
-    base_optimizer: Optimizer
     master_weights: bool
     process_group: Any
     counts_in_norm: Callable[[Tensor], bool] | None
@@ -89,6 +88,27 @@ class GroupsAndState(Moves, Optimizer):
     def is_perturbed_group(self, group: dict[str, Any]) -> bool:
         """Whether a group takes part in the perturbation and in its norm."""
         return bool(group.get("perturb", True))
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """Makes the updates. It stays what it was made or given as; whatever it has can be changed.
+
+        Raises:
+            InvalidSettingError: if another one is assigned.
+        """
+        base: Optimizer = vars(self)["base_optimizer"]
+        return base
+
+    @base_optimizer.setter
+    def base_optimizer(self, base: Any) -> None:
+        own = vars(self).get("base_optimizer")
+        if base is not own:
+            name = type(self).__name__
+            raise InvalidSettingError(
+                f"base_optimizer of {name} cannot be replaced, by {type(base).__name__} neither: everything here is "
+                f"made for {type(own).__name__}. Make another optimizer, {name}(params, {type(base).__name__}, ...), "
+                "and go on with that"
+            )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

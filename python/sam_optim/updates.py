@@ -20,7 +20,7 @@ from .base_update import BaseUpdate, Descent, combined_gradient
 from .compiling import untraced
 from .errors import StepOrderError
 from .moves import StepReport
-from .passes import BegunStep, Gradients, Pass, Update, refuse_overwritten
+from .passes import BegunStep, Gradients, Pass, Update, refuse_overwritten, versions_of
 from .planning import PlanCache
 from .state import GroupsAndState
 from .step_hooks import Arguments, post_hooks_of, pre_hooks_of, run_post_hooks, run_pre_hooks
@@ -231,7 +231,11 @@ class Updates(GroupsAndState):
 
         Through ``step()``, so that step hooks fire and schedulers see it, however the passes are driven.
         """
-        self._container["descent"] = (lists, rule, scale)
+        before = None
+        if call != self.step:
+            gradients = gradients_of(self._params())
+            before = gradients, versions_of(gradients)
+        self._container["descent"] = (lists, rule, scale, before)
         try:
             call()
             if "descent" in self._container:
@@ -242,6 +246,25 @@ class Updates(GroupsAndState):
                 )
         finally:
             self._container.pop("descent", None)
+
+    def _descend_for_caller(self) -> None:
+        """The update that :meth:`descend_through` has left to somebody who calls ``step()``.
+
+        He may have changed ``p.grad`` before: where the update takes that as it is, it takes what is there now.
+        """
+        lists, rule, scale, before = self._container.pop("descent")
+        # GradScaler looks for infinities, which it writes as if it changed something.
+        if before is not None and not hasattr(self, "grad_scale"):
+            gradients = gradients_of(self._params())
+            if Update(*lists, rule=rule, scale=scale).is_one_gradient and same_objects(lists[0], before[0]):
+                lists = [gradients]
+            elif not same_objects(gradients, before[0]) or versions_of(gradients) != before[1]:
+                raise StepOrderError(
+                    "what makes the update has changed p.grad, which is the gradient of the last pass, and "
+                    f"{type(self).__name__} combines it with those of earlier ones: call combine_gradients() after the "
+                    "backward of the pass that is last; the update is then what p.grad holds"
+                )
+        self.descend(*lists, rule=rule, scale=scale)
 
     @contextmanager
     def descents_to(self, handler: DescentHandler) -> Iterator[None]:

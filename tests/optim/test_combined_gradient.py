@@ -306,3 +306,45 @@ def test_one_tensor_as_the_gradient_of_all_passes(method):
     for _ in optimizer.each_pass():
         for parameter, tensor in zip(model.parameters(), own, strict=True):
             parameter.grad = tensor.requires_grad_(False)
+
+
+class Halving:
+    """A wrapper that changes gradients before it calls ``step()``, as those for several tasks do."""
+
+    def __init__(self, optimizer, in_place):
+        self.optimizer, self.in_place = optimizer, in_place
+
+    def step(self):
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if self.in_place:
+                    p.grad.mul_(0.5)
+                else:
+                    p.grad = p.grad * 0.5
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1]], ids=["SAM", "GSAM"])
+@pytest.mark.parametrize("combined", [True, False])
+def test_the_update_takes_what_its_maker_puts_into_grad(method, in_place, combined):
+    """Without momentum half of the gradient is half of the step."""
+    model, reference = make_net(), make_net()
+    optimizer = method.make(model, PLAIN)
+    step_by_hand(method.make(reference, PLAIN), reference, batches(1)[0])
+    start = weights_of(model)
+
+    def go():
+        for p in optimizer.each_pass(step=Halving(optimizer, in_place).step):
+            loss_of(model, batches(1)[0]).backward()
+            if p.last and combined:
+                optimizer.combine_gradients()
+
+    if method is METHODS[1] and not combined:
+        with pytest.raises(StepOrderError, match=r"has changed p.grad.*combine_gradients\(\)"):
+            go()
+        assert_same(weights_of(model), start)
+        return
+    go()
+    for w, full, before in zip(weights_of(model), weights_of(reference), start, strict=True):
+        torch.testing.assert_close(w - before, 0.5 * (full - before))

@@ -436,6 +436,12 @@ class AnotherSAM(torch.optim.SGD):
         raise NotImplementedError
 
 
+class SingleSamples(torch.optim.SGD):
+    """As opacus' DPOptimizer, of the gradients of single samples."""
+
+    grad_samples = ()
+
+
 class AcceleratedOptimizer(torch.optim.SGD):
     pass
 
@@ -455,6 +461,7 @@ class Private(torch.optim.SGD):
         (NeedsMore, "its step\\(\\) needs losses"),
         (InBackward, "within the backward pass"),
         (AnotherSAM, "passes of its own"),
+        (SingleSamples, "every pass adds to"),
         (AcceleratedOptimizer, "prepared it already"),
         (Private, "each sample's gradient"),
     ],
@@ -468,6 +475,26 @@ def test_what_cannot_be_a_base(cls, message):
     if "its step" not in message:  # the wrapper may know what that wants
         with pytest.raises(TypeError, match=f"{cls.__name__} cannot be a base optimizer: .*{message}"):
             SAM(model.parameters(), Slow(cls(model.parameters(), lr=0.1)))
+
+
+def test_a_base_is_not_replaced():
+    """Half of what is here would go on with the one before, without a word."""
+    model = make_net()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    optimizer.base_optimizer = optimizer.base_optimizer
+    base = optimizer.base_optimizer
+    with pytest.raises(InvalidSettingError, match=r"by Adam.*made for SGD.*SAM\(params, Adam, ...\)"):
+        optimizer.base_optimizer = torch.optim.Adam(model.parameters())
+    assert optimizer.base_optimizer is base
+
+
+def test_a_wrapper_for_single_samples_is_driven_by_hand():
+    model = make_net()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    wrapper = SingleSamples(model.parameters(), lr=0.1)
+    with pytest.raises(StepOrderError, match=r"SingleSamples cannot make the update of each_pass.*pre_step\(\)"):
+        next(optimizer.each_pass(step=wrapper.step))
+    assert not optimizer.is_step_begun
 
 
 @pytest.mark.parametrize("name", ["adahessian", "sophiah", "lomo", "adalomo"])

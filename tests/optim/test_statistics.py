@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
 from torch.utils.checkpoint import checkpoint
 
 from sam_optim import (
@@ -367,3 +368,42 @@ def test_an_exception_puts_back_what_a_forward_pass_has_replaced(in_place):
     with pytest.raises(AttributeError):
         TrainStep(model, optimizer, fails_in_the_second, statistics=lambda module: ("codes",))(batches(1)[0])
     assert_same(list(model.state_dict().values()), before)
+
+
+def quantised_model():
+    """As ``prepare_qat`` makes them; one of the kinds never calls its observer."""
+    torch.manual_seed(0)
+    observer = quantization.MovingAverageMinMaxObserver
+    return nn.Sequential(
+        nn.Linear(7, 9),
+        quantization.FakeQuantize(observer),
+        nn.Linear(9, 3),
+        quantization.FusedMovingAvgObsFakeQuantize(observer, averaging_constant=0.1),
+    )
+
+
+def by_train_step(optimizer, model, batch):
+    TrainStep(model, optimizer, loss_of)(batch)
+
+
+@pytest.mark.parametrize("drive", [step_by_hand, by_every_pass_closure, by_train_step])
+def test_observers_of_fake_quantisation_learn_once_a_step(drive):
+    """At the weights themselves, so that rho = 0 is the base bit for bit."""
+    for rho in (0.0, 2.0):
+        model, plain = quantised_model(), quantised_model()
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=rho, lr=0.1, closure_runs="every_pass")
+        if drive is not by_train_step:
+            freeze_in_perturbed_passes(model, optimizer)
+        base = torch.optim.SGD(plain.parameters(), lr=0.1)
+        for batch in batches(3, torch.float32):
+            with torch.no_grad():
+                for theirs, own in zip(plain.parameters(), model.parameters(), strict=True):
+                    theirs.copy_(own)
+            base.zero_grad()
+            loss_of(plain, batch).backward()
+            base.step()
+            drive(optimizer, model, batch)
+            assert_same(buffers_of(model), buffers_of(plain))
+            if rho == 0.0:
+                assert_same(list(model.parameters()), list(plain.parameters()))
+    assert all(module.observer_enabled for module in (model[1], model[3]))
