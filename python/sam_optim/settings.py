@@ -154,7 +154,11 @@ def named_parameters(call: Callable[..., Any]) -> list[str]:
 
 
 def check_group_keys(
-    group: dict[str, Any], method: type, of_groups: Iterable[str], is_of_base: Callable[[str], bool]
+    group: dict[str, Any],
+    method: type,
+    of_groups: Iterable[str],
+    of_base: Iterable[str],
+    is_of_base: Callable[[str], bool],
 ) -> None:
     """Refuses keys of a group that the method would not look at, although they seem to be meant for it.
 
@@ -162,18 +166,19 @@ def check_group_keys(
 
     Args:
         of_groups: what the method keeps in groups.
-        is_of_base: whether a key is one that the base optimizer uses.
+        of_base: the base optimizer's defaults.
+        is_of_base: whether another key that would be refused is one that the base optimizer uses.
 
     Raises:
         InvalidSettingError: for a setting of the whole optimizer, and for a misspelt one.
     """
-    known = {*of_groups, "params", "param_names"}
+    known = {*of_groups, *of_base, "params", "param_names"}
     for key in group:
         if key in known or not isinstance(key, str):
             continue
         settings = ", ".join(of_groups) or "nothing of its own"
         is_setting = key in settings_of(method)
-        if is_of_base(key) or not (is_setting or near(key, of_groups)):
+        if not (is_setting or near(key, of_groups)) or is_of_base(key):
             continue
         if is_setting:
             raise InvalidSettingError(

@@ -539,7 +539,7 @@ class GroupsAndState(Moves, Optimizer):
 
     def _check_keys(self, group: dict[str, Any]) -> None:
         of_groups = [*self._method_defaults, *({"perturb"} - self._method_defaults.keys())]
-        check_group_keys(group, type(self), of_groups, self._is_of_base)
+        check_group_keys(group, type(self), of_groups, defaults_of(self.base_optimizer), self._is_of_base)
 
     def _is_of_base(self, key: str) -> bool:
         """Whether a key of a group is the base's."""
