@@ -60,6 +60,8 @@ def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
         ValueError: if there is no backend of that name.
         BackendUnavailableError: if the named backend is missing or does not serve the device.
     """
+    if _copies_what_is_written():
+        return foreach
     wanted = wanted or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if wanted is None:
         if device.type not in _chosen:
@@ -69,6 +71,11 @@ def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
     if not found.serves(device):
         raise BackendUnavailableError(f"backend {wanted!r} does not serve tensors on {device}")
     return found
+
+
+def _copies_what_is_written() -> bool:
+    """Within ``allow_mutation_on_saved_tensors()`` torch copies tensors before its own operations write into them."""
+    return getattr(torch.autograd.graph, "_allow_mutation_on_saved_tensors_enabled", False)
 
 
 def backend_named(name: str) -> Backend:

@@ -36,7 +36,7 @@ from torch import Tensor
 from . import reference
 from .backends import backend_for
 from .bases import Base, TensorList
-from .errors import DeviceChangedError, SharedMemoryError, WeightsConvertedError
+from .errors import DeviceChangedError, SharedMemoryError
 from .host import forget_old_weights, inverse_of, is_set, pick
 from .plan import Plan, Snapshot
 from .report import LaunchReport
@@ -118,14 +118,14 @@ def perturb_(
 def restore_(params: Params, snapshot: Snapshot, *, backend: str | None = None) -> None:
     """w <- snapshot for each tensor of which a copy is held, bit for bit, or a master, rounded.
 
-    The snapshot is then empty but for masters. Tensors that were converted meanwhile get their copies converted.
+    The snapshot is then empty but for masters.
+
+    Raises:
+        WeightsConvertedError: for other dtypes, devices or layouts than were copied; see :meth:`Snapshot.put_back`.
     """
     plan = _plan(params)
-    try:
-        for part in _parts(plan, [], snapshot):
-            _launch(part.plan, backend, "restore_", part.snapshot)
-    except WeightsConvertedError:
-        snapshot.put_back(plan)
+    for part in _parts(plan, [], snapshot):
+        _launch(part.plan, backend, "restore_", part.snapshot)
     snapshot.discard()
 
 

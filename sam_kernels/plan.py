@@ -134,14 +134,15 @@ class Layout(NamedTuple):
 def check_supported(tensor: Tensor, name: str) -> None:
     """Raises :class:`UnsupportedTensorError` unless the kernels can read ``tensor``."""
     if tensor.layout is not torch.strided:
+        kind, instead = ("nested", "Pad it") if tensor.is_nested else ("sparse", "Use sparse=False in the embedding")
         raise UnsupportedTensorError(
-            f"{name} is sparse ({tensor.layout}); the kernels need dense tensors. Use sparse=False in the embedding, "
-            "or give sparse parameters an optimizer of their own."
+            f"{name} is {kind} ({tensor.layout}); the kernels need dense tensors. {instead}, or give {kind} parameters "
+            "an optimizer of their own."
         )
     if not has_own_memory(tensor):
         raise UnsupportedTensorError(
             f"{name} is a {type(tensor).__name__} on {tensor.device}, which has no memory that a kernel can read; "
-            "pass its local, materialised tensor."
+            "pass the plain tensor that it is made of, or keep it frozen: without a gradient it is passed over."
         )
     if tensor.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
@@ -392,10 +393,14 @@ class Snapshot:
 
     @torch.no_grad()
     def put_back(self, plan: Plan) -> None:
-        """Restores tensors that have been converted or moved since they were copied, those of other shapes excepted."""
+        """Restores tensors that have been converted or moved since they were copied, those of other shapes excepted.
+
+        The snapshot is then empty but for masters.
+        """
         for tensor, copy, flag in zip(plan.tensors, self.tensors, self.taken, strict=True):
             if flag and tensor.shape == copy.shape:
                 tensor.copy_(copy)
+        self.discard()
 
     def adopt(self, plan: Plan, masters: Sequence[Tensor | None]) -> None:
         """Takes over masters from elsewhere, None for those to be left, wherever they round to the plan's tensors.

@@ -152,6 +152,11 @@ def _obstacle_to_being_base(base: Any, is_wrapped: bool) -> str | None:
             "it differentiates p.grad once more, through weights that have been restored since. Take one that needs "
             "the gradient alone, torch.optim.AdamW for instance"
         )
+    if any(group.get("differentiable") for group in base.param_groups if isinstance(group, dict)):
+        return (
+            "differentiable=True asks for steps that autograd differentiates, and a perturbation is no part of its "
+            "graph. Leave it out"
+        )
     if hasattr(base, "fused_backward"):
         return "it updates the weights within the backward pass"
     if hasattr(type(base), "grad_samples"):

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import sam_kernels
 from sam_kernels import LaunchReport
+from sam_kernels.errors import WeightsConvertedError
 from sam_kernels.plan import TAKEN, wide_dtype
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
@@ -147,10 +148,16 @@ class Moves:
         return added(total, gradients, share, self.backend)
 
     def return_to_copies(self) -> None:
-        """Puts the weights themselves back, bit for bit, where copies of them are held."""
+        """Puts the weights themselves back, bit for bit, where copies of them are held.
+
+        A model that was converted or moved meanwhile gets them converted.
+        """
         plans: PlanCache = self._container["plans"]
         if plans.holds_copies:
-            sam_kernels.restore_(plans.plan, plans.snapshot, backend=self.backend)
+            try:
+                sam_kernels.restore_(plans.plan, plans.snapshot, backend=self.backend)
+            except WeightsConvertedError:
+                plans.snapshot.put_back(plans.plan)
 
     def look_ahead(self, gradients: Gradients) -> None:
         """To where the base optimizer's next update with these gradients would lead, its state untouched.

@@ -221,6 +221,9 @@ def test_weights_converted_while_perturbed_are_refused():
     weight.data = weight.data.double()
     with pytest.raises(RuntimeError, match="while they were perturbed"):
         sk.restore_(plan, snapshot)
+    snapshot.put_back(plan)
+    assert torch.equal(weight, torch.ones(10, dtype=torch.float64))
+    sk.restore_(plan, snapshot)
 
 
 def test_writing_bumps_version_counters():
@@ -229,6 +232,19 @@ def test_writing_bumps_version_counters():
     sk.perturb_([weight], [[torch.ones(4)]], [1.0], backend="cpu")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
+
+
+def test_what_was_saved_before_writing():
+    weight = torch.tensor([3.0], requires_grad=True)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        output = weight * weight
+        snapshot = sk.Snapshot(plan := sk.Plan([weight]))
+        sk.ascent_(plan, [[torch.ones(1)]], snapshot=snapshot, backend="cpu")
+        assert weight.item() == 4.0
+        output.backward()
+        sk.restore_(plan, snapshot)
+    assert weight.grad.item() == 6.0
+    assert weight.item() == 3.0
 
 
 def test_version_counters_of_untouched_tensors_stay():

@@ -497,6 +497,12 @@ def test_a_wrapper_for_single_samples_is_driven_by_hand():
     assert not optimizer.is_step_begun
 
 
+def test_steps_that_are_differentiated_are_no_base():
+    for base in (torch.optim.SGD, torch.optim.AdamW):
+        with pytest.raises(TypeError, match="differentiable=True asks for steps that autograd differentiates"):
+            SAM(make_net().parameters(), base, lr=0.1, differentiable=True)
+
+
 @pytest.mark.parametrize("name", ["adahessian", "sophiah", "lomo", "adalomo"])
 def test_others_that_cannot(name):
     others = pytest.importorskip("pytorch_optimizer")
