@@ -96,7 +96,11 @@ class GroupsAndState(Moves, Optimizer):
         Raises:
             InvalidSettingError: if another one is assigned.
         """
-        base: Optimizer = vars(self)["base_optimizer"]
+        try:
+            base: Optimizer = vars(self)["base_optimizer"]
+        except KeyError:
+            # Lightning's wrapper is of this class, too, and looks elsewhere for what it does not have.
+            raise AttributeError("base_optimizer") from None
         return base
 
     @base_optimizer.setter
