@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sam_kernels.sharding import is_distributed
 
 from .errors import InvalidSettingError
 
@@ -50,11 +53,12 @@ class _Place(NamedTuple):
 
 def terms_of(loss: Tensor) -> list[Term]:
     """Cross entropies, other losses, means and sums."""
-    if type(loss) is not Tensor:  # subclasses, as DTensors, may have other ranks to ask
+    if is_distributed(loss):  # there are other ranks to ask
         return []
     found = []
-    waiting, seen = [_Place(loss.grad_fn, torch.ones_like(loss), False)], 0
-    with torch.no_grad():
+    slope = torch.ones(loss.shape, dtype=loss.dtype, device=loss.device)
+    waiting, seen = [_Place(loss.grad_fn, slope, False)], 0
+    with torch.no_grad(), suppress(RuntimeError, TypeError, NotImplementedError):  # of functions of others
         while waiting and seen < _MAX_NODES:
             place = waiting.pop(0)
             if place.node is None:
@@ -106,6 +110,8 @@ def _count_of(name: str, node: Any) -> tuple[float | None, bool, float]:
         if node._saved_reduction != _MEAN:
             return 1.0, True, _EXACT
         weight = node._saved_total_weight
+        if is_distributed(weight):
+            return None, True, _EXACT
         return float(weight), True, 4.0 * torch.finfo(weight.dtype).eps
     if name == "Mean":
         return float(node._saved_self_sym_numel), False, _EXACT
@@ -130,7 +136,7 @@ def _factor_within(total: Any) -> float | None:
             break
         is_second = left is None  # a number times the entries
         other = node._saved_self if is_second else node._saved_other
-        if type(other) is not Tensor or other.numel() != 1:
+        if not isinstance(other, Tensor) or other.numel() != 1 or is_distributed(other):
             break
         value = float(other)
         found = (1.0 if found is None else found) * (value if _name_of(node) == "Mul" else 1.0 / (value or math.nan))

@@ -10,7 +10,6 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar, get_args, overload
 from weakref import WeakSet
@@ -34,6 +33,7 @@ from .planning import PlanCache
 from .randomness import Draws
 from .settings import check_choice, radius
 from .step_hooks import runs_its_own_hooks
+from .trainers_closures import accumulated_by, clips_each_pass
 from .updates import Updates
 from .watching import UnperturbedEntries
 
@@ -513,7 +513,7 @@ class SharpnessAwareOptimizer(Updates):
             if closure is None:
                 return self._finish()
             self._refuse_amp_closure()
-            self._refuse_what_lightning_does_between(closure)
+            self._refuse_what_trainers_do_between(closure)
             previous = previous_closure or self._container["previous closure"]
             closures = {
                 TRAIN: closure,
@@ -653,31 +653,25 @@ class SharpnessAwareOptimizer(Updates):
                 "backward and first_step(), backward again, then scaler.step(optimizer)."
             )
 
-    def _refuse_what_lightning_does_between(self, closure: Closure) -> None:
-        """Lightning's closure in automatic optimization is a partial of its module, which knows the trainer."""
-        self._container["clips each pass"] = False
-        if not isinstance(closure, partial):
-            return
-        modules = [argument for argument in closure.args if getattr(argument, "automatic_optimization", False)]
-        trainer = getattr(modules[0], "_trainer", None) if modules else None
-        accumulated = getattr(trainer, "accumulate_grad_batches", 1)
+    def _refuse_what_trainers_do_between(self, closure: Closure) -> None:
+        accumulated = accumulated_by(closure)
         if accumulated != 1:
             raise InvalidSettingError(
                 f"Invalid accumulate_grad_batches: {accumulated}; with {type(self).__name__} in automatic optimization "
                 "it must be 1, since Lightning's closure runs the last micro-batch alone. Use manual optimization, and "
                 "run all micro-batches in each pass of each_pass()"
             )
-        own_clipping = bool(modules) and not _is_lightnings(modules[0].configure_gradient_clipping)
-        self._container["clips each pass"] = own_clipping or bool(getattr(trainer, "gradient_clip_val", None))
+        self._container["clips each pass"] = clips_each_pass(closure)
         if not self.takes_scaled_gradients:
             self._refuse_clipped_passes()
 
     def _refuse_clipped_passes(self) -> None:
         if self._container["clips each pass"]:
             raise InvalidSettingError(
-                f"{type(self).__name__} cannot be used with gradient_clip_val or a configure_gradient_clipping() of "
-                "one's own in automatic optimization: Lightning clips the gradient of each pass, and not the update's. "
-                "Use manual optimization, combine_gradients() and clip_grad_norm_"
+                f"{type(self).__name__} cannot be used with what clips the gradient of each pass, not the update's: "
+                "gradient_clip_val or a configure_gradient_clipping() of one's own in Lightning's automatic "
+                "optimization, GradientNormClipping in skorch. With Lightning use manual optimization, "
+                "combine_gradients() and clip_grad_norm_; with skorch clip in a step pre-hook"
             )
 
     # ------------------------------------------------------------------ safety
@@ -788,11 +782,6 @@ def _plain_passes() -> Passes:
     """The base optimizer's step."""
     g = yield Pass(last=True)
     yield Update(g)
-
-
-def _is_lightnings(method: Any) -> bool:
-    """Whether a method is the one that Lightning's own class has."""
-    return str(getattr(method, "__module__", "")).partition(".")[0] in ("lightning", "pytorch_lightning")
 
 
 def _call(closure: Closure) -> Any:

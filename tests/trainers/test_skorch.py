@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import GSAM, SAM
+from sam_optim import GSAM, SAM, FriendlySAM, InvalidSettingError
 
 from ..optim.cases import assert_same, make_net, weights_of
 
@@ -82,3 +82,29 @@ def test_settings_pickling_and_searching():
     assert_same(weights_of(net.module_), weights_of(again.module_))
     search = GridSearchCV(net, {"optimizer__rho": [0.0, 0.1]}, cv=2, refit=False).fit(x, y)
     assert len(search.cv_results_["mean_test_score"]) == 2
+
+
+@pytest.mark.parametrize("method", [GSAM, FriendlySAM])
+def test_clipping_each_pass_is_refused_where_it_changes_the_method(method):
+    from skorch.callbacks import GradientNormClipping
+
+    net = made(method).set_params(callbacks=[("clip", GradientNormClipping(0.05))])
+    with pytest.raises(InvalidSettingError, match="GradientNormClipping"):
+        net.fit(*data())
+
+
+def test_clipping_by_a_callback_and_by_a_step_hook():
+    """The callback clips every gradient, which changes nothing in the first of SAM's; the hook that of the update."""
+    from skorch.callbacks import GradientNormClipping
+
+    def clip(optimizer, args, kwargs):
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.05)
+
+    found = []
+    for callbacks in ([("clip", GradientNormClipping(0.05))], []):
+        net = made(SAM).set_params(callbacks=callbacks).initialize()
+        if not callbacks:
+            net.optimizer_.register_step_pre_hook(clip)
+        found.append(weights_of(net.partial_fit(*data()).module_))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
