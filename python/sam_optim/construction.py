@@ -159,11 +159,6 @@ def _obstacle_to_being_base(base: Any, is_wrapped: bool) -> str | None:
         )
     if hasattr(base, "fused_backward"):
         return "it updates the weights within the backward pass"
-    if hasattr(type(base), "grad_samples"):
-        return (
-            "it makes its update of each sample's gradient, as opacus does for privacy, and would take those of all "
-            "passes together"
-        )
     if hasattr(base, "first_step"):
         return "it makes passes of its own; give the optimizer that it is made of"
     if takes_single_samples(base):

@@ -512,10 +512,31 @@ class GroupsAndState(Moves, Optimizer):
 
     def _params(self) -> list[Tensor]:
         """All parameters, group by group, as the kernels' plan of this moment holds them."""
-        if not same_objects(list(self.param_groups), self._container["known groups"]):
+        are_known = same_objects(list(self.param_groups), self._container["known groups"])
+        if not are_known:
             self._complete_groups()
         plans: PlanCache = self._container["plans"]
-        return plans.update(self.param_groups, self.geometry_of, self.is_perturbed_group).params
+        params = plans.update(self.param_groups, self.geometry_of, self.is_perturbed_group).params
+        if not are_known:
+            self._adopt_kept(params)
+        return params
+
+    def _adopt_kept(self, params: list[Tensor]) -> None:
+        """Takes what is kept out of the base's state, where its own ``load_state_dict()`` has put it and ran no hooks.
+
+        bitsandbytes' do so, when a checkpoint is loaded by the base alone.
+        """
+        state = self.base_optimizer.state if isinstance(self.base_optimizer, Optimizer) else {}
+        found = {p: e for p, e in state.items() if isinstance(e, dict) and any(map(_is_kept, e))}
+        if not found or self._has_own_form:
+            return
+        kept: KeptState = self._container["method state"]
+        kept.follow(params)
+        for index, p in enumerate(params):
+            entries = found.get(p, {})
+            for key in [key for key in entries if _is_kept(key)]:
+                name = key.removeprefix(PREFIX)
+                kept.entries(name)[index] = self._loaded(name, index, p, entries.pop(key))
 
     def _complete_groups(self) -> None:
         """Groups that somebody has added to the base optimizer get its defaults and this method's."""

@@ -232,6 +232,38 @@ def test_such_a_bases_own_checkpoint():
         assert_same([v for v in base.state[p].values() if v.dim()], [v for v in optimizer.state[q].values() if v.dim()])
 
 
+class LoadsByItself(torch.optim.SGD):
+    """It saves as torch does and loads by itself, without hooks, as bitsandbytes' optimizers do."""
+
+    def load_state_dict(self, state_dict):
+        params = [p for group in self.param_groups for p in group["params"]]
+        groups = [
+            {**saved, "params": own["params"]}
+            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        self.param_groups = groups
+        self.state.clear()
+        self.state.update({params[k]: dict(entries) for k, entries in state_dict["state"].items()})
+
+
+@pytest.mark.parametrize("method", [SAM, FriendlySAM, LookSAM])
+@pytest.mark.parametrize("by_base", [False, True])
+def test_a_base_that_loads_by_itself(method, by_base):
+    model, other = make_net(), make_net()
+    optimizer, resumed = (method(m.parameters(), LoadsByItself, rho=0.1, lr=0.05, momentum=0.9) for m in (model, other))
+    for batch in batches(3):
+        step_by_hand(optimizer, model, batch)
+    other.load_state_dict(model.state_dict())
+    saved, loaded = (o.base_optimizer if by_base else o for o in (optimizer, resumed))
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    for batch in batches(6)[3:]:
+        step_by_hand(optimizer, model, batch)
+        step_by_hand(resumed, other, batch)
+    assert_same(weights_of(other), weights_of(model))
+    state = resumed.base_optimizer.state
+    assert not any(key.startswith("sam_optim_") for entries in state.values() for key in entries)
+
+
 class Slow(torch.optim.Optimizer):
     """A Lookahead as many are written: it never calls the constructor of torch's optimizers."""
 
@@ -446,12 +478,6 @@ class AcceleratedOptimizer(torch.optim.SGD):
     pass
 
 
-class Private(torch.optim.SGD):
-    @property
-    def grad_samples(self):
-        raise NotImplementedError
-
-
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
@@ -463,7 +489,6 @@ class Private(torch.optim.SGD):
         (AnotherSAM, "passes of its own"),
         (SingleSamples, "every pass adds to"),
         (AcceleratedOptimizer, "prepared it already"),
-        (Private, "each sample's gradient"),
     ],
 )
 def test_what_cannot_be_a_base(cls, message):
