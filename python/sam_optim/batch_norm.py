@@ -301,6 +301,7 @@ class _Freezing:
         self._model, self._rule = weakref.ref(model), rule
         self._parts: dict[weakref.ref[nn.Module], tuple[_Hooks, _Part]] = {}
         self._keeping: list[_Part] = []
+        self._shared: list[_Hooks] = []
         self._is_watched = False
         self._unnamed: UnnamedState | None = None  # while the first perturbed pass runs
         self.look_for_modules()
@@ -331,6 +332,7 @@ class _Freezing:
             hooks.parts.append(part)
             self._parts[weakref.ref(module)] = hooks, part
         self._keeping = [part for _, part in self._parts.values() if part.used]
+        self._shared = [hooks for hooks, part in self._parts.values() if part.used]
         if has_new_hooks and _something_is_compiled():
             torch.compiler.reset()  # compiled code does not look for hooks that it was made without
 
@@ -344,6 +346,11 @@ class _Freezing:
         self.put_back()
         for part in self._keeping:
             part.end_pass()
+        # Of other optimizers, whose next pass does not begin where a pass of this one has begun.
+        for hooks in self._shared:
+            for other in hooks.parts:
+                if not other.freezing.is_on:
+                    other.end_pass()
         self.data = TRAIN if waiting is None else waiting.data
         self.is_on = waiting is not None and waiting.perturbed
         if self._unnamed is not None:
@@ -369,6 +376,7 @@ class _Freezing:
                 hooks.remove(module)
         self._parts.clear()
         self._keeping.clear()
+        self._shared.clear()
 
 
 class _Registrations:

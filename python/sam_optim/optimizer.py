@@ -706,6 +706,13 @@ class SharpnessAwareOptimizer(Updates):
         if call in followers:
             followers.remove(call)
 
+    @untraced
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. By hand it is where a step begins: what forward passes have done before is none of its passes."""
+        super().zero_grad(set_to_none)
+        if not self.is_step_begun:
+            self._tell_followers(None)
+
     def _tell_followers(self, waiting: Pass | None) -> None:
         for call in self._container["followers"]:
             call(waiting)

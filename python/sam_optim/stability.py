@@ -154,8 +154,9 @@ class StabilityMonitor:
 
         Raises:
             StepOrderError: in the middle of a step.
-            ValueError: if groups differ in lr or rho, for which there is no theory; if the gradient is not finite, or
-                there is none; or for reentrant checkpointing, through which there are no second derivatives.
+            ValueError: if groups differ in lr or rho, for which there is no theory; if the gradient or second
+                derivatives are not finite, or there is no gradient; or for reentrant checkpointing, through which there
+                are no second derivatives.
             TypeError: if ``loss_fn`` returns something else than a loss of one element, or one with more behind it.
             UnsupportedTensorError: for DTensors and with a process_group; measure on a whole model.
         """
@@ -264,19 +265,27 @@ class StabilityMonitor:
                 retain_graph=True,
                 allow_unused=True,
             )
-            return torch.cat(
+            flat = torch.cat(
                 [
                     torch.zeros(_real_numel(p), dtype=torch.float64, device="cpu")
                     if r is None
                     else _real(r).reshape(-1).cpu().double()
                     for r, p in zip(result, params, strict=True)
                 ]
-            ).numpy()
+            )
+            if not flat.isfinite().all():
+                raise ValueError(
+                    "second derivatives of the loss are not finite at these weights, as those of a square root, a norm "
+                    "or abs(x)**1.5 at 0 are: add a small number within it"
+                )
+            return flat.numpy()
 
-        if self._start is None or len(self._start) != size:
+        if self._start is None or len(self._start) != size or not product(self._start).any():
             generator = torch.Generator("cpu").manual_seed(0)
             self._start = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").numpy()
-        if size == 1:
+        if not product(self._start).any():  # without curvature here, as where ReLU alone bends it
+            value, vector = 0.0, self._start / math.sqrt(float(self._start @ self._start))
+        elif size == 1:
             value, vector = float(product(self._start * 0.0 + 1.0)[0]), self._start * 0.0 + 1.0
         else:
             operator = LinearOperator((size, size), matvec=product, dtype="float64")

@@ -163,6 +163,23 @@ def test_a_parameter_that_stands_twice_is_one():
     assert found.perturbed_alignment == pytest.approx(expected.perturbed_alignment)
 
 
+def test_without_curvature_and_with_an_infinite_one():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = StabilityMonitor(model, optimizer, lambda model, batch: model(batch).relu().sum())
+    for _ in range(2):
+        found = monitor.measure(torch.randn(4, 3))
+        assert found.eigenvalue == 0.0
+        assert sum((v**2).sum().item() for v in found.eigenvector) == pytest.approx(1.0)
+    # The start of the next search is of no use to it.
+    monitor.loss_fn = lambda model, batch: 0.5 * model(batch).square().sum()
+    assert monitor.measure(torch.eye(3)).eigenvalue > 1.0
+    nn.init.zeros_(model.weight)
+    monitor.loss_fn = lambda model, batch: (model.weight.abs() ** 1.5).sum()
+    with pytest.raises(ValueError, match="second derivatives of the loss are not finite"):
+        monitor.measure(None)
+
+
 @pytest.mark.parametrize("output", [{"loss": torch.ones(())}, torch.ones(3), None])
 def test_what_is_no_loss_is_refused(output):
     model = make_net()

@@ -407,3 +407,49 @@ def test_observers_of_fake_quantisation_learn_once_a_step(drive):
             if rho == 0.0:
                 assert_same(list(model.parameters()), list(plain.parameters()))
     assert all(module.observer_enabled for module in (model[1], model[3]))
+
+
+@pytest.mark.parametrize("other", ["frozen too", "plain"])
+def test_a_pass_begins_where_that_of_another_optimizer_has_ended(other):
+    """Generator and discriminator, by hand: with rho = 0 both steps are the bases', bit for bit."""
+
+    def make(method):
+        torch.manual_seed(0)
+        critic = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 1))
+        generator = nn.Linear(2, 3)
+        return critic, generator, *(method(net.parameters()) for net in (critic, generator))
+
+    def base(params):
+        return torch.optim.SGD(params, lr=0.1)
+
+    z, x = torch.randn(4, 2), torch.randn(4, 3)
+    ours = make(lambda params: SAM(params, torch.optim.SGD, rho=0.0, lr=0.1))
+    plain = make(base)
+    critic, generator, critic_optimizer, generator_optimizer = ours
+    freeze_in_perturbed_passes(critic, critic_optimizer)
+    if other == "plain":
+        generator_optimizer = base(generator.parameters())
+    else:
+        freeze_in_perturbed_passes(critic, generator_optimizer)
+
+    def critic_loss(critic, generator):
+        return critic(generator(z).detach()).mean() - critic(x).mean()
+
+    def generator_loss(critic, generator):
+        return -critic(generator(z)).mean()
+
+    def step(optimizer, loss, critic, generator):
+        optimizer.zero_grad()
+        loss(critic, generator).backward()
+        if isinstance(optimizer, SAM):
+            optimizer.first_step(zero_grad=True)
+            loss(critic, generator).backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step(critic_optimizer, critic_loss, critic, generator)
+        step(generator_optimizer, generator_loss, critic, generator)
+        step(plain[2], critic_loss, *plain[:2])
+        step(plain[3], generator_loss, *plain[:2])
+        assert_same(list(critic.state_dict().values()), list(plain[0].state_dict().values()))
+        assert_same(list(generator.state_dict().values()), list(plain[1].state_dict().values()))
