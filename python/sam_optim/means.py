@@ -33,7 +33,8 @@ class Term(NamedTuple):
     """A mean or a sum in a loss.
 
     Attributes:
-        divisor: what the sum is divided by in the loss; None where nothing divides it.
+        divisor: what the sum is divided by in the loss; None where nothing divides it, NaN where it is one of ratios
+            of sums over the batch.
         is_of_targets: it is one of targets for sure, and not of the weights of a regulariser.
         precision: of the divisor, relative.
     """
@@ -93,6 +94,8 @@ def _term_of(name: str, place: _Place) -> Term | None:
         factor = _factor_within(place.node) if name in ("Mean", "Sum") else None
     except (AttributeError, RuntimeError):
         return None  # what nodes save is torch's own business, and may have another name in another torch
+    if name in ("Mean", "Sum") and _is_of_ratios(place.node):
+        return Term(math.nan, False, _EXACT)
     if factor is None and not place.is_scaled:
         if count is None or (name == "Sum" and _is_of_means(place.node)):
             return None
@@ -144,6 +147,33 @@ def _factor_within(total: Any) -> float | None:
     return found
 
 
+def _is_of_ratios(total: Any) -> bool:
+    """Whether a sum or mean is one over classes, of ratios of sums over all samples: Dice, Tversky and the like."""
+    ratio = _within(total.next_functions[0][0], "Div")
+    if ratio is None or None in [node for node, _ in ratio.next_functions]:
+        return False
+    divisor = _within(ratio.next_functions[1][0], "Sum")
+    return divisor is not None and 0 in [
+        dim % len(divisor._saved_self_sym_sizes) for dim in _signed(getattr(divisor, "_saved_dim", ()))
+    ]
+
+
+def _signed(dims: Sequence[int]) -> list[int]:
+    """Autograd's nodes show negative dimensions as large numbers."""
+    return [dim - 2**64 if dim >= 2**63 else dim for dim in dims]
+
+
+def _within(node: Any, wanted: str) -> Any:
+    """The first node of a name, behind what works on each entry; None if something else comes first."""
+    for _ in range(_MAX_NODES):
+        if node is None or _name_of(node) == wanted:
+            return node
+        if _name_of(node) not in (*_ARRANGING, "Mul", "Clamp", "ClampMin"):
+            return None
+        node = next((following for following, _ in node.next_functions if following is not None), None)
+    return None
+
+
 def _name_of(node: Any) -> str:
     return str(node.name()).split("Backward")[0]
 
@@ -180,6 +210,12 @@ def refuse_other_means(found: Sequence[Sequence[Term]], shares: Sequence[float])
                     "the number of samples, or of what weight=... counts"
                 )
             continue
+        if any(map(math.isnan, numbers)):
+            raise InvalidSettingError(
+                "the loss is made of ratios of sums over the batch, as Dice over all samples is, and no micro-batches "
+                "make its step: take the ratio for each sample; or, to average those of the parts, say what they "
+                "count, as len(part[0]), by weight=..."
+            )
         is_same = max(numbers) - min(numbers) <= max(term.precision for term in terms) * max(numbers)
         is_same = is_same and not all(term.is_of_targets for term in terms)
         total = sum(numbers)

@@ -341,7 +341,21 @@ def test_sums_are_refused(kind):
         steps(METHODS["SAM"], SUMS[kind], tokens(1, ignored=0), micro_batches=2)
 
 
+def dice(model, part, dims):
+    """Of each class, over all samples or within each."""
+    found, wanted = model(part["x"]).sigmoid(), torch.nn.functional.one_hot(part["labels"], 5).double()
+    shared, total = (found * wanted).sum(dims), (found + wanted).sum(dims)
+    return (1.0 - (2.0 * shared + 1.0) / (total + 1.0).clamp(min=1e-6)).mean()
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (-3, -2), 0], ids=str)
+def test_ratios_over_all_samples_are_refused(dims):
+    with pytest.raises(InvalidSettingError, match="ratios of sums over the batch"):
+        steps(METHODS["SAM"], lambda m, p: dice(m, p, dims), tokens(1, ignored=0), micro_batches=2)
+
+
 MEANS = {
+    "ratios within samples": lambda m, p: dice(m, p, 1),
     "over samples, then a sum": lambda m, p: (m(p["x"]) ** 2).mean((0, 1)).sum(),
     "divided": lambda m, p: (m(p["x"]) ** 2).sum() / len(p["x"]),
     "multiplied": lambda m, p: (m(p["x"]) ** 2).sum() * (1.0 / len(p["x"])),
