@@ -147,6 +147,14 @@ class Unwritten:
             )
 
 
+def _is_lent(gradient: Tensor) -> bool:
+    """Whether somebody else may write into its memory in the next pass, and torch would not count that.
+
+    Views are of DistributedDataParallel's buckets. What torch has not allocated is numpy's, or a CUDA graph's.
+    """
+    return gradient._is_view() or (type(gradient) is Tensor and not gradient.untyped_storage().resizable())
+
+
 def versions_of(gradients: Gradients) -> list[int]:
     """Of each tensor, how often it was written into; those made in inference mode do not know."""
     try:
@@ -201,8 +209,7 @@ class BegunStep:
             before.check(f"pass {number}")
         is_kept = self.waiting is not None and self.waiting.kept
         if is_kept:
-            # Views are of memory that somebody else writes into: DistributedDataParallel's buckets, in the next pass.
-            gradients = [g.clone() if g is not None and g._is_view() else g for g in gradients]
+            gradients = [g.clone() if g is not None and _is_lent(g) else g for g in gradients]
         self.last = gradients, is_kept
         self.number += 1
         if is_kept:

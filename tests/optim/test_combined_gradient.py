@@ -348,3 +348,20 @@ def test_the_update_takes_what_its_maker_puts_into_grad(method, in_place, combin
     go()
     for w, full, before in zip(weights_of(model), weights_of(reference), start, strict=True):
         torch.testing.assert_close(w - before, 0.5 * (full - before))
+
+
+@pytest.mark.parametrize("method", [*METHODS[1:7], *METHODS[8:]], ids=str)
+def test_gradients_in_memory_of_numpy(method):
+    """Which is written in every pass, and torch cannot know it."""
+    (model, optimizer), (other, fresh) = (make(method) for _ in range(2))
+    own = [p.detach().numpy().copy() for p in model.parameters()]
+    for batch, another in zip(batches(3), batches(3, size=5), strict=True):
+        for p in optimizer.each_pass():
+            loss = loss_of(model, batch if p.data == "train" else another)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            for parameter, array, gradient in zip(model.parameters(), own, gradients, strict=True):
+                array[...] = gradient.numpy()
+                parameter.grad = torch.from_numpy(array)
+        for p in fresh.each_pass():
+            loss_of(other, batch if p.data == "train" else another).backward()
+    assert_same(weights_of(model), weights_of(other))
