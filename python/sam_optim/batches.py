@@ -12,7 +12,8 @@ plain values. If everything fits one number alone, that is B; what fits none is 
 * Entries that hold a number, or a tensor without dimensions, are samples: ``[(image, 3), (image, 5)]``.
 * A list of B dicts or values beside something else with B samples is of samples.
 
-Everything else is refused.
+Refused too are vectors of integers beside nothing but rows of one sample, which may be where sequences begin that a
+collator has laid one behind the other. Everything else is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import dataclasses
 import math
 import sys
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from itertools import pairwise
 from numbers import Number, Real
@@ -77,6 +79,43 @@ def split_batch(batch: Any, count: int) -> list[Any]:
             length, if a list could be of fields as well as of samples, or for objects that nobody here knows.
     """
     return [part for _, part in _cut_evenly(batch, count)]
+
+
+@contextmanager
+def containers_kept(batch: Any) -> Iterator[None]:
+    """Around a pass: what it takes out of a batch's dicts and lists, or replaces there, is put back for the next pass.
+
+    As ``batch.pop("labels")``, and ``batch["x"] = batch["x"] / 255``. What is added stays.
+    """
+    kept = list(_contents(batch))
+    try:
+        yield
+    finally:
+        for node, content in kept:
+            if isinstance(node, list):
+                if len(node) != len(content) or any(a is not b for a, b in zip(node, content, strict=True)):
+                    node[:] = content
+            else:
+                for key, value in content.items():
+                    if key not in node or node[key] is not value:
+                        node[key] = value
+
+
+def _contents(node: Any) -> Iterator[tuple[Any, Any]]:
+    """The dicts and lists of a batch, and what they hold."""
+    if isinstance(node, (dict, UserDict)):
+        content = dict(node.items())
+        yield node, content
+        children: Any = content.values()
+    elif isinstance(node, (list, tuple)):
+        if isinstance(node, list):
+            yield node, list(node)
+        children = node
+    else:
+        return
+    for child in children:
+        if isinstance(child, (dict, UserDict, list, tuple)):
+            yield from _contents(child)
 
 
 def weighed_parts(
@@ -255,7 +294,18 @@ def _read(batch: Any) -> tuple[int, _Cut]:
         raise ValueError(f"{_named(batch)} holds nothing that could be cut; {_HELP}")
     if len(found) > 1:
         found = _decided(batch, found)
+    elif 1 not in found and _may_be_packed(batch):
+        raise _several(batch, {1, *found})
     return next(iter(found.items()))
+
+
+def _may_be_packed(batch: Any) -> bool:
+    """Whether the rows to be cut may be the bounds of sequences that lie one behind the other in rows of one sample."""
+    tensors = [t for t in _tensors(batch) if t.dim() > 0]
+    cut = [t for t in tensors if t.shape[0] != 1]
+    return any(t.dim() > 1 for t in tensors if t.shape[0] == 1) and all(
+        t.dim() == 1 and t.dtype in _INTEGERS for t in cut
+    )
 
 
 def _decided(batch: Any, found: dict[int, _Cut]) -> dict[int, _Cut]:
@@ -268,8 +318,12 @@ def _decided(batch: Any, found: dict[int, _Cut]) -> dict[int, _Cut]:
                 return {as_fields: found[as_fields]}
         elif all(_has_whole_value(entry, as_fields) for entry in batch):
             return {as_samples: found[as_samples]}
+    raise _several(batch, found)
+
+
+def _several(batch: Any, found: Iterable[int]) -> ValueError:
     numbers = " or ".join(str(samples) for samples in sorted(found))
-    raise ValueError(f"{_named(batch)} can be read as {numbers} samples; {_HELP}")
+    return ValueError(f"{_named(batch)} can be read as {numbers} samples; {_HELP}")
 
 
 def _may_be_samples(tensors: Sequence[Any]) -> bool:

@@ -5,9 +5,12 @@ Nothing of ``transformers`` is imported here: the mixin is put in front of whate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels.sharding import is_distributed
 
@@ -38,7 +41,7 @@ class SharpnessAwareTrainerMixin(WindowedPasses):
             parameters do not show a norm of the whole model.
     """
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *more: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Tensor:
         """One micro-batch, as the Trainer calls it; with the last of a window all further passes.
 
         Raises:
@@ -51,12 +54,12 @@ class SharpnessAwareTrainerMixin(WindowedPasses):
             self._refuse_what_hides_parameters(optimizer)
             optimizer.refuse_scaler(self.accelerator.scaler)  # type: ignore[attr-defined]
         loss: Tensor = (
-            make_step(model, inputs, *more)
+            make_step(model, inputs, *more, **named)
             if optimizer is None
             else self._take(
                 optimizer,
-                MicroBatch(inputs, more),
-                lambda micro_batch: make_step(model, micro_batch.inputs, *micro_batch.more),
+                MicroBatch(inputs, more, named=named),
+                lambda micro_batch: make_step(model, micro_batch.inputs, *micro_batch.more, **micro_batch.named),
                 lambda: self.accelerator.sync_gradients,  # type: ignore[attr-defined]
             )
         )
@@ -72,6 +75,41 @@ class SharpnessAwareTrainerMixin(WindowedPasses):
             if optimizer is not None:
                 optimizer.restore()
             raise
+
+    @contextmanager
+    def _rerunning(self, count: int) -> Iterator[None]:
+        """Losses are divided by the number of these micro-batches, and ranks meet, also where a window only begins."""
+        wanted = getattr(self, "current_gradient_accumulation_steps", None)
+        if wanted is not None:
+            self.current_gradient_accumulation_steps = count
+        try:
+            with self._reducing_gradients():
+                yield
+        finally:
+            if wanted is not None:
+                self.current_gradient_accumulation_steps = wanted
+
+    @contextmanager
+    def _reducing_gradients(self) -> Iterator[None]:
+        """The Trainer lets ranks meet in a window's last micro-batch alone; some passes come before its first."""
+        state = self.accelerator.gradient_state  # type: ignore[attr-defined]
+        if state.sync_gradients or state.plugin_kwargs.get("sync_each_batch", False):
+            yield
+            return
+        modules = list(self.model_wrapped.modules())  # type: ignore[attr-defined]
+        replicas = [(m, m.require_backward_grad_sync) for m in modules if isinstance(m, DistributedDataParallel)]
+        shards = [m for m in modules if hasattr(m, "set_requires_gradient_sync")][:1]
+        for replica, _ in replicas:
+            replica.require_backward_grad_sync = True
+        for shard in shards:
+            shard.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            for replica, was_wanted in replicas:
+                replica.require_backward_grad_sync = was_wanted
+            for shard in shards:
+                shard.set_requires_gradient_sync(False)
 
     def _refuse_what_hides_parameters(self, optimizer: SharpnessAwareOptimizer) -> None:
         kind = str(getattr(self.accelerator.distributed_type, "value", ""))  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from sam_kernels.scales import Scale
 from sam_kernels.sharding import is_distributed
 
 from .batch_norm import Start, StatisticsRule, running_statistics, start_of, statistics_aside, statistics_of
-from .batches import Share, Split, Weight, split_batch, split_off, weighed_parts
+from .batches import Share, Split, Weight, containers_kept, split_batch, split_off, weighed_parts
 from .capture import CapturedDraws, CapturedSteps, Recorder
 from .errors import InvalidSettingError, StepOrderError
 from .means import Term, refuse_other_means, terms_of
@@ -53,7 +53,8 @@ class TrainStep:
         model: in training mode, as the caller has put it.
         optimizer: of the model's parameters.
         loss_fn: called as ``loss_fn(model, batch)``; returns the loss, a mean over the batch's samples (or over what
-            ``weight`` says), or a tuple or list whose first entry it is.
+            ``weight`` says), or a tuple or list whose first entry it is. What it takes out of the batch's dicts and
+            lists, or replaces there, is there again for the next pass.
         micro_batches: run each pass in so many parts of the batch and accumulate their gradients. BatchNorm normalises
             each part by itself and learns from each, as it does wherever gradients are accumulated.
         perturbation: with micro-batches, ``"batch"`` perturbs once along the gradient of the whole batch, so that the
@@ -485,12 +486,13 @@ class _Step:
         # The caller's own autocast may hold 16-bit copies of weights, which a recorded graph would read for ever.
         forget_old_weights()
         with torch.enable_grad():
-            if owner.autocast is None:
-                output = loss_fn(owner.model, batch)
-            else:
-                device = next(iter(owner._devices())).type
-                with torch.autocast(device, dtype=owner.autocast):
+            with containers_kept(batch):
+                if owner.autocast is None:
                     output = loss_fn(owner.model, batch)
+                else:
+                    device = next(iter(owner._devices())).type
+                    with torch.autocast(device, dtype=owner.autocast):
+                        output = loss_fn(owner.model, batch)
             loss = loss_of(output)
             if is_first and owner.looks_at_means:
                 self._means.append(terms_of(loss))

@@ -5,10 +5,12 @@ A window is what goes into one update: ``gradient_accumulation_steps`` or ``accu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from .batches import containers_kept
 from .errors import StepOrderError
 from .optimizer import SharpnessAwareOptimizer
 from .passes import PREVIOUS, TRAIN, Pass
@@ -22,11 +24,13 @@ class MicroBatch(NamedTuple):
         inputs: of the model.
         more: what else the trainer's step is called with.
         random: the generators' state at its first pass; None if it has had none.
+        named: the same as ``more``, for what was given by name.
     """
 
     inputs: Any
     more: tuple[Any, ...] = ()
     random: RandomState | None = None
+    named: Mapping[str, Any] = MappingProxyType({})
 
 
 Run = Callable[[MicroBatch], Any]
@@ -89,7 +93,8 @@ class WindowedPasses:
             if not window:
                 self._begin(optimizer, run)
             micro_batch = micro_batch._replace(random=_random_state(optimizer))
-            result = run(micro_batch)
+            with containers_kept(micro_batch.inputs):
+                result = run(micro_batch)
             window = (*window, micro_batch)
             if is_full():
                 self._to_the_last_pass(optimizer, run, window)
@@ -132,7 +137,8 @@ class WindowedPasses:
                 for micro_batch in micro_batches:
                     if p.perturbed and micro_batch.random is not None:
                         micro_batch.random.restore()
-                    run(micro_batch)
+                    with containers_kept(micro_batch.inputs):
+                        run(micro_batch)
         finally:
             if p.perturbed:
                 after.restore()

@@ -491,3 +491,51 @@ def mmengine_replicas(rank: int, ranks: int) -> None:
         for batch in data(4):
             step(batch)
         assert_close(model, wanted)
+
+
+def trainer_replicas(rank: int, ranks: int, folder: str) -> None:
+    """Hugging Face's Trainer lets replicas meet in a window's last micro-batch; SAMPa's first pass comes before."""
+    import os
+
+    # The ranks have met already; accelerate wants to be told of an address all the same.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), ACCELERATE_USE_CPU="true")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import transformers
+
+    from sam_optim import SharpnessAwareTrainerMixin
+
+    class Regressor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_model()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": (self.net(x).squeeze(1) - labels).pow(2).mean()}
+
+    class InOrder(SharpnessAwareTrainerMixin, transformers.Trainer):
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    entries = [{"x": a, "labels": b} for x, y in data(3) for a, b in zip(x, y, strict=True)]
+    samples = len(entries) // 3
+    for method in (Method(GSAM, {"rho": 0.1}), Method(SAMPa, {"rho": 0.1})):
+        model, wanted = Regressor(), make_model()
+        options = transformers.TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=samples // (2 * ranks),
+            gradient_accumulation_steps=2,
+            num_train_epochs=1,
+            max_grad_norm=0.5,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        optimizer = method.make(model, SGD)
+        InOrder(model, options, train_dataset=entries, optimizers=(optimizer, None)).train()
+        step = TrainStep(wanted, method.make(wanted, SGD), loss_of, max_grad_norm=0.5)
+        for batch in data(3):
+            step(batch)
+        assert_close(model.net, wanted, rtol=1e-4, atol=1e-5)

@@ -55,6 +55,12 @@ def test_mmengine():
     on_ranks(2, programs.mmengine_replicas, 2)
 
 
+def test_trainer(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    on_ranks(2, programs.trainer_replicas, 2, str(tmp_path))
+
+
 def test_three_ranks():
     """Fewer rows than ranks in one layer, uneven parts in the other."""
     on_ranks(3, programs.norms_are_global, 3)

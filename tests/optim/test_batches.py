@@ -109,6 +109,10 @@ REFUSED = {
     "images of other sizes": (images(6, False), "can be read as 3 or 6"),
     "vectors": ([torch.zeros(5)] * 4, "can be read as 4 or 5"),
     "as many images as channels": ((images(3), torch.arange(3)), "a list of 3 entries, each with 3 rows"),
+    "sequences behind one another": (
+        {"ids": torch.arange(12)[None], "labels": torch.arange(12)[None], "bounds": torch.tensor([0, 3, 7, 12])},
+        "can be read as 1 or 4 samples",
+    ),
     "no target": ((X[:2], None), "a tuple of 2 entries, each with 2 rows"),
     "two tasks": ([{"x": X[:2]}, {"x": X[:2]}], "a list of 2 entries, each with 2 rows"),
     "one row beside several": ([X[:1], X[:3], X[:3]], "a list of 3 entries, each with 3 rows"),

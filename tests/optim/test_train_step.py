@@ -16,6 +16,7 @@ from torch import nn
 
 from sam_kernels import Deflected
 from sam_optim import (
+    CRSAM,
     SAM,
     AgnosticSAM,
     InvalidSettingError,
@@ -772,3 +773,32 @@ def test_the_samples_of_largest_loss():
         hardest = losses_of(model, samples).topk(1).indices
     step(tuple(t[hardest] for t in samples))
     assert [w.item() for w in model] == pytest.approx([2.4807692308, -0.2461538462], abs=1e-10)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_a_loss_takes_out_of_a_batch_is_there_for_the_next_pass(micro_batches):
+    """Labels that are popped, inputs that are scaled in their place, an entry of a list that is replaced."""
+
+    def plain(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"] / 2) * batch["scales"][0].mean(), batch["y"])
+
+    def taking(model, batch):
+        y = batch.pop("y")
+        batch["x"] = batch["x"] / 2
+        batch["scales"][0] = batch["scales"][0].mean()
+        batch["seen"] = True
+        return nn.functional.cross_entropy(model(batch["x"]) * batch["scales"][0], y)
+
+    results = []
+    for loss_fn in (plain, taking):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = CRSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+        step = TrainStep(model, optimizer, loss_fn, micro_batches=micro_batches)
+        batch = {"x": torch.randn(4, 3), "y": torch.tensor([0, 1, 0, 1]), "scales": [torch.full((4,), 3.0)]}
+        before = {**batch, "scales": list(batch["scales"])}
+        step(batch)
+        results.append(weights_of(model))
+        assert all(batch[key] is before[key] for key in ("x", "y")) and batch["scales"][0] is before["scales"][0]
+    assert "seen" in batch or micro_batches > 1
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

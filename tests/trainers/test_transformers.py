@@ -119,6 +119,58 @@ def test_steps_as_by_hand(tmp_path, name, accumulation):
     assert_close(got, by_hand(MAKERS[name], accumulation))
 
 
+class TakesNoCount(nn.Module):
+    """A model whose loss is a mean over its micro-batch, which the Trainer divides by their number."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x=None, labels=None):
+        return {"loss": nn.functional.cross_entropy(self.layer(x), labels)}
+
+
+def test_sampa_at_the_end_of_an_epoch(tmp_path):
+    """The last window has one micro-batch, and repeats the window before, which has three."""
+    x, y = torch.randn(28, 3, generator=torch.Generator().manual_seed(3)), torch.arange(28) % 2
+    entries = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
+
+    model = TakesNoCount()
+    optimizer = MAKERS["SAMPa"](model)
+    options = arguments(tmp_path, gradient_accumulation_steps=3)
+    SharpnessAwareTrainer(model, options, train_dataset=entries, optimizers=(optimizer, None)).train()
+
+    wanted = TakesNoCount()
+    optimizer = MAKERS["SAMPa"](wanted)
+    previous = None
+    for window in (slice(0, 12), slice(12, 24), slice(24, 28)):
+        for p in optimizer.each_pass():
+            source = previous if p.data == "previous" else window
+            wanted(x[source], y[source])["loss"].backward()
+        previous = window
+    assert_close(weights_of(model), weights_of(wanted))
+
+
+def test_a_training_step_that_takes_inputs_apart(tmp_path):
+    class Popping(transformers.Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs["labels"] = inputs.pop("targets")
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    class InFront(SharpnessAwareTrainerMixin, Popping):
+        _get_train_sampler = SharpnessAwareTrainer._get_train_sampler
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+
+    model = make_model()
+    entries = [{"input_ids": entry["input_ids"], "targets": entry["labels"]} for entry in dataset()]
+    options = arguments(tmp_path, gradient_accumulation_steps=2, remove_unused_columns=False)
+    InFront(model, options, train_dataset=entries, optimizers=(MAKERS["GSAM"](model), None)).train()
+    assert_close(weights_of(model), by_hand(MAKERS["GSAM"], 2))
+
+
 @pytest.mark.parametrize("name", ["SAM", "GSAM", "WSAM", "CR-SAM", "SAMPa"])
 def test_the_trainer_clips_what_the_update_is_made_of(tmp_path, name):
     got, _ = train(SharpnessAwareTrainer, tmp_path, MAKERS[name], max_grad_norm=0.1, gradient_accumulation_steps=2)
