@@ -37,10 +37,17 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
         if base_kwargs:
             raise TypeError(f"base_optimizer is an instance, so {', '.join(base_kwargs)} cannot be set here")
         base: Any = base_optimizer
-        wanted = {id(p) for p in _tensors(params)}
+        # Frozen ones that the instance was not given, as a model's under LoRA, are none of its business.
+        given = list(_tensors(params))
+        wanted = {id(p) for p in given}
+        trained = {id(p) for p in given if p.requires_grad}
         held = {id(p) for group in base.param_groups for p in group["params"]}
-        if wanted != held:
-            raise InvalidSettingError("base_optimizer is an instance that holds other parameters than params")
+        if not (trained <= held <= wanted):
+            raise InvalidSettingError(
+                "base_optimizer is an instance that holds other parameters than params: "
+                f"{len(held - wanted)} that are not among params, and {len(trained - held)} of these are missing. Give "
+                "both the same parameters, or give base_optimizer's class and settings instead of an instance"
+            )
     elif callable(base_optimizer):
         try:
             base = base_optimizer(params, **base_kwargs)

@@ -195,7 +195,19 @@ class MomentumSAM(SAM):
             own = state.get(p, {})
             v = own.get("momentum_buffer")
             found.append(own.get("exp_avg") if v is None else v)
+        if not any(v is not None for v in found):
+            self._refuse_other_state()
         return found
+
+    def _refuse_other_state(self) -> None:
+        """Before a first step there is no state; where there is some, steps without a perturbation would go on."""
+        names = {str(name) for own in self.base_optimizer.state.values() for name in own}
+        others = sorted(names - {"momentum_buffer", "exp_avg", "step"})
+        if others:
+            raise InvalidSettingError(
+                "MomentumSAM perturbs along the base optimizer's momentum, a momentum_buffer or exp_avg of each "
+                f"parameter, and {type(self.base_optimizer).__name__} keeps {', '.join(others)}: take another base"
+            )
 
     def validate_group(self, group: dict[str, Any]) -> None:
         super().validate_group(group)

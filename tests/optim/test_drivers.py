@@ -324,6 +324,11 @@ def test_instances_that_do_not_fit():
     mine, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="other parameters"):
         SAM([mine], torch.optim.SGD([other], lr=0.1))
+    with pytest.raises(ValueError, match="0 that are not among params, and 1 of these are missing"):
+        SAM(iter([mine, other]), torch.optim.SGD([mine], lr=0.1))
+    other.requires_grad_(False)
+    optimizer = SAM(iter([mine, other]), torch.optim.SGD([mine], lr=0.1), rho=0.1)  # as under LoRA
+    assert [p for group in optimizer.param_groups for p in group["params"]] == [mine]
     with pytest.raises(TypeError, match="wraps another"):
         SAM([mine], SAM([mine], torch.optim.SGD, lr=0.1))
     with pytest.raises(ValueError, match="empty parameter list"):

@@ -385,6 +385,29 @@ def test_wrong_settings():
         MomentumSAM(params, torch.optim.Adagrad, rho=0.1, lr=0.1)
 
 
+def test_momentum_sam_on_a_base_whose_momentum_is_another():
+    """It names betas, and keeps no average of gradients: all steps would be the base's."""
+
+    class Other(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr, "betas": (0.9, 0.999)})
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["z"] = p.detach().clone()
+
+    model = make_net()
+    optimizer = MomentumSAM(model.parameters(), Other, rho=0.1, lr=0.1)
+    batch = batches(1)[0]
+    for _ in optimizer.each_pass():
+        loss_of(model, batch).backward()
+    before = weights_of(model)
+    with pytest.raises(InvalidSettingError, match="Other keeps z: take another base"):
+        next(optimizer.each_pass())
+    assert_same(weights_of(model), before)
+    assert not optimizer.is_step_begun
+
+
 @pytest.mark.parametrize("method", METHODS[:5], ids=str)
 def test_adaptive(method):
     model = make_net()
