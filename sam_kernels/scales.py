@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Scale = float | Tensor | Sequence[Sequence[float | Tensor]]
+
+# What is one scale for all; numpy's numbers are Real.
+NUMBER = (int, float, Tensor, Real)
 
 # One entry for each group and list, group by group.
 FlatScale = Sequence[float | Tensor]
@@ -24,7 +28,7 @@ def flattened(scale: Scale, groups: int, lists: int) -> FlatScale:
         ValueError: if ``scale`` has fewer entries than there are groups, or not one for each list, or an entry that is
             not finite.
     """
-    if isinstance(scale, (int, float, Tensor)):
+    if isinstance(scale, NUMBER):
         return [_entry(scale)] * (lists * groups)
     try:
         flat = [_entry(value) for group in scale for value in group]

@@ -19,7 +19,7 @@ from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import inverse_of, is_set, lookup, missing, pick, same_objects
 from sam_kernels.plan import wide_dtype
 from sam_kernels.rules import Fixed, RuleLike
-from sam_kernels.scales import Scale
+from sam_kernels.scales import NUMBER, Scale
 
 from .errors import InvalidSettingError
 from .passes import Gradients
@@ -432,7 +432,7 @@ def _combine(
     """New tensors with sum_i c_i x_i, and the indices of their parameters."""
     index = [i for i, entry in enumerate(_first_of(lists)) if entry is not None]
     out = Plan([torch.empty_like(plan.params[i], requires_grad=False) for i in index], pick(plan.groups, index))
-    scale = scale if isinstance(scale, (int, float, Tensor)) else scale[: out.group_count]
+    scale = scale if isinstance(scale, NUMBER) else scale[: out.group_count]
     sam_kernels.combine_(out, [pick(x, index) for x in lists], coefficients, scale=scale, backend=backend)
     return list(zip(index, out.params, strict=True))
 

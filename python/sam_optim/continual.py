@@ -38,6 +38,8 @@ class ReservoirMemory:
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
 
+    # What is kept and drawn is for autograd, also where logits were computed in inference mode.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def add(self, *columns: Tensor) -> None:
         """Offers a batch to the memory: sample n of all (counted from 0) gets slot n while there are free ones, and
@@ -80,6 +82,7 @@ class ReservoirMemory:
                 rows = torch.tensor(list(slots.values()), device=column.device)
                 own[torch.tensor(list(slots), device=own.device)] = column.detach()[rows].to(own.device)
 
+    @torch.inference_mode(False)
     def sample(self, count: int) -> tuple[Tensor, ...]:
         """Up to ``count`` different samples, drawn uniformly: a tensor for each column.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from sam_kernels import LaunchReport
 from sam_kernels.errors import WeightsConvertedError
 from sam_kernels.plan import TAKEN, wide_dtype
 from sam_kernels.rules import Fixed, RuleLike
-from sam_kernels.scales import Scale
+from sam_kernels.scales import NUMBER, Scale
 from sam_kernels.sharding import is_distributed
 
 from .base_update import BaseUpdate, Outcome, added, combined_gradient
@@ -130,9 +131,9 @@ class Moves:
         flags = [own if isinstance(own, bool) else group.get("maximize", False) for group in base.param_groups]
         if not any(flags):
             return scale
-        rows = [[scale] * lists] * len(flags) if isinstance(scale, (int, float, Tensor)) else scale
+        rows = [[scale] * lists] * len(flags) if isinstance(scale, NUMBER) else scale
         # A row that is none is complained of where scales are read.
-        turned = [up and not isinstance(row, (int, float)) for row, up in zip(rows, flags, strict=False)]
+        turned = [up and not isinstance(row, (int, float, Real)) for row, up in zip(rows, flags, strict=False)]
         return [[-x for x in row] if turn else row for row, turn in zip(rows, turned, strict=False)]
 
     def combined(self, lists: Sequence[Gradients], rule: RuleLike = _FIXED, scale: Scale = 1.0) -> Gradients | None:

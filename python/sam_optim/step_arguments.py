@@ -52,8 +52,8 @@ def check_settings(micro_batches: Any, max_grad_norm: Any, scaler: Any, autocast
 def check_validation(validation: Any, split: Split | None) -> None:
     if validation is None:
         return
-    if isinstance(validation, (int, float)):
-        if isinstance(validation, bool) or not 0.0 < validation < 1.0:
+    if isinstance(validation, (int, float, Real)):
+        if isinstance(validation, bool) or not 0.0 < float(validation) < 1.0:
             raise InvalidSettingError(f"Invalid validation: {validation}; a share lies between 0 and 1")
         if split not in (None, split_batch) and validation != 0.5:
             raise InvalidSettingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -324,7 +325,7 @@ class TrainStep:
     def _with_validation(self, batch: Any, validation_batch: Any) -> tuple[Any, Any]:
         if validation_batch is not None or self.validation is None:
             return batch, validation_batch
-        if isinstance(self.validation, (int, float)):
+        if isinstance(self.validation, Real):
             if self._split is None or self._split is split_batch:
                 return split_off(batch, float(self.validation))
             train, validation = self._split(batch, 2)

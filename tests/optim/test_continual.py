@@ -139,3 +139,14 @@ def test_a_state_that_was_loaded_to_another_device():
     state = memory.state_dict()
     resumed.load_state_dict({**state, "generator": Elsewhere(state["generator"])})
     assert torch.equal(memory.sample(3)[0], resumed.sample(3)[0])
+
+
+def test_what_was_computed_in_inference_mode_is_trained_on():
+    memory, model = ReservoirMemory(4), torch.nn.Linear(3, 2)
+    with torch.inference_mode():
+        x = torch.randn(2, 3) + 1
+        memory.add(x, model(x))
+        drawn = memory.sample(2)
+    memory.add(torch.randn(2, 3), torch.randn(2, 2))
+    for inputs, logits in (drawn, memory.sample(2)):
+        dark_experience_loss(model(inputs), logits).backward()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sam_kernels import Normalized
-from sam_optim import InvalidSettingError, Pass, SharpnessAwareOptimizer, StepOrderError, TrainStep, Update
+from sam_optim import SAM, InvalidSettingError, Pass, SharpnessAwareOptimizer, StepOrderError, TrainStep, Update
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 
@@ -312,3 +312,35 @@ def test_a_radius_out_of_range(rho):
     optimizer.param_groups[0]["rho"] = 0.2
     each_pass(model, optimizer, batches(1)[0])
     assert optimizer.last_step.updated
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_numpys_numbers_and_rows_of_tensors_are_scales(base, maximize):
+    numpy = pytest.importorskip("numpy")
+
+    class Scaled(SAM):
+        kind = float
+
+        def passes(self):
+            g = yield Pass()
+            self.ascend(g, rule=Normalized(), scale=self.kind(0.125))
+            g_plus = yield Pass(last=True)
+            yield Update(g_plus, scale=self.kind(0.5))
+
+    class ByNumpy(Scaled):
+        kind = numpy.float32
+
+    class ByRows(Scaled):
+        @staticmethod
+        def kind(value):
+            return [torch.tensor([value])]
+
+    models = [make_net(), make_net(), make_net()]
+    for cls, model in zip((Scaled, ByNumpy, ByRows), models, strict=True):
+        optimizer = cls(model.parameters(), base, lr=0.1, maximize=maximize)
+        for batch in batches(2):
+            for _ in optimizer.each_pass():
+                loss_of(model, batch).backward()
+    for other in models[1:]:
+        assert_same(weights_of(models[0]), weights_of(other))
