@@ -340,7 +340,8 @@ class SharpnessAwareOptimizer(Updates):
         Args:
             step: what makes the update, called when the last pass is through; by default this optimizer's ``step()``.
                 For wrappers whose own step() must be called, ``accelerated_optimizer.step``, and for GradScaler,
-                ``lambda: scaler.step(optimizer)``.
+                ``lambda: scaler.step(optimizer)``. Where it changes ``p.grad`` before, the update takes what is there
+                then; with methods that combine gradients, after :meth:`combine_gradients` alone.
 
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored), or ``step`` is of a wrapper that
