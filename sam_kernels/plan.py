@@ -102,7 +102,7 @@ class Layout(NamedTuple):
 
     def matches(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has this shape, and this order in memory (strides of dimensions of size 1 say nothing)."""
-        if tensor.shape != self.shape or tensor.is_conj() or tensor.is_neg():
+        if tensor.shape != self.shape or tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor():
             return False
         pairs = zip(tensor.stride(), self.strides, self.shape, strict=True)
         return self.numel == 0 or all(own == wanted for own, wanted, size in pairs if size != 1)

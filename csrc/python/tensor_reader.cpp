@@ -92,6 +92,7 @@ bool TensorReader::read(PyObject* tensor, dlpack::Device device, const RowLayout
     const bool complex = raw.dtype.code == dlpack::kComplex;
     int64_t elements = 0;
     if (view.dtype == DType::None || complex != layout.complex || !has_layout(raw, layout, elements)) return false;
+    if (!raw.data && elements > 0) return false;  // zeros that autograd has not written down, or freed memory
     view.pointer = static_cast<char*>(raw.data) + raw.byte_offset;
 
     // Views with a pending conjugation or negation hold other values than their memory does. A negation is pending

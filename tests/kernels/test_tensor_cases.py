@@ -265,6 +265,17 @@ def test_inputs_are_not_kept_alive():
     assert alive() is None
 
 
+@pytest.mark.parametrize("backend", ["reference", "foreach", "cpu"])
+def test_zeros_without_memory(backend):
+    """Autograd has tensors of zeros that it has not written down."""
+    weight, before = torch.randn(40, 3), torch.randn(40, 3)
+    weight.copy_(before)
+    zeros = torch._efficientzerotensor(40, 3)
+    assert sk.gram([[zeros]], [weight], backend=backend).item() == 0.0
+    sk.perturb_([weight], [[zeros], [torch.ones(40, 3)]], [1.0, 0.5], backend=backend)
+    torch.testing.assert_close(weight, before + 0.5)
+
+
 def test_out_may_be_one_of_the_lists():
     a, b = torch.randn(1000), torch.randn(1000)
     wanted = 2 * a - b
