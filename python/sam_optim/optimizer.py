@@ -654,6 +654,7 @@ class SharpnessAwareOptimizer(Updates):
                 "backward and first_step(), backward again, then scaler.step(optimizer)."
             )
 
+    @untraced
     def _refuse_what_trainers_do_between(self, closure: Closure) -> None:
         accumulated = accumulated_by(closure)
         if accumulated != 1:

@@ -13,7 +13,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import sam_kernels as sk
 from sam_kernels import Peers
-from sam_optim import GSAM, SAM, StepOrderError, TrainStep
+from sam_optim import GSAM, SAM, InvalidSettingError, StepOrderError, TrainStep
 
 from ..optim.cases import Method
 from .programs import ADAMW, METHODS, SGD, assert_close, data, loss_of, make_model, of_rank
@@ -141,9 +141,11 @@ def grad_scaler_is_refused(rank: int, ranks: int) -> None:
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, process_group=torch.distributed.group.WORLD)
     before = [p.detach().clone() for p in model.parameters()]
     scaler = torch.amp.GradScaler("cpu")
-    step = TrainStep(model, optimizer, loss_of, scaler=scaler)
+    with pytest.raises(InvalidSettingError, match="process_group"):
+        TrainStep(model, optimizer, loss_of, scaler=scaler)
     with pytest.raises(StepOrderError, match="process_group"):
-        step(data(1)[0])
+        for _ in optimizer.each_pass(step=lambda: scaler.step(optimizer)):
+            scaler.scale(loss_of(model, data(1)[0])).backward()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
