@@ -38,8 +38,14 @@ def train(method, base, backend, device, steps=4, **options):
     return model, optimizer, [t.cpu() for t in (*weights_of(model), *state)]
 
 
-@pytest.mark.parametrize("method", ALL_METHODS, ids=str)
-@pytest.mark.parametrize("base", BASES, ids=str)
+# Kernels know bases and rules, not methods: every base with two methods, and every method with two bases.
+PAIRS = [
+    *((method, base) for method in (METHODS[0], ALL_METHODS[-1]) for base in BASES),
+    *((method, base) for method in ALL_METHODS[1:-1] for base in (BASES[1], BASES[8])),
+]
+
+
+@pytest.mark.parametrize(("method", "base"), PAIRS, ids=str)
 def test_steps(gpu_target, method, base):
     _, _, wanted = train(method, base, "reference", "cpu")
     _, optimizer, got = train(method, base, gpu_target.name, gpu_target.device)
