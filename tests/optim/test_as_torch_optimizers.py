@@ -22,13 +22,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from sam_optim import (
     ASAM,
-    GSAM,
     SAM,
     WSAM,
     AgnosticSAM,
     FriendlySAM,
     InvalidSettingError,
-    LookSAM,
     MomentumSAM,
     SAMPa,
     StepOrderError,
@@ -45,7 +43,7 @@ INFOS = [info for info in common.optim_db if info.optim_cls not in (torch.optim.
 SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
 ADAM = Base(torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1})
 ADAGRAD = Base(torch.optim.Adagrad, {"lr": 0.05})
-SOME_CLASSES = (SAM, GSAM, WSAM, FriendlySAM, LookSAM, SAMPa, MomentumSAM, AgnosticSAM)
+SOME_CLASSES = (SAM, WSAM, FriendlySAM, SAMPa, MomentumSAM)
 
 # With every base a few methods that differ in what they ask of one, with a few bases every method.
 SOME_METHODS = list({method.cls: method for method in EVERY_METHOD if method.cls in SOME_CLASSES}.values())

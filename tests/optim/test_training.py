@@ -382,9 +382,8 @@ def test_bases_with_a_state_dict_of_their_own(method, base):
 # ---------------------------------------------------------------- long runs and low precision
 
 
-@pytest.mark.parametrize("base", [BASES[1], BASES[8]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(("base", "adaptive"), [(BASES[1], False), (BASES[8], True)], ids=str)
 def test_ten_thousand_steps_with_lr_zero_keep_every_bit(base, dtype, adaptive):
     weights = [nn.Parameter(torch.randn(n).to(dtype)) for n in (1, 17, 600)]
     with torch.no_grad():
