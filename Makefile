@@ -7,6 +7,7 @@ TORCH ?= 2.14.1
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 SOURCES := sam_kernels python benches tests examples setup.py csrc
+CPP := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: quickstart test test-gpu sanitize bench bench-gpu lint format wheel test-wheel clean
 
@@ -48,11 +49,13 @@ bench: $(VENV)/.built
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i $(CPP)
 
 # Built in isolation, as `pip install` does: without torch.
 wheel: $(VENV)/.installed

@@ -36,7 +36,8 @@ struct SgdScalars {
 };
 
 SAMK_HOST_DEVICE SgdScalars<float> rounded(const SgdScalars<double>& s) {
-    return {float(s.learning_rate), float(s.momentum), float(s.keep), float(s.take), float(s.weight_decay), float(s.sign)};
+    return {float(s.learning_rate), float(s.momentum),     float(s.keep),
+            float(s.take),          float(s.weight_decay), float(s.sign)};
 }
 
 enum class SgdKind { Plain, Momentum, Nesterov };
@@ -56,8 +57,8 @@ SAMK_HOST_DEVICE T sgd(T weight, T gradient, T& buffer, const SgdScalars<T>& s) 
 // Hyper-parameters of torch.optim.Adam and AdamW for one tensor, bias corrections of its own step count included.
 template <class T>
 struct AdamScalars {
-    T step_size;             // lr / (1 - beta1^step)
-    T bias_correction2_sqrt; // sqrt(1 - beta2^step)
+    T step_size;              // lr / (1 - beta1^step)
+    T bias_correction2_sqrt;  // sqrt(1 - beta2^step)
     T one_minus_beta1;
     T beta2;
     T one_minus_beta2;
@@ -68,8 +69,15 @@ struct AdamScalars {
 };
 
 SAMK_HOST_DEVICE AdamScalars<float> rounded(const AdamScalars<double>& s) {
-    return {float(s.step_size), float(s.bias_correction2_sqrt), float(s.one_minus_beta1), float(s.beta2),
-            float(s.one_minus_beta2), float(s.epsilon), float(s.l2), float(s.decay), float(s.sign)};
+    return {float(s.step_size),
+            float(s.bias_correction2_sqrt),
+            float(s.one_minus_beta1),
+            float(s.beta2),
+            float(s.one_minus_beta2),
+            float(s.epsilon),
+            float(s.l2),
+            float(s.decay),
+            float(s.sign)};
 }
 
 template <class T, bool amsgrad>

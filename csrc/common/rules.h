@@ -10,10 +10,10 @@
 namespace samk {
 
 enum class Rule : int {
-    Fixed = 0,        // c_i = 1: the scales say it all
-    Normalized = 1,   // c_i = 1 / (|x_i| + eps)
-    Deflected = 2,    // lists (g+, g): g+ minus alpha times the part of g orthogonal to g+
-    NormMatched = 3,  // lists (g+, g): c = (|g| / (|g+| + eps), 0)
+    Fixed = 0,          // c_i = 1: the scales say it all
+    Normalized = 1,     // c_i = 1 / (|x_i| + eps)
+    Deflected = 2,      // lists (g+, g): g+ minus alpha times the part of g orthogonal to g+
+    NormMatched = 3,    // lists (g+, g): c = (|g| / (|g+| + eps), 0)
     NormalizedSum = 4,  // c_i = 1 / (|x_1 + x_2 + ...| + eps)
 };
 
@@ -41,8 +41,7 @@ SAMK_HOST_DEVICE bool apply_rule(const RuleArguments& arguments, const double* g
             for (int i = 0; i < lists; ++i) coefficients[i] = 1.0;
             break;
         case Rule::Normalized:
-            for (int i = 0; i < lists; ++i)
-                coefficients[i] = 1.0 / (sqrt(gram[i * kMaxLists + i]) + arguments.epsilon);
+            for (int i = 0; i < lists; ++i) coefficients[i] = 1.0 / (sqrt(gram[i * kMaxLists + i]) + arguments.epsilon);
             break;
         case Rule::Deflected:
             coefficients[0] = 1.0 + (g00 > 0.0 ? arguments.alpha * gram[1] / g00 : 0.0);
@@ -57,9 +56,7 @@ SAMK_HOST_DEVICE bool apply_rule(const RuleArguments& arguments, const double* g
             for (int i = 0; i < lists; ++i) coefficients[i] = 1.0 / (norm + arguments.epsilon);
             break;
         }
-        case Rule::NormMatched:
-            coefficients[0] = sqrt(gram[kMaxLists + 1]) / (sqrt(g00) + arguments.epsilon);
-            break;
+        case Rule::NormMatched: coefficients[0] = sqrt(gram[kMaxLists + 1]) / (sqrt(g00) + arguments.epsilon); break;
     }
     return true;
 }

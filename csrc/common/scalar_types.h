@@ -109,8 +109,7 @@ struct Rounded<Float16> {
         // Adding 0.5 moves a number below 2^-14 so far right that the adder itself rounds it to a multiple of 2^-24.
         const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
         const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-        const uint32_t result =
-            magnitude >= (143u << 23) ? special : magnitude < (113u << 23) ? subnormal : normal;
+        const uint32_t result = magnitude >= (143u << 23) ? special : magnitude < (113u << 23) ? subnormal : normal;
         return Float16{uint16_t(result | sign)};
 #endif
     }

@@ -19,9 +19,9 @@ struct Launch {
     bool weighted_gram = true;      // measure the lists in the rows' geometry
     const double* scale = nullptr;  // [group][list], multiplies the rule's coefficients
 
-    double* partials = nullptr;     // [chunk][kMaxPairs]
-    double* gram = nullptr;         // [kMaxLists][kMaxLists]
-    double* coefficients = nullptr; // [kMaxLists], before the scales
+    double* partials = nullptr;      // [chunk][kMaxPairs]
+    double* gram = nullptr;          // [kMaxLists][kMaxLists]
+    double* coefficients = nullptr;  // [kMaxLists], before the scales
     bool finite = true;
 
     // Write-only results bypass the cache where the launch is larger than the cache.
@@ -45,12 +45,12 @@ struct Launch {
 struct KernelSet {
     const char* name;
     void (*gram)(Launch&);
-    void (*perturb)(Launch&);   // coefficients are given
+    void (*perturb)(Launch&);  // coefficients are given
     void (*restore)(Launch&);
-    void (*combine)(Launch&);   // coefficients are given
-    void (*ascent)(Launch&);    // Gram + rule + perturb with snapshot
-    void (*descent)(Launch&);   // [Gram + rule +] combine + restore + base update
-    void (*points)(Launch&);    // Gram + rule + what an ascent and what a look-ahead would write, side by side
+    void (*combine)(Launch&);  // coefficients are given
+    void (*ascent)(Launch&);   // Gram + rule + perturb with snapshot
+    void (*descent)(Launch&);  // [Gram + rule +] combine + restore + base update
+    void (*points)(Launch&);   // Gram + rule + what an ascent and what a look-ahead would write, side by side
 };
 
 const KernelSet& baseline_kernels();

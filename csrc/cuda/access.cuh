@@ -161,7 +161,9 @@ struct Single {
             case DType::None: break;
         }
     }
-    static SAMK_DEVICE void store_weights(const Source& target, int index, const Own& own) { store(target, index, own); }
+    static SAMK_DEVICE void store_weights(const Source& target, int index, const Own& own) {
+        store(target, index, own);
+    }
     static SAMK_DEVICE void restore(const Source& target, const Source& source, int index, const Own& = {}) {
         if (target.dtype == source.dtype)
             copy(target, source, index);

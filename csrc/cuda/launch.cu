@@ -15,7 +15,8 @@ namespace {
 std::string explained(cudaError_t error) {
     std::string text = cudaGetErrorString(error);
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion)
-        text += " (sam_kernels._cuda was built for other GPUs: reinstall it with SAM_KERNELS_CUDA_ARCHS set to this one)";
+        text +=
+            " (sam_kernels._cuda was built for other GPUs: reinstall it with SAM_KERNELS_CUDA_ARCHS set to this one)";
     if (error == cudaErrorInsufficientDriver)
         text += " (the NVIDIA driver is older than the CUDA version that sam_kernels._cuda was built with)";
     return text;
@@ -50,7 +51,8 @@ int resident_blocks(Kernel* kernel, int threads, int per_multiprocessor) {
     auto found = known.find(key);
     if (found == known.end()) {
         int multiprocessors = 0, fitting = 0;
-        check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+        check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+              "cudaDeviceGetAttribute");
         check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, kernel, threads, 0),
               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
         if (fitting == 0) throw std::runtime_error("a block of this many threads does not fit on this GPU");

@@ -89,7 +89,7 @@ struct RowStart {
 struct Header {
     enum Flag : uint32_t {
         kTakeSnapshot = 1,
-        kPreview = 2,      // look ahead: write weights of held rows only, no state
+        kPreview = 2,  // look ahead: write weights of held rows only, no state
         kWeightedGram = 4,
         kSkipUpdate = 8,
         kReverse = 16,     // walk from the last chunk to the first
@@ -106,11 +106,11 @@ struct Header {
     uint8_t lists;
     uint8_t grad_scale_kind;
     RuleArguments rule;
-    uint32_t first_slot;  // partials of this launch, among those of all launches of the operation
-    uint32_t slots;       // of all launches
-    double* partials;     // [slot][pair]
-    double* report;       // see Report
-    uint32_t* tickets;    // kGramTicket, kStepTicket; zero between launches
+    uint32_t first_slot;         // partials of this launch, among those of all launches of the operation
+    uint32_t slots;              // of all launches
+    double* partials;            // [slot][pair]
+    double* report;              // see Report
+    uint32_t* tickets;           // kGramTicket, kStepTicket; zero between launches
     const double* coefficients;  // of the lists, before the scales; null for ones
     const double* finite;        // zero: restore, but do not update. May be null
     const float* found_inf;      // nonzero: the same. May be null
@@ -120,7 +120,12 @@ struct Header {
 enum Ticket : int { kGramTicket = 0, kStepTicket = 1 };
 
 // What an operation with a Gram matrix writes, as float64 numbers.
-enum Report : int { kFinite = 0, kGram = 1, kCoefficients = kGram + kMaxLists * kMaxLists, kReportSize = kCoefficients + kMaxLists };
+enum Report : int {
+    kFinite = 0,
+    kGram = 1,
+    kCoefficients = kGram + kMaxLists * kMaxLists,
+    kReportSize = kCoefficients + kMaxLists
+};
 
 constexpr int kCapacity = (kParameterBytes - int(sizeof(Header))) / 8;
 

@@ -89,7 +89,8 @@ private:
         uint64_t word;
         std::memcpy(&word, &start, sizeof word);
         row_data_.push_back(word);
-        for (const int column : operation_.columns) row_data_.push_back(reinterpret_cast<uintptr_t>(row.cells[column].pointer));
+        for (const int column : operation_.columns)
+            row_data_.push_back(reinterpret_cast<uintptr_t>(row.cells[column].pointer));
         chunks_ += row_chunks;
         ++row_count_;
         return true;
@@ -138,7 +139,8 @@ private:
         std::memset(&group, 0, sizeof group);
         const size_t g = size_t(number);
         if (!operation_.scale.empty())
-            for (int i = 0; i < operation_.lists; ++i) put(group, group.scale[i], i, operation_.scale[g * operation_.lists + i]);
+            for (int i = 0; i < operation_.lists; ++i)
+                put(group, group.scale[i], i, operation_.scale[g * operation_.lists + i]);
         if (!operation_.lr.empty()) put(group, group.lr, kMaxLists, operation_.lr[g]);
         if (!operation_.sgd.empty()) {
             const SgdSettings& s = operation_.sgd[g];

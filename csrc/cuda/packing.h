@@ -13,18 +13,18 @@ namespace cuda {
 // One operation over a table, as its launches share it.
 struct Operation {
     const std::vector<Row>* rows = nullptr;
-    const std::vector<uint8_t>* wanted = nullptr;  // rows that take part
-    const uint8_t* taken = nullptr;                // rows that hold a snapshot; may be null
-    const uint8_t* first = nullptr;                // rows whose momentum buffer is unused; may be null
+    const std::vector<uint8_t>* wanted = nullptr;     // rows that take part
+    const uint8_t* taken = nullptr;                   // rows that hold a snapshot; may be null
+    const uint8_t* first = nullptr;                   // rows whose momentum buffer is unused; may be null
     const std::vector<double>* host_steps = nullptr;  // row's step count after this step, 0 where it lies on
-                                                       // the device
+                                                      // the device
 
-    std::vector<int> columns;  // those that the kernel reads or writes
+    std::vector<int> columns;   // those that the kernel reads or writes
     bool reads_weights = true;  // their type and the snapshot's decide how elements are read
     uint32_t chunk_size = 16384;
     int lists = 0;
-    std::vector<Scalar> scale;    // [group][list]; empty for operations without
-    std::vector<Scalar> lr;       // [group]; empty for operations without a base
+    std::vector<Scalar> scale;       // [group][list]; empty for operations without
+    std::vector<Scalar> lr;          // [group]; empty for operations without a base
     std::vector<SgdSettings> sgd;    // [group], without lr; one of both may be filled
     std::vector<AdamSettings> adam;  // [group], without lr
 };

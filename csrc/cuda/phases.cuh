@@ -10,8 +10,7 @@ namespace cuda {
 
 SAMK_DEVICE double warp_sum(double value) {
 #pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2)
-        value += __shfl_down_sync(0xffffffffu, value, distance);
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
     return value;
 }
 
@@ -154,7 +153,8 @@ SAMK_DEVICE void sum_partials(const Packed& p, Shared& shared) {
     double sums[kPairs<lists>] = {};
     for (uint32_t slot = threadIdx.x; slot < p.header.slots; slot += blockDim.x)
 #pragma unroll
-        for (int pair = 0; pair < kPairs<lists>; ++pair) sums[pair] += __ldcg(p.header.partials + int64_t(slot) * kPairs<lists> + pair);
+        for (int pair = 0; pair < kPairs<lists>; ++pair)
+            sums[pair] += __ldcg(p.header.partials + int64_t(slot) * kPairs<lists> + pair);
     block_sums(shared, sums);
     if (threadIdx.x != 0) return;
     int pair = 0;
@@ -226,7 +226,8 @@ SAMK_DEVICE void restore_into(const Source& target, const Source& source, int co
     if (aligned && target.dtype == source.dtype) {
         const int vectors = int(int64_t(count) * size / 16);
         for (int v = int(threadIdx.x); v < vectors; v += int(blockDim.x))
-            __stcs(reinterpret_cast<uint4*>(target.pointer) + v, __ldcs(reinterpret_cast<const uint4*>(source.pointer) + v));
+            __stcs(reinterpret_cast<uint4*>(target.pointer) + v,
+                   __ldcs(reinterpret_cast<const uint4*>(source.pointer) + v));
         done = vectors * (16 / size);
     }
     for (int i = done + int(threadIdx.x); i < count; i += int(blockDim.x)) Single<float>::restore(target, source, i);

@@ -26,8 +26,10 @@ struct InBoth {
 
     template <class T>
     SAMK_DEVICE const auto& as() const {
-        if constexpr (sizeof(T) == sizeof(double)) return in_double;
-        else return in_float;
+        if constexpr (sizeof(T) == sizeof(double))
+            return in_double;
+        else
+            return in_float;
     }
 };
 
@@ -192,8 +194,8 @@ struct BaseScalars {
         } else {
             const bool first = (c.flags & RowClass::kFirst) != 0;
             const double momentum = group.momentum_or_beta1;
-            const SgdScalars<double> sgd = {lr,    momentum, first ? 0.0 : momentum, first ? 1.0 : 1.0 - group.dampening_or_beta2,
-                                            decay, sign};
+            const SgdScalars<double> sgd = {
+                lr, momentum, first ? 0.0 : momentum, first ? 1.0 : 1.0 - group.dampening_or_beta2, decay, sign};
             work.sgd = {sgd, rounded(sgd)};
         }
     }
@@ -223,8 +225,8 @@ SAMK_DEVICE void prepare(const Packed& p, Shared& shared, int slot, uint32_t ind
         const DType dtype = c.dtype[lane];
         char* pointer = nullptr;
         if (dtype != DType::None)
-            pointer = reinterpret_cast<char*>(p.row(chunk.row)[1 + p.header.position[lane]]) +
-                      chunk.offset * size_of(dtype);
+            pointer =
+                reinterpret_cast<char*>(p.row(chunk.row)[1 + p.header.position[lane]]) + chunk.offset * size_of(dtype);
         work.pointer[lane] = pointer;
         work.dtype[lane] = dtype;
     }

@@ -106,8 +106,8 @@ public:
 
     // From the snapshot, all of whose copies are held: where the ascent along list 0 leads into the points' column, where
     // the base's update with it leads into the weights'. `scale` is that of the ascent.
-    py::tuple points(int rule, double epsilon, double alpha, const std::vector<double>& scale, py::object taken, int base,
-                     const py::list& settings, const std::vector<double>& lr, py::object first, int threads) {
+    py::tuple points(int rule, double epsilon, double alpha, const std::vector<double>& scale, py::object taken,
+                     int base, const py::list& settings, const std::vector<double>& lr, py::object first, int threads) {
         choose_with_gradient_or_copy(1, flags(taken));
         check_points(flags(taken));
         Launch launch = prepare(1, threads, 24);

@@ -129,9 +129,10 @@ public:
 
     // With needs_gram the rule gives the coefficients; otherwise they are read from `coefficients`, ones if that is null.
     // The update is skipped if there is a nonzero at `found_inf`, which may be null.
-    void descent(int lists, const RuleTuple& rule, bool needs_gram, bool weighted, const py::list& scale, py::object taken, int base, const py::list& settings, const py::list& lr,
-                 py::object first, py::handle grad_scale, uintptr_t found_inf, bool skip_update, bool preview,
-                 uintptr_t coefficients, uintptr_t report) {
+    void descent(int lists, const RuleTuple& rule, bool needs_gram, bool weighted, const py::list& scale,
+                 py::object taken, int base, const py::list& settings, const py::list& lr, py::object first,
+                 py::handle grad_scale, uintptr_t found_inf, bool skip_update, bool preview, uintptr_t coefficients,
+                 uintptr_t report) {
         check_lists(lists);
         uint8_t* holds = flags(taken);
         choose_with_gradient_or_copy(lists, holds);
@@ -198,7 +199,8 @@ public:
 
     // How the rows of the last launch were read, for tests: in vectors, or element by element.
     py::list paths() const {
-        static const char* const names[] = {"float32", "bfloat16", "float16", "float32, bfloat16", "single float", "single double"};
+        static const char* const names[] = {"float32",           "bfloat16",     "float16",
+                                            "float32, bfloat16", "single float", "single double"};
         py::list result;
         for (uint32_t row = 0; row < packed_.header.rows; ++row)
             result.append(names[int(packed_.row_class(packed_.start(row).row_class).path)]);
@@ -229,7 +231,8 @@ private:
 
     // A base optimizer's settings, state and step counts. A kernel must never be sent to a step count on the host, also
     // where nothing is counted.
-    void give_base(Operation& operation, int base, const py::list& settings, const py::list& lr, const py::object& first) {
+    void give_base(Operation& operation, int base, const py::list& settings, const py::list& lr,
+                   const py::object& first) {
         operation.first = flags(first);
         operation.sgd = read_sgd(BaseKind(base), settings);
         operation.adam = read_adam(BaseKind(base), settings);
@@ -320,7 +323,8 @@ private:
             slots += std::min(packed_.header.chunks, kVirtualBlocks);
             packed_.header.slots = slots;
             if (next >= rows_.size()) packed_.header.flags |= Header::kFinalise;
-            if (launches_ >= max_launches()) throw std::logic_error("more launches than the scratch memory is made for");
+            if (launches_ >= max_launches())
+                throw std::logic_error("more launches than the scratch memory is made for");
             launch_packed(kGramKernel, false);
         } while (next < rows_.size());
     }

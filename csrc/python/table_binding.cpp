@@ -188,7 +188,7 @@ void TableBinding::count_on_host(int lists) {
         host_steps_[r] = 0.0;
         if (!wanted_[r] || !rows_[r].has_gradient(lists) || !cell.present() || !step_is_on_host_[r]) continue;
         host_steps_[r] = 1.0 + (cell.dtype == DType::Float64 ? *static_cast<const double*>(cell.pointer)
-                                                              : double(*static_cast<const float*>(cell.pointer)));
+                                                             : double(*static_cast<const float*>(cell.pointer)));
     }
 }
 
@@ -223,8 +223,8 @@ std::vector<SgdSettings> TableBinding::read_sgd(BaseKind base, const py::list& s
     if (base != BaseKind::Sgd) return result;
     for (const py::handle& item : settings) {
         const auto s = item.cast<py::tuple>();
-        result.push_back({0.0, s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>(), s[4].cast<bool>(),
-                          s[5].cast<bool>()});
+        result.push_back(
+            {0.0, s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>(), s[4].cast<bool>(), s[5].cast<bool>()});
     }
     return result;
 }

@@ -120,7 +120,7 @@ private:
 
     std::vector<Extent> extents_[kColumns];
     uint64_t changes_[kColumns] = {};  // how often some address of a column became another
-    Written written_[2];  // without and with state
+    Written written_[2];               // without and with state
 };
 
 // Defines bind, bind_steps, set, clear, written_rows, and the constants that name the columns.

@@ -11,8 +11,10 @@ DType dtype_of(dlpack::DataType type) {
     if (type.lanes != 1) return DType::None;
     switch (type.code) {
         case dlpack::kFloat:
-            return type.bits == 32 ? DType::Float32 : type.bits == 64 ? DType::Float64
-                 : type.bits == 16 ? DType::Float16 : DType::None;
+            return type.bits == 32   ? DType::Float32
+                   : type.bits == 64 ? DType::Float64
+                   : type.bits == 16 ? DType::Float16
+                                     : DType::None;
         case dlpack::kBFloat: return type.bits == 16 ? DType::BFloat16 : DType::None;
         case dlpack::kComplex:
             return type.bits == 64 ? DType::Float32 : type.bits == 128 ? DType::Float64 : DType::None;

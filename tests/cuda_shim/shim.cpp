@@ -39,7 +39,7 @@ struct Fiber {
 int wanted_blocks = 3;
 Order order = Order::Forward;
 unsigned seed = 0;
-std::string skipped;           // barrier that is left out
+std::string skipped;            // barrier that is left out
 std::set<std::string> reached;  // barriers
 std::string listed;
 
@@ -169,7 +169,8 @@ void* shared_memory(size_t size) {
 }
 
 void check_alignment(const void* place, size_t size) {
-    if (reinterpret_cast<uintptr_t>(place) % size != 0) fail("a misaligned access of " + std::to_string(size) + " bytes");
+    if (reinterpret_cast<uintptr_t>(place) % size != 0)
+        fail("a misaligned access of " + std::to_string(size) + " bytes");
 }
 
 }  // namespace shim
