@@ -6,7 +6,7 @@
 from .backends import BackendStatus, backends
 from .bases import SGD, Adam, AdamSettings, SGDSettings
 from .errors import BackendUnavailableError, UnsupportedTensorError
-from .ops import ascent_, combine_, descent_, gram, look_ahead_, perturb_, restore_, two_points_
+from .ops import ascent_, combine_, descent_, gram, look_ahead_, perturb_, restore_
 from .plan import Plan, Snapshot
 from .report import LaunchReport
 from .rules import Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule
@@ -40,5 +40,4 @@ __all__ = [
     "look_ahead_",
     "perturb_",
     "restore_",
-    "two_points_",
 ]

@@ -170,13 +170,6 @@ class Binder:
             plan.tables[key] = snapshot.tensors
         return snapshot.taken
 
-    def bind_points(self, table: Any, plan: Plan, points: Plan) -> None:
-        """Binds the tensors of a plan of the same layouts, which a launch writes beside the table's own."""
-        key = self.name + " points"
-        if plan.tables.get(key) is not points:
-            self._bind_own(table, self.native.POINT, points.tensors)
-            plan.tables[key] = points
-
     def _bind_own(self, table: Any, column: int, tensors: list[Tensor]) -> None:
         """Binds tensors that this package has allocated, in the layout of the table's."""
         for index in table.bind(column, tensors):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .bases import Base, TensorList
 from .binding import Binder, Staging
@@ -153,32 +152,6 @@ def descent_(
     if skip_update or not rule.needs_gram:
         return LaunchReport.without_gram(len(xs))
     return _report(len(xs), finite, matrix, found)
-
-
-def two_points_(
-    plan: Plan, ascended: Plan, x: TensorList, base: Base, snapshot: Snapshot, rule: Rule, scale: FlatScale
-) -> LaunchReport:
-    staging = Staging()
-    table = _binder.bind_params(plan, staging)
-    _binder.bind_lists(table, plan, [x], staging)
-    _binder.bind_state(table, plan, base, staging, written=False)
-    _bind_steps(table, plan, base)
-    _binder.bind_points(table, plan, ascended)
-    finite, matrix, found = table.points(
-        rule.code,
-        rule.epsilon,
-        rule.alpha,
-        numbers(scale),
-        _binder.bind_snapshot(table, plan, snapshot),
-        base.code,
-        base.settings,
-        [float(settings.lr) for settings in base.settings],
-        getattr(base, "first", None),
-        torch.get_num_threads(),
-    )
-    _binder.finish(table, plan, staging)
-    increment_version(ascended.tensors)
-    return _report(1, finite, matrix, found)
 
 
 def _bind_steps(table: Any, plan: Plan, base: Base) -> None:

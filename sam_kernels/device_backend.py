@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .bases import SGD, Base, TensorList
 from .binding import Binder, Staging
@@ -195,31 +194,6 @@ class DeviceBackend(ABC):
         )
         self._binder.finish(table, plan, staging)
         return report if numbers is None else self._report(numbers, len(xs))
-
-    def two_points_(
-        self, plan: Plan, ascended: Plan, x: TensorList, base: Base, snapshot: Snapshot, rule: Any, scale: FlatScale
-    ) -> LaunchReport:
-        staging = Staging()
-        table = self._binder.bind_params(plan, staging)
-        self._bind(table, plan, [x], staging)
-        self._binder.bind_state(table, plan, base, staging, written=False)
-        self._refuse_capture_of(plan, base, self._bind_steps(table, plan, base))
-        self._binder.bind_points(table, plan, ascended)
-        numbers = self._new_report(plan)
-        factors = _Factors(plan, scale)
-        table.points(
-            self._rule(rule),
-            factors.scale,
-            self._binder.bind_snapshot(table, plan, snapshot),
-            base.code,
-            base.settings,
-            [_scalar(settings.lr, plan) for settings in base.settings],
-            getattr(base, "first", None),
-            numbers.data_ptr(),
-        )
-        self._binder.finish(table, plan, staging)
-        increment_version(ascended.tensors)
-        return self._report(numbers, 1)
 
     # ------------------------------------------------------------------ launches
 

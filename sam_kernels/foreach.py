@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .bases import Base, TensorList
+from .bases import TensorList
 from .binding import check
 from .host import pick
 from .memory import shares_memory
@@ -140,15 +140,6 @@ def ascent_(
         _perturb(lists, report.coefficients, scale)
     elif snapshot is not None:
         restore_(plan, snapshot)
-    return report
-
-
-def two_points_(
-    plan: Plan, ascended: Plan, x: TensorList, base: Base, snapshot: Snapshot, rule: Rule, scale: FlatScale
-) -> LaunchReport:
-    """As the reference's."""
-    report = ascent_(ascended, [x], rule, scale, snapshot)
-    reference.step_ahead_(plan, x, base, snapshot, not report.finite)
     return report
 
 

@@ -287,47 +287,6 @@ def look_ahead_(
         )
 
 
-def two_points_(
-    ascended: Plan,
-    ahead: Plan,
-    x: TensorList,
-    base: Base,
-    *,
-    snapshot: Snapshot,
-    along: TensorList | None = None,
-    rule: RuleLike = _NORMALIZED,
-    scale: Scale = 1.0,
-    backend: str | None = None,
-) -> LaunchReport:
-    """ascended <- w + T(w)^2 scale c x, as :func:`ascent_`, and ahead <- base(w, x), as :func:`look_ahead_`.
-
-    Both start from the same w, the snapshot's copies, of which none may be missing; the copies and the base's state
-    stay. One launch reads w, x and state once and writes both: SAMPa's two points (arXiv 2410.10683).
-
-    Args:
-        ascended, ahead: where to write, of the same shapes, types, groups and geometry.
-        x: the gradient.
-        along: the gradient for the ascent, if some tensors have no part in that; it then takes launches of its own.
-        rule, scale: of the ascent.
-
-    Returns:
-        The ascent's scalars. If the Gram matrix is not finite, both points are the copies.
-    """
-    _check_lists([x], len(ahead))
-    if ascended.layouts != ahead.layouts:
-        raise ValueError("the two points must have the same shapes, strides, types and devices")
-    if not all(snapshot.taken):
-        raise ValueError("two points need a copy of every weight in the snapshot")
-    if (along is None or along is x) and _is_fused(ahead, rule, backend):
-        flat = flattened(scale, ahead.group_count, 1)
-        report: LaunchReport = _launch(ahead, backend, "two_points_", ascended, x, base, snapshot, rule, flat)
-        return report
-    along = x if along is None else along
-    report = ascent_(ascended, [along], rule=rule, scale=scale, snapshot=snapshot, backend=backend)
-    look_ahead_(ahead, [x], base, snapshot=snapshot, found_inf=report.overflow, backend=backend)
-    return report
-
-
 class _Part:
     """What one device has of a launch's arguments."""
 

@@ -19,7 +19,7 @@ from .host import inverse_of, is_set
 from .memory import shares_memory
 from .plan import TAKEN, Plan, Snapshot
 from .report import LaunchReport
-from .rules import Fixed, Rule, is_known
+from .rules import Rule, is_known
 from .scales import FlatScale, times
 
 name = "reference"
@@ -207,25 +207,6 @@ def _put_back(state: list[tuple[Tensor, Tensor]]) -> None:
     while state:
         tensor, value = state.pop()
         tensor.copy_(value)
-
-
-@torch.no_grad()
-def two_points_(
-    plan: Plan, ascended: Plan, x: TensorList, base: Base, snapshot: Snapshot, rule: Rule, scale: FlatScale
-) -> LaunchReport:
-    """ascended <- w + T(w)^2 c x and weights <- base(w, x), with w the snapshot's copies, all of which are held.
-
-    A Gram matrix that is not finite makes both of them the copies.
-    """
-    report = ascent_(ascended, [x], rule, scale, snapshot)
-    step_ahead_(plan, x, base, snapshot, not report.finite)
-    return report
-
-
-def step_ahead_(plan: Plan, x: TensorList, base: Base, snapshot: Snapshot, skips: bool) -> None:
-    """weights <- base(w, x), with w the snapshot's copies; the copies themselves if it skips."""
-    one = [1.0] * plan.group_count
-    descent_(plan, [x], base, snapshot, Fixed(), one, found_inf=skips, preview=True)
 
 
 @cache

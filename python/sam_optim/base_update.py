@@ -122,14 +122,23 @@ class BaseUpdate:
             self._fused_state.widen(saved)
 
     def look_ahead(
-        self, plan: Plan, snapshot: Snapshot, gradients: Gradients, overflow: bool | Tensor, backend: str | None
+        self,
+        plan: Plan,
+        snapshot: Snapshot,
+        gradients: Gradients,
+        overflow: bool | Tensor,
+        backend: str | None,
+        params: list[Tensor] | None = None,
     ) -> None:
         """w <- base(copy of w, gradients) where a copy is held, with the base's state as it was; copies stay.
 
         After an overflow w <- copy of w.
+
+        Args:
+            params: whose state it is, for a fused base; the plan's own by default.
         """
         if FusedState.supports(self.base_optimizer):
-            update, _ = self._fused_state.prepare(plan.params, gradients)
+            update, _ = self._fused_state.prepare(plan.params if params is None else params, gradients)
             sam_kernels.look_ahead_(plan, [gradients], update, snapshot=snapshot, found_inf=overflow, backend=backend)
             return
         copies = bytes(snapshot.taken)
@@ -149,24 +158,6 @@ class BaseUpdate:
             param.grad = None
         before.put_back()
         draws.restore()
-
-    def two_points(
-        self,
-        plan: Plan,
-        weights: Snapshot,
-        gradients: Gradients,
-        along: Gradients,
-        backend: str | None,
-        ascended: Plan,
-        ahead: Plan,
-        rule: RuleLike,
-        scale: Scale,
-    ) -> LaunchReport:
-        """Where an ascent and where a look-ahead leads from ``weights``, for a fused base; see ``two_points_``."""
-        update, _ = self._fused_state.prepare(plan.params, gradients)
-        return sam_kernels.two_points_(
-            ascended, ahead, gradients, update, snapshot=weights, along=along, rule=rule, scale=scale, backend=backend
-        )
 
     def _fused(self, descent: Descent) -> Outcome:
         base = self.base_optimizer

@@ -213,20 +213,18 @@ class Moves:
         self._container["report"] = StepReport(ascent)
         return plans.weights_at(plan)
 
-    def two_points(self, gradients: Gradients, *, rule: RuleLike, scale: Scale) -> tuple[list[Tensor], list[Tensor]]:
-        """Where :meth:`ascend`, and where :meth:`look_ahead` would lead, as :meth:`ascended` says, by one launch.
+    def looked_ahead(self, gradients: Gradients) -> list[Tensor]:
+        """Where :meth:`look_ahead` would lead, in memory of its own, as :meth:`ascended` says, and after it.
 
         For fused base optimizers; others can update the model's weights alone.
         """
-        scale = self._uphill(scale, 1)
         plans: PlanCache = self._container["plans"]
         update: BaseUpdate = self._container["update"]
-        ascended, weights = plans.point("ascended")
-        ahead, _ = plans.point("ahead")
-        along = plans.perturbed_only(gradients)
-        report = update.two_points(plans.plan, weights, gradients, along, self.backend, ascended, ahead, rule, scale)
-        self._container["report"] = StepReport(report)
-        return plans.weights_at(ascended), plans.weights_at(ahead)
+        last: StepReport = self._container["report"]
+        overflow = False if last.ascent is None else last.ascent.overflow
+        plan, weights = plans.point("ahead")
+        update.look_ahead(plan, weights, gradients, overflow, self.backend, plans.plan.params)
+        return plans.weights_at(plan)
 
     def keep_state_in_place(self) -> None:
         """From now on the method's own state stays where it is in memory, as a captured step needs it."""

@@ -99,7 +99,8 @@ class SAMPa(SAM):
             return
         g_y = self.method_state(_Y_GRADIENT)
         if self.runs_side_by_side:
-            tilde, ahead = self.two_points(g_y, rule=self._rule, scale=self._radii())
+            tilde = self.ascended(g_y, rule=self._rule, scale=self._radii())
+            ahead = self.looked_ahead(g_y)
             g_tilde, g_y_next = yield [
                 Pass(PREVIOUS, perturbed=True, kept=True, weights=tilde),
                 Pass(kept=True, last=True, weights=ahead),

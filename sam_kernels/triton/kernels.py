@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from .gram import deflected, fixed, gram_kernel, norm_matched, normalized, normalized_sum
 from .perturb import ascent_kernel, combine_kernel, perturb_kernel, restore_kernel
-from .points import points_kernel, rule_points_kernel
 from .updates import ADAM, AMSGRAD, MOMENTUM, NESTEROV, PLAIN, descent_kernel, rule_descent_kernel
 
 __all__ = [
@@ -36,8 +35,6 @@ __all__ = [
     "normalized",
     "normalized_sum",
     "perturb_kernel",
-    "points_kernel",
     "restore_kernel",
     "rule_descent_kernel",
-    "rule_points_kernel",
 ]

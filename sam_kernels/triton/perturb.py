@@ -132,10 +132,10 @@ def ascent_kernel(
 
 
 @triton.jit
-def restore_chunk(row, first, column, W: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
-    """A column's chunk from its copy, bit for bit, or from its master, rounded."""
+def restore_chunk(row, first, W: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
+    """A chunk of a weight from its copy, bit for bit, or from its master, rounded."""
     count = tl.load(row + at.NUMEL) - first
-    weight = address_of(row, column, first, W)
+    weight = address_of(row, at.WEIGHT, first, W)
     snapshot = address_of(row, at.SNAPSHOT, first, S)
     if ((weight | snapshot) % 16 == 0) & (count >= BLOCK):
         write(weight, count, read(snapshot, 0, count, S, True, BLOCK), W, True, BLOCK)
@@ -148,7 +148,7 @@ def restore_kernel(table, places, rows_at, chunks, W: tl.constexpr, S: tl.conste
     place = tl.load(places + tl.program_id(0))
     row = row_of(table, rows_at, place)
     if (tl.load(row + at.FLAGS) & at.HELD) != 0:
-        restore_chunk(row, first_of(place, BLOCK), at.WEIGHT, W, S, BLOCK)
+        restore_chunk(row, first_of(place, BLOCK), W, S, BLOCK)
 
 
 @triton.jit(do_not_specialize=["given", "rows_at", "chunks"])

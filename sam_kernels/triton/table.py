@@ -286,55 +286,6 @@ class Table:
         if not preview:
             self._mark(taken, False)
 
-    def points(
-        self,
-        rule: Rule | TritonRule,
-        scale: Sequence[float | Tensor],
-        taken: bytearray,
-        base: int,
-        settings: Sequence[SGDSettings] | Sequence[AdamSettings],
-        lr: Sequence[float | Tensor],
-        first: bytearray | None,
-        report: int,
-    ) -> None:
-        self.launches = 0
-        self._pointers.select_gradients(1, taken)
-        self._pointers.check_complete(1, base, list(settings), first)
-        buckets = self._buckets_of(1, taken, kinds=tuple(kind_of(own) for own in settings))
-        self._pack(scale, lists=1, rule=rule, settings=settings, lr=lr)
-        self._fill_bias_corrections(1, settings)
-        table = self._upload("points", 1, taken, first)
-        if self._fits_one_launch(buckets):
-            b = buckets[0]
-            self._launch_together(
-                kernels.rule_points_kernel,
-                (table, b.places, self._scratch, report, self._rows_at, b.chunks),
-                RULE=self._function(rule),
-                KIND=b.kind,
-                W=b.weights,
-                S=b.copies,
-                X=b.lists,
-                M=b.state,
-                LANES=self._lanes(b),
-            )
-            return
-        self._launch_gram(table, buckets, 1, rule, True, report)
-        for b in buckets:
-            self._launch(
-                kernels.points_kernel,
-                b.chunks,
-                table,
-                b.places,
-                report,
-                self._rows_at,
-                b.chunks,
-                KIND=b.kind,
-                W=b.weights,
-                S=b.copies,
-                X=b.lists,
-                M=b.state,
-            )
-
     def _fill_bias_corrections(self, lists: int, settings: Sequence[SGDSettings] | Sequence[AdamSettings]) -> None:
         """Those of Adam, of rows whose step counts are on the host."""
         betas = [(own.beta1, own.beta2) for own in settings if isinstance(own, AdamSettings)]

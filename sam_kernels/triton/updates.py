@@ -214,7 +214,7 @@ def descent_chunk(
     if skips_update | ((flags & at.HAS_GRADIENT) == 0):
         if COPIES:
             if held:
-                restore_chunk(row, first, at.WEIGHT, W, S, BLOCK)
+                restore_chunk(row, first, W, S, BLOCK)
     elif held | (not PREVIEW):
         count = tl.load(row + at.NUMEL) - first
         weight = address_of(row, at.WEIGHT, first, W)

@@ -30,12 +30,6 @@ def everything(backend: CudaBackend) -> list[Tensor]:
             for base in (problem.sgd(momentum=0.9), problem.adam(amsgrad=True)):
                 report = backend.descent_(plan, problem.xs, base, snapshot, rule, scale, True)
                 results += [report.gram.clone(), *(t.clone() for t in problem.tensors())]
-            memory = [[torch.empty_like(p) for p in problem.params] for _ in range(2)]
-            points = [sk.Plan(tensors, plan.groups, plan.geometry) for tensors in memory]
-            copies = sk.Snapshot.of(points[1], problem.params)
-            for base in (problem.sgd(momentum=0.9), problem.adam()):
-                backend.two_points_(points[1], points[0], problem.xs[0], base, copies, sk.Normalized(), scale[:2])
-                results += [t.clone() for tensors in memory for t in tensors]
             backend.perturb_(plan, problem.xs, torch.ones(lists, dtype=torch.float64), scale, snapshot)
             backend.restore_(plan, snapshot)
             backend.combine_(plan, problem.xs, torch.ones(lists, dtype=torch.float64), scale)

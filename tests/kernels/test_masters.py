@@ -164,7 +164,7 @@ def test_descent_adam(target, dtype, options):
 
 @by_dtype
 @pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_look_ahead_and_two_points(target, dtype, base):
+def test_look_ahead(target, dtype, base):
     """Previews round to the weights and leave masters and state."""
 
     def run(problem, plan, snapshot, backend):
@@ -173,11 +173,13 @@ def test_look_ahead_and_two_points(target, dtype, base):
         copies = [t if snapshot.taken[i] else problem.params[i] for i, t in enumerate(snapshot.tensors)]
         view = sk.Snapshot.of(plan, [t.clone() for t in copies])
         sk.look_ahead_(plan, problem.xs, update, snapshot=view, backend=backend)
-        points = sk.Plan([torch.empty_like(p) for p in problem.params], problem.groups, problem.geometry)
-        ahead = sk.Plan([torch.empty_like(p) for p in problem.params], problem.groups, problem.geometry)
-        sk.two_points_(points, ahead, problem.xs[0], update, snapshot=view, scale=0.1, backend=backend)
-        assert all(same_bits(a, b) for a, b in zip(ahead.params, problem.params, strict=True))
-        problem.states.append(points.params)
+        points = [
+            sk.Plan([torch.empty_like(p) for p in problem.params], problem.groups, problem.geometry) for _ in "ab"
+        ]
+        sk.ascent_(points[0], problem.xs[:1], snapshot=view, scale=0.1, backend=backend)
+        sk.look_ahead_(points[1], problem.xs[:1], update, snapshot=view, backend=backend)
+        assert all(same_bits(a, b) for a, b in zip(points[1].params, problem.params, strict=True))
+        problem.states.append(points[0].params)
         for i in snapshot.with_master:
             assert same_bits(snapshot.tensors[i], before[i])
 

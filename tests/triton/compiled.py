@@ -76,11 +76,6 @@ def variants(full: bool) -> list[tuple[str, Any, dict[str, Any]]]:
                     "M": (s,) * states,
                 }
                 found.append((f"descent {name}", kernels.descent_kernel, {"SOURCE": 0, "REVERSE": False, **constants}))
-                if count == 1 and (full or kind in ("MOMENTUM", "ADAM")):
-                    points = {key: constants[key] for key in ("KIND", "W", "S", "X", "M")}
-                    found.append((f"points {name}", kernels.points_kernel, points))
-                    points = {**points, "RULE": kernels.normalized, **lanes}
-                    found.append((f"rule points {name}", kernels.rule_points_kernel, points))
                 if count == 2:
                     together = {"WEIGHTED": False, "RULE": kernels.deflected, **lanes, **constants}
                     found.append((f"rule descent {name}", kernels.rule_descent_kernel, together))
