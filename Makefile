@@ -13,7 +13,7 @@ CPP := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '
 
 # Once everything is built, with that; before, with what it needs itself, which is there in a minute.
 quickstart: $(if $(wildcard $(VENV)/.built),$(VENV)/.built,$(VENV)/.quickstart)
-	$(BIN)/python -m sam_optim.quickstart
+	$(BIN)/python examples/quickstart.py
 
 # A process for each core. Their threads sleep while they wait: spinning, they would take the cores from each other.
 test test-wheel: export OMP_WAIT_POLICY := passive
@@ -67,7 +67,7 @@ test-wheel: wheel
 	$(PYTHON) -m venv build/torch-$(TORCH)
 	build/torch-$(TORCH)/bin/pip install --quiet torch==$(TORCH) "$$(ls dist/*.whl)[test]"
 	build/torch-$(TORCH)/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
-	rm -rf build/tests-$(TORCH) && mkdir -p build/tests-$(TORCH) && cp -r tests build/tests-$(TORCH)/
+	rm -rf build/tests-$(TORCH) && mkdir -p build/tests-$(TORCH) && cp -r tests examples build/tests-$(TORCH)/
 	cd build/tests-$(TORCH) && ../torch-$(TORCH)/bin/python -m pytest $(IN_PARALLEL) -c $(CURDIR)/pyproject.toml --rootdir . tests
 
 clean:

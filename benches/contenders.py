@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.per_tensor_sam import PerTensorSAM
 from sam_optim import SAM
-from sam_optim.per_tensor import PerTensorSAM
 
 from .shapes import Shape
 

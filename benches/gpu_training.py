@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from examples.per_tensor_sam import PerTensorSAM
 from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
-from sam_optim.per_tensor import PerTensorSAM
 
 from .contenders import BASES, RHO
 from .networks import loss_of, make

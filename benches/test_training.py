@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from examples.per_tensor_sam import PerTensorSAM
 from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
-from sam_optim.per_tensor import PerTensorSAM
 
 from .contenders import BASES, RHO, THREADS
 from .networks import loss_of, make

@@ -18,8 +18,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from experiments import load_digits, make_model
 from sam_optim import SAM
-from sam_optim.experiments import load_digits, make_model
 
 KINDS = ("float32", "bfloat16", "bfloat16, masters")
 SIZES = (10**5, 10**6, 10**7, 10**8)

@@ -25,8 +25,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from sam_optim import MGSERSAM, SAM, ReservoirMemory, dark_experience_loss
-from sam_optim.experiments import (
+from experiments import (
     TEST_SEED,
     Data,
     Runs,
@@ -38,6 +37,7 @@ from sam_optim.experiments import (
     search,
     write_into,
 )
+from sam_optim import MGSERSAM, SAM, ReservoirMemory, dark_experience_loss
 
 TASKS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 REPLAYS = ("ER", "DER", "DER++")

@@ -16,8 +16,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from experiments import Data, load_digits
 from sam_optim import SAM, Stability, StabilityMonitor
-from sam_optim.experiments import Data, load_digits
 
 
 def make_model() -> nn.Module:

@@ -24,6 +24,8 @@ import torch
 from rich.progress import track
 from torch import nn
 
+from experiments import TEST_SEED, Runs, hold_out, load_digits, markdown_table, search, write_into
+from quickstart import CHOSEN, LR, MOMENTUM, NOT_TUNED, Settings, train
 from sam_optim import (
     AESAM,
     CRSAM,
@@ -40,8 +42,6 @@ from sam_optim import (
     UnifiedSAM,
     VaSSO,
 )
-from sam_optim.experiments import TEST_SEED, Runs, hold_out, load_digits, markdown_table, search, write_into
-from sam_optim.quickstart import CHOSEN, LR, MOMENTUM, NOT_TUNED, Settings, train
 
 METHODS: dict[str, Any] = {
     "SGD": None,

@@ -14,8 +14,8 @@ import torch
 from rich.progress import track
 from torch import nn
 
+from experiments import Data, load_digits, make_model
 from sam_optim import SAM, RhoFollowsLR
-from sam_optim.experiments import Data, load_digits, make_model
 
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD, momentum 0.9, lr 0.05": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),

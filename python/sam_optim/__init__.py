@@ -1,31 +1,41 @@
 """Sharpness-aware optimizers for PyTorch on fused multi-tensor kernels."""
 
-from .agnostic import AgnosticSAM
-from .batch_norm import (
+from .analysis.stability import Stability, StabilityMonitor, edge_of_stability
+from .continual.replay import ReservoirMemory, dark_experience_loss
+from .core.errors import InvalidSettingError, StepOrderError
+from .core.moves import StepReport
+from .core.optimizer import SharpnessAwareOptimizer
+from .core.passes import Pass, Passes, Update
+from .core.randomness import RandomState
+from .methods.ae_sam import AESAM
+from .methods.agnostic_sam import AgnosticSAM
+from .methods.asam import ASAM
+from .methods.cr_sam import CRSAM
+from .methods.friendly_sam import FriendlySAM
+from .methods.gsam import GSAM
+from .methods.interval_sam import IntervalSAM
+from .methods.look_sam import LookSAM
+from .methods.mgser_sam import MGSERSAM
+from .methods.momentum_sam import MomentumSAM
+from .methods.randomized_sam import RandomizedSAM
+from .methods.sam import SAM
+from .methods.sam_on import perturb_normalization_only
+from .methods.sampa import SAMPa
+from .methods.stable_sam import StableSAM
+from .methods.unified_sam import UnifiedSAM
+from .methods.vasso import VaSSO
+from .methods.wsam import WSAM
+from .trainers.hugging_face import SharpnessAwareTrainerMixin
+from .training.batches import split_batch
+from .training.schedules import LambdaRho, RhoFollowsLR
+from .training.statistics import (
     disable_running_stats,
     enable_running_stats,
     freeze_in_perturbed_passes,
     frozen_batch_norm,
     running_statistics,
 )
-from .batches import split_batch
-from .continual import ReservoirMemory, dark_experience_loss
-from .directions import MomentumSAM, UnifiedSAM, VaSSO
-from .errors import InvalidSettingError, StepOrderError
-from .groups import perturb_normalization_only
-from .hugging_face import SharpnessAwareTrainerMixin
-from .mgser import MGSERSAM
-from .moves import StepReport
-from .occasional import AESAM, IntervalSAM, RandomizedSAM
-from .optimizer import SharpnessAwareOptimizer
-from .passes import Pass, Passes, Update
-from .randomness import RandomState
-from .sam import ASAM, SAM
-from .sampa import SAMPa
-from .schedules import LambdaRho, RhoFollowsLR
-from .stability import Stability, StabilityMonitor, edge_of_stability
-from .train_step import TrainStep
-from .variants import CRSAM, GSAM, WSAM, FriendlySAM, LookSAM, StableSAM
+from .training.train_step import TrainStep
 
 __all__ = [
     "AESAM",

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("benches.gpu")
 from benches import contenders, gpu, gpu_training
-from sam_optim.per_tensor import PerTensorSAM
+from per_tensor_sam import PerTensorSAM
 
 SHAPES = [(3, 5), (7,)]
 

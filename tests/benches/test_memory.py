@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("benches.memory")
 from benches.memory import peak_bytes
+from per_tensor_sam import PerTensorSAM
 from sam_optim import SAM
-from sam_optim.per_tensor import PerTensorSAM
 
 SHAPES = [(512, 512), (2048, 128), (512,), (7,)]
 COUNT = sum(torch.Size(shape).numel() for shape in SHAPES)

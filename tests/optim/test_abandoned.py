@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sam_optim import GSAM, MGSERSAM, SAM, AgnosticSAM, MomentumSAM, TrainStep
-from sam_optim.windows import MicroBatch, WindowedPasses
+from sam_optim.trainers.micro_batches import MicroBatch, WindowedPasses
 
 from .cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
 from .every import EVERY_METHOD

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from per_tensor_sam import PerTensorSAM
 from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
-from sam_optim.per_tensor import PerTensorSAM
 
 from ..little_device import little_device, moved
 from .cases import BASES, METHODS, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of

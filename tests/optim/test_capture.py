@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sam_optim import SAM, AgnosticSAM, InvalidSettingError, SAMPa, TrainStep
-from sam_optim.capture import _MAX_GRAPHS, WARMUP_STEPS
-from sam_optim.side_by_side import OneLane
+from sam_optim.training.capture import _MAX_GRAPHS, WARMUP_STEPS
+from sam_optim.training.streams import OneLane
 
 from .cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import SAM, experiments, quickstart
-from sam_optim.per_tensor import PerTensorSAM
+import experiments
+import quickstart
+from per_tensor_sam import PerTensorSAM
+from sam_optim import SAM
 
 from .cases import batches, loss_of, make_net, step_by_hand
 
@@ -225,7 +227,7 @@ def test_quickstart_refuses_nonsense(arguments, capsys):
 
 
 def test_quickstart_help():
-    run = subprocess.run([sys.executable, "-m", "sam_optim.quickstart", "--help"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, str(EXAMPLES / "quickstart.py"), "--help"], capture_output=True, text=True)
     assert run.returncode == 0
     assert "--rho" in run.stdout
 

@@ -26,7 +26,7 @@ from sam_optim import (
     UnifiedSAM,
     VaSSO,
 )
-from sam_optim.side_by_side import OneLane
+from sam_optim.training.streams import OneLane
 
 from .cases import BASES, METHODS, Base, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
 from .test_capture import Replayed

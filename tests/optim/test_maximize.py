@@ -25,11 +25,11 @@ from sam_optim import (
     TrainStep,
     Update,
 )
-from sam_optim.side_by_side import OneLane
+from sam_optim.training.streams import OneLane
 
 from .cases import Base, Method, Net, assert_same, batches, loss_of, weights_of
 from .every import EVERY_METHOD
-from .test_side_by_side import METHODS as SIDE_BY_SIDE
+from .test_streams import METHODS as SIDE_BY_SIDE
 
 BASES = [
     Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sam_optim import MGSERSAM, SAM, InvalidSettingError, StepOrderError, TrainStep
-from sam_optim.side_by_side import OneLane
+from sam_optim.training.streams import OneLane
 
 from .cases import BASES, Base, Method, assert_same, batches, loss_of, make_net, weights_of
 from .test_capture import Replayed
-from .test_side_by_side import Reversed
+from .test_streams import Reversed
 
 MOMENTUM = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
 METHOD = Method(MGSERSAM, {"rho": 0.1, "mu": 0.7})

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sam_optim import SAM, FriendlySAM, InvalidSettingError, LookSAM, SAMPa, StepOrderError
-from sam_optim.base_update import FusedState
+from sam_optim.core.base_update import FusedState
 
 from .cases import assert_same, batches, loss_of, make_net, oracle_step, step_by_hand, weights_of
 

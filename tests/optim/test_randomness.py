@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sam_optim import CRSAM, SAM, RandomState, TrainStep
-from sam_optim.windows import MicroBatch, WindowedPasses
+from sam_optim.trainers.micro_batches import MicroBatch, WindowedPasses
 
 from .cases import assert_same, batches
 

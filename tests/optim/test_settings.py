@@ -30,7 +30,7 @@ from sam_optim import (
     RandomizedSAM,
     SharpnessAwareOptimizer,
 )
-from sam_optim.settings import SHARED, near
+from sam_optim.core.settings import SHARED, near
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 

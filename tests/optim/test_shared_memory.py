@@ -11,7 +11,7 @@ from torch import nn
 
 import sam_kernels as sk
 from sam_optim import SAM, SAMPa, TrainStep
-from sam_optim.side_by_side import OneLane
+from sam_optim.training.streams import OneLane
 
 from .cases import Base, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
 from .every import EVERY_METHOD, take_steps

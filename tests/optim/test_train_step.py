@@ -28,7 +28,7 @@ from sam_optim import (
     frozen_batch_norm,
     split_batch,
 )
-from sam_optim.side_by_side import OneLane
+from sam_optim.training.streams import OneLane
 
 from .cases import assert_same, batches, loss_of, make_net, weights_of
 

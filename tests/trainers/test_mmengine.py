@@ -304,7 +304,7 @@ def test_checkpoints_in_the_middle_of_a_window(mm, tmp_path):
 
 
 def test_methods_that_want_other_batches(mm, tmp_path):
-    from sam_optim.windows import MicroBatch
+    from sam_optim.trainers.micro_batches import MicroBatch
 
     def make(model):
         return AgnosticSAM(model.parameters(), torch.optim.SGD, rho_train=0.1, lr=0.1)

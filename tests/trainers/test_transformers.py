@@ -19,7 +19,7 @@ from sam_optim import (
     StepOrderError,
     Update,
 )
-from sam_optim.windows import MicroBatch, sharpness_aware
+from sam_optim.trainers.micro_batches import MicroBatch, sharpness_aware
 
 from .makers import ADAMW, MAKERS
 

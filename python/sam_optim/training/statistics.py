@@ -27,9 +27,9 @@ from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParamet
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.hooks import RemovableHandle
 
-from .errors import InvalidSettingError
-from .optimizer import SharpnessAwareOptimizer
-from .passes import TRAIN, Pass
+from ..core.errors import InvalidSettingError
+from ..core.optimizer import SharpnessAwareOptimizer
+from ..core.passes import TRAIN, Pass
 from .unnamed_state import UnnamedState
 
 # From a module to the names of its buffers that a forward pass in training mode updates.

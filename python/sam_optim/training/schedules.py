@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .errors import InvalidSettingError
+from ..core.errors import InvalidSettingError
 
 
 class LambdaRho:

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sam_kernels.sharding import is_distributed
 
-from .errors import InvalidSettingError
-from .optimizer import SharpnessAwareOptimizer
-from .windows import MicroBatch, WindowedPasses, sharpness_aware
+from ..core.errors import InvalidSettingError
+from ..core.optimizer import SharpnessAwareOptimizer
+from .micro_batches import MicroBatch, WindowedPasses, sharpness_aware
 
 
 class SharpnessAwareTrainerMixin(WindowedPasses):

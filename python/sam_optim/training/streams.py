@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from sam_kernels.sharding import is_distributed
 
-from .errors import InvalidSettingError
-from .passes import Gradients
+from ..core.errors import InvalidSettingError
+from ..core.passes import Gradients
 
 Call = Callable[[], Any]
 

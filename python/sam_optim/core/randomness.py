@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .compiling import untraced
+from ..core.compiling import untraced
 
 
 class RandomState:

@@ -14,13 +14,13 @@ import sam_kernels
 from sam_kernels import UnsupportedTensorError
 from sam_kernels.sharding import is_distributed
 
-from .batch_norm import StatisticsRule, running_statistics, statistics_aside
-from .errors import StepOrderError
-from .optimizer import SharpnessAwareOptimizer
-from .per_tensor import PerTensorSAM
-from .randomness import RandomState
-from .sam import ASAM, SAM
-from .step_arguments import loss_of
+from ..core.errors import StepOrderError
+from ..core.optimizer import SharpnessAwareOptimizer
+from ..core.randomness import RandomState
+from ..methods.asam import ASAM
+from ..methods.sam import SAM
+from ..training.arguments import loss_of
+from ..training.statistics import StatisticsRule, running_statistics, statistics_aside
 
 
 def edge_of_stability(lr: float, rho: float, gradient_norm: float) -> float:
@@ -357,7 +357,7 @@ def _alignment(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _why_no_edge_of_method(optimizer: Optimizer) -> str:
-    if type(optimizer) in (SAM, ASAM, PerTensorSAM, torch.optim.SGD):
+    if type(optimizer) in (SAM, ASAM, torch.optim.SGD):
         return ""
     return f"the edge of stability is known of sam_optim.SAM and of torch.optim.SGD, not of {type(optimizer).__name__}"
 

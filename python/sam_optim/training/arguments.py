@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import InvalidSettingError
 from .batches import Split, split_batch
-from .errors import InvalidSettingError
 
 
 def check_functions(**functions: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sam_optim import SAM, AgnosticSAM, InvalidSettingError, Pass, SAMPa, SharpnessAwareOptimizer, TrainStep, Update
-from sam_optim.side_by_side import OneLane
+from sam_optim.training.streams import OneLane
 
 from .cases import BASES, Base, Method, assert_same, batches, loss_of, make_net, weights_of
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .batches import containers_kept
-from .errors import StepOrderError
-from .optimizer import SharpnessAwareOptimizer
-from .passes import PREVIOUS, TRAIN, Pass
-from .randomness import RandomState
+from ..core.errors import StepOrderError
+from ..core.optimizer import SharpnessAwareOptimizer
+from ..core.passes import PREVIOUS, TRAIN, Pass
+from ..core.randomness import RandomState
+from ..training.batches import containers_kept
 
 
 class MicroBatch(NamedTuple):

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON, NormalizedSum
 
-from .construction import BaseOptimizer
-from .optimizer import ClosureRuns
-from .passes import MEMORY, Pass, Passes, Update
+from ..core.construction import BaseOptimizer
+from ..core.optimizer import ClosureRuns
+from ..core.passes import MEMORY, Pass, Passes, Update
+from ..core.settings import Adaptive, check_number, handed_on
 from .sam import SAM
-from .settings import Adaptive, check_number, handed_on
 
 
 class MGSERSAM(SAM):

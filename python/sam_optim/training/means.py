@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sam_kernels.sharding import is_distributed
 
-from .errors import InvalidSettingError
+from ..core.errors import InvalidSettingError
 
 # What makes one number of others, and is gone through.
 _ARRANGING = ("Add", "Sub", "Rsub", "Neg", "ToCopy", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Clone", "Alias")

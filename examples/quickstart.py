@@ -1,4 +1,4 @@
-"""SAM against SGD on real data with wrong labels: ``python -m sam_optim.quickstart``.
+"""SAM against SGD on real data with wrong labels: ``python examples/quickstart.py``.
 
 Trains a small network on scikit-learn's handwritten digits after most of the training labels have been replaced at
 random: with SGD, with SAM as it is commonly written, and with this package's SAM and Agnostic-SAM, each with the
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import sam_kernels
+from experiments import TEST_SEED, Data, load_digits, make_model
+from per_tensor_sam import PerTensorSAM
 from sam_optim import SAM, AgnosticSAM
-from sam_optim.experiments import TEST_SEED, Data, load_digits, make_model
-from sam_optim.optimizer import SharpnessAwareOptimizer
-from sam_optim.per_tensor import PerTensorSAM
+from sam_optim.core.optimizer import SharpnessAwareOptimizer
 
 
 class Settings(NamedTuple):
@@ -211,7 +211,7 @@ def save_picture(runs: dict[str, list[Run]], options: argparse.Namespace) -> Non
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m sam_optim.quickstart",
+        prog="python examples/quickstart.py",
         description="SGD against SAM and Agnostic-SAM on scikit-learn's digits with random training labels.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON, Normalized
 
-from .construction import BaseOptimizer
-from .errors import InvalidSettingError
-from .optimizer import ClosureRuns, SharpnessAwareOptimizer
-from .passes import Pass, Passes, Update
-from .settings import Adaptive, check_choice, check_number, handed_on, is_zero, radius
+from ..core.construction import BaseOptimizer
+from ..core.errors import InvalidSettingError
+from ..core.optimizer import ClosureRuns, SharpnessAwareOptimizer
+from ..core.passes import Pass, Passes, Update
+from ..core.settings import Adaptive, check_choice, check_number, is_zero, radius
 
 # The eta of the authors of ASAM (arXiv 2102.11600, section 5).
 AUTHORS_ETA = 0.01
@@ -129,32 +129,3 @@ class SAM(SharpnessAwareOptimizer):
             eta = AUTHORS_ETA if group["eta"] is None else group["eta"]
             return [eta if "weight" in name else None for name in group["param_names"]]
         return [group["eta"] or 0.0] * count
-
-
-class ASAM(SAM):
-    """Adaptive SAM (Kwon et al. 2021, arXiv 2102.11600): :class:`SAM` with its authors' settings as defaults.
-
-    Args:
-        params: named, ``model.named_parameters()``, unless ``adaptive=True``.
-        rho: 0.5, as the authors use.
-        adaptive: ``"weights"``, the authors' choice of parameters, or True for every parameter.
-        all others: see :class:`SAM`.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        base_optimizer: BaseOptimizer,
-        rho: float | Tensor = 0.5,
-        adaptive: Adaptive = "weights",
-        *,
-        eta: float | None = None,
-        perturb_eps: float = NORM_EPSILON,
-        closure_runs: ClosureRuns = "second_pass",
-        backend: str | None = None,
-        master_weights: bool = False,
-        process_group: Any = None,
-        counts_in_norm: Callable[[Tensor], bool] | None = None,
-        **base_kwargs: Any,
-    ) -> None:
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sam_kernels.host import forget_old_weights
 
+from ..core.errors import InvalidSettingError
+from ..core.moves import StepReport
+from ..core.optimizer import SharpnessAwareOptimizer
+from ..core.randomness import Draws
 from .batches import is_single_value
-from .errors import InvalidSettingError
-from .moves import StepReport
-from .optimizer import SharpnessAwareOptimizer
-from .randomness import Draws
 
 # Steps that are made one kernel at a time before the first is recorded: state comes into being, libraries choose.
 WARMUP_STEPS = 3

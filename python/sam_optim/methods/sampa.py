@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
-from .base_update import FusedState
-from .construction import BaseOptimizer
-from .kept import KeptState
-from .optimizer import ClosureRuns
-from .passes import PREVIOUS, Gradients, Pass, Passes, Update
+from ..core.base_update import FusedState
+from ..core.construction import BaseOptimizer
+from ..core.kept import KeptState
+from ..core.optimizer import ClosureRuns
+from ..core.passes import PREVIOUS, Gradients, Pass, Passes, Update
+from ..core.settings import Adaptive, check_choice, check_number, handed_on
 from .sam import SAM
-from .settings import Adaptive, check_choice, check_number, handed_on
 
 _Y_GRADIENT = "y_gradient"
 

@@ -16,16 +16,16 @@ from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import Scale
 from sam_kernels.sharding import is_distributed
 
-from .batch_norm import Start, StatisticsRule, running_statistics, start_of, statistics_aside, statistics_of
+from ..core.errors import InvalidSettingError, StepOrderError
+from ..core.optimizer import SharpnessAwareOptimizer
+from ..core.passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
+from ..core.randomness import Draws, RandomState
+from .arguments import check_functions, check_modules, check_settings, check_validation, loss_of
 from .batches import Share, Split, Weight, containers_kept, split_batch, split_off, weighed_parts
 from .capture import CapturedDraws, CapturedSteps, Recorder
-from .errors import InvalidSettingError, StepOrderError
 from .means import Term, refuse_other_means, terms_of
-from .optimizer import SharpnessAwareOptimizer
-from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
-from .randomness import Draws, RandomState
-from .side_by_side import Isolated, Lanes, OneLane, StreamLanes
-from .step_arguments import check_functions, check_modules, check_settings, check_validation, loss_of
+from .statistics import Start, StatisticsRule, running_statistics, start_of, statistics_aside, statistics_of
+from .streams import Isolated, Lanes, OneLane, StreamLanes
 from .unnamed_state import UnnamedState
 
 Perturbation = Literal["batch", "micro_batch"]

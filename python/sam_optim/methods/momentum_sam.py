@@ -1,4 +1,4 @@
-"""Methods that perturb along something else than the batch's normalised gradient."""
+"""Momentum-SAM."""
 
 from __future__ import annotations
 
@@ -9,119 +9,12 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
-from .construction import BaseOptimizer
-from .errors import InvalidSettingError, StepOrderError
-from .optimizer import ClosureRuns
-from .passes import Gradients, Pass, Passes, Update
+from ..core.construction import BaseOptimizer
+from ..core.errors import InvalidSettingError, StepOrderError
+from ..core.optimizer import ClosureRuns
+from ..core.passes import Gradients, Pass, Passes, Update
+from ..core.settings import Adaptive, handed_on
 from .sam import SAM
-from .settings import Adaptive, check_number, handed_on
-
-
-class UnifiedSAM(SAM):
-    """Between the plain and the normalised perturbation: e = rho (1 - k + k / abs(g)) g.
-
-    k = 0 is USAM (Andriushchenko & Flammarion 2022, arXiv 2206.06232), k = 1 is SAM, and what lies between is Unified
-    SAM (2025, arXiv 2503.02225). With ``adaptive`` the norm is that in ASAM's geometry.
-
-    Args:
-        k: from 0 to 1.
-        all others: as for :class:`SAM`; a plain perturbation wants a smaller rho
-            the larger the gradients are.
-
-    GradScaler is refused with k below 1: the perturbation has the gradient's scale.
-    """
-
-    is_capturable = True
-    plain_steps_take_one_pass = True
-    perturbs_micro_batches = True
-    _scaling_obstacle = "its perturbation has the gradient's scale"
-
-    def __init__(
-        self,
-        params: Any,
-        base_optimizer: BaseOptimizer,
-        rho: float | Tensor = 0.05,
-        k: float = 0.5,
-        *,
-        adaptive: Adaptive = False,
-        eta: float | None = None,
-        perturb_eps: float = NORM_EPSILON,
-        closure_runs: ClosureRuns = "second_pass",
-        backend: str | None = None,
-        master_weights: bool = False,
-        process_group: Any = None,
-        counts_in_norm: Callable[[Tensor], bool] | None = None,
-        **base_kwargs: Any,
-    ) -> None:
-        check_number("k", k, 0, 1)
-        self.k = k
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
-
-    @property
-    def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
-        return self.k == 1.0
-
-    def passes(self) -> Passes:
-        g = yield Pass()
-        self.ascend(g, rule=self._mixed, scale=self._radii())
-        g_plus = yield Pass(perturbed=True, last=True)
-        yield Update(g_plus)
-
-    def _mixed(self, gram: Tensor) -> Tensor:
-        return 1.0 - self.k + self.k / (gram.diagonal().sqrt() + self._rule.epsilon)
-
-
-class VaSSO(SAM):
-    """Variance-suppressed SAM (Li & Giannakis 2023, arXiv 2309.15639): perturbs along an average of gradients.
-
-    ::
-
-        d <- (1 - theta) d + theta g,  d = g in the first step        e = rho d / |d|
-
-    d is state of the method, and part of ``state_dict()``; one that began at zero, as it did here once, goes on.
-
-    Args:
-        theta: weight of the new gradient, above 0 and at most 1, where the method is SAM.
-        all others: as for :class:`SAM`.
-
-    GradScaler is refused: the average would mix gradients of different scales.
-    """
-
-    takes_scaled_gradients = False
-    is_capturable = True
-    perturbs_micro_batches = False
-    _scaling_obstacle = "it averages gradients over steps, whose scales differ"
-    method_state_names = ("direction",)
-
-    def __init__(
-        self,
-        params: Any,
-        base_optimizer: BaseOptimizer,
-        rho: float | Tensor = 0.05,
-        theta: float = 0.9,
-        *,
-        adaptive: Adaptive = False,
-        eta: float | None = None,
-        perturb_eps: float = NORM_EPSILON,
-        closure_runs: ClosureRuns = "second_pass",
-        backend: str | None = None,
-        master_weights: bool = False,
-        process_group: Any = None,
-        counts_in_norm: Callable[[Tensor], bool] | None = None,
-        **base_kwargs: Any,
-    ) -> None:
-        check_number("theta", theta, 0, 1)
-        if theta == 0.0:
-            raise InvalidSettingError("Invalid theta: 0; it must be above 0, or the average would stay what it is")
-        self.theta = theta
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
-
-    def passes(self) -> Passes:
-        g = yield Pass()
-        direction = self.moving_average("direction", g, 1.0 - self.theta, starts_at_gradient=True)
-        self.ascend(direction, rule=self._rule, scale=self._radii())
-        g_plus = yield Pass(perturbed=True, last=True)
-        yield Update(g_plus)
 
 
 class MomentumSAM(SAM):

@@ -1,0 +1,1 @@
+"""Memories and losses of continual learning."""

@@ -1,0 +1,1 @@
+"""What all methods share: the optimizer, its state, and how a step is made."""

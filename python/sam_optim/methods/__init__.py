@@ -1,0 +1,1 @@
+"""The methods, one file each; a method's formula is its ``passes()``."""

@@ -1,0 +1,90 @@
+"""AE-SAM: SAM where the gradient is large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sam_kernels.rules import NORM_EPSILON
+
+from ..core.construction import BaseOptimizer
+from ..core.optimizer import ClosureRuns
+from ..core.passes import Gradients, Pass, Passes, Update
+from ..core.settings import Adaptive, check_number, handed_on
+from .scheduled import OccasionalSAM
+
+
+class AESAM(OccasionalSAM):
+    """SAM where the gradient is large (Jiang et al. 2023, arXiv 2304.14647, AE-SAM).
+
+    ::
+
+        mean     <- decay mean + (1 - decay) |g|^2
+        variance <- decay variance + (1 - decay) (|g|^2 - mean)^2
+        SAM if |g|^2 >= mean + c sqrt(variance), else the base optimizer with g
+
+    Mean and variance are in the first group, ``aesam_mean`` and ``aesam_variance``, and part of ``state_dict()``. Their
+    start is our reading: the mean begins at the first gradient's square, the variance at zero, so the first step is
+    SAM's. The decision waits for the GPU.
+
+    Args:
+        c: how far above the mean; the authors let it fall from 1 to -1 over training: set ``optimizer.c``.
+        decay: of the averages, from 0 to below 1.
+        all others: as for :class:`SAM`.
+
+    GradScaler is refused: squared norms of different scales cannot be compared. So are trainers that call ``step()``
+    by themselves, and ``first_step()`` with ``second_step()``: whether a pass is the last is known only after it.
+    """
+
+    takes_scaled_gradients = False
+    is_capturable = False
+    perturbs_micro_batches = False
+    _scaling_obstacle = "it compares norms of gradients over steps, whose scales differ"
+    _more_settings: dict[str, Any] = {"aesam_mean": None, "aesam_variance": 0.0}  # noqa: RUF012
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float | Tensor = 0.05,
+        c: float = 0.0,
+        decay: float = 0.9,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        check_number("c", c)
+        check_number("decay", decay, 0, 1, open_end=True)
+        self.c, self.decay = float(c), decay
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+
+    def passes(self) -> Passes:
+        g = yield Pass()
+        if self._is_large(g):
+            self.ascend(g, rule=self._rule, scale=self._radii())
+            g = yield Pass(perturbed=True, last=True)
+        yield Update(g)
+
+    def _is_large(self, g: Gradients) -> bool:
+        squared = float(self.gram(g)[0, 0])
+        if not math.isfinite(squared):
+            return False
+        mean, variance = self.param_groups[0]["aesam_mean"], self.param_groups[0]["aesam_variance"]
+        if mean is None:
+            mean = squared
+        else:
+            mean = self.decay * mean + (1.0 - self.decay) * squared
+            variance = self.decay * variance + (1.0 - self.decay) * (squared - mean) ** 2
+        for own in self.param_groups:
+            own["aesam_mean"], own["aesam_variance"] = mean, variance
+        return bool(squared >= mean + self.c * variance**0.5)

@@ -1,0 +1,71 @@
+"""Curvature-regularised SAM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sam_kernels.rules import NORM_EPSILON
+
+from ..core.construction import BaseOptimizer
+from ..core.optimizer import ClosureRuns
+from ..core.passes import Pass, Passes, Update
+from ..core.settings import Adaptive, check_number, handed_on
+from .sam import SAM
+
+
+class CRSAM(SAM):
+    """Curvature-regularised SAM (Wu et al. 2024, arXiv 2312.13555), with gradients on both sides of w.
+
+    ::
+
+        g+ at w + e, g- at w - e
+        w <- base_optimizer(w, g+ + gamma (g+ + g- - 2 g) + beta (g+ - g-))
+
+    This is what the authors' code does; the paper divides the terms by differences of losses. Three passes: drive it by
+    ``each_pass()``, closures or ``TrainStep``.
+
+    Args:
+        gamma: weight of the change of the gradient's change, which stands for the Hessian's trace; at least 0.
+        beta: weight of the gradient's change, which stands for its norm; at least 0.
+        all others: as for :class:`SAM`.
+    """
+
+    takes_scaled_gradients = True
+    is_capturable = True
+    plain_steps_take_one_pass = True
+    perturbs_micro_batches = True
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float | Tensor = 0.05,
+        gamma: float = 0.1,
+        beta: float = 0.01,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        check_number("gamma", gamma, 0)
+        check_number("beta", beta, 0)
+        self.gamma, self.beta = gamma, beta
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+
+    def passes(self) -> Passes:
+        g = yield Pass(kept=True)
+        self.ascend(g, rule=self._rule, scale=self._radii())
+        g_plus = yield Pass(perturbed=True, kept=True)
+        self.ascend(g, rule=self._rule, scale=[[-rho] for [rho] in self._radii()])
+        g_minus = yield Pass(perturbed=True, kept=True, last=True)
+        weights = [1.0 + self.gamma + self.beta, self.gamma - self.beta, -2.0 * self.gamma]
+        yield Update(g_plus, g_minus, g, scale=[weights] * len(self.param_groups))

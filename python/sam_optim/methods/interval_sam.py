@@ -1,0 +1,73 @@
+"""SAM in every k-th step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sam_kernels.rules import NORM_EPSILON
+
+from ..core.construction import BaseOptimizer
+from ..core.errors import InvalidSettingError
+from ..core.optimizer import ClosureRuns
+from ..core.settings import Adaptive, as_whole, check_number, handed_on, whole_number
+from .scheduled import ScheduledSAM
+
+
+class IntervalSAM(ScheduledSAM):
+    """SAM in every k-th step from a given one on; the steps between are the base optimizer's, bit for bit.
+
+    Args:
+        every: SAM's share of the steps is one in so many; at least 1.
+        start: number of the first step that may be SAM's, counted from 0; or, with ``total_steps``, a share of them, a
+            float from 0 to below 1. SAM late in training alone does nearly as well as SAM throughout in some settings
+            (Zhou et al. 2024, arXiv 2410.10373).
+        total_steps: of the whole training. ``start=0.8, total_steps=10_000`` is ``start=8_000``.
+        all others: as for :class:`SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float | Tensor = 0.05,
+        every: int = 2,
+        start: float = 0,
+        total_steps: int | None = None,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        self.every = whole_number("every", every, 1)
+        self.start = _first_step(start, total_steps)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+
+    def is_sharpness_aware(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % self.every == 0
+
+
+def _first_step(start: float, total_steps: int | None) -> int:
+    """The number of a step, of which ``start`` may be the share of all."""
+    number = as_whole(start)
+    if total_steps is None:
+        if number is None:
+            raise InvalidSettingError(
+                f"Invalid start: {start!r}; it is a step's number. For a share of the training give total_steps as well"
+            )
+        return whole_number("start", start, 0)
+    total_steps = whole_number("total_steps", total_steps, 1)
+    if number is None:
+        check_number("start", start, 0, 1, open_end=True)
+        number = round(float(start) * total_steps)
+    if number >= total_steps:
+        raise InvalidSettingError(f"Invalid start: {start}; of {total_steps} steps none would be SAM's")
+    return whole_number("start", number, 0)

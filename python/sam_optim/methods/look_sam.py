@@ -1,0 +1,102 @@
+"""LookSAM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels.ops import apply_rule
+from sam_kernels.rules import NORM_EPSILON
+
+from ..core.construction import BaseOptimizer
+from ..core.optimizer import ClosureRuns
+from ..core.passes import Gradients, Pass, Passes, Update
+from ..core.settings import Adaptive, check_number, handed_on, whole_number
+from .sam import SAM
+
+
+class LookSAM(SAM):
+    """LookSAM (Liu et al. 2022, arXiv 2203.02714, algorithm 1): SAM every k steps, and its direction reused between.
+
+    ::
+
+        every k-th step:  SAM;  u = the part of g+ orthogonal to g
+        between:          w <- base_optimizer(w, g + alpha |g| / |u| u)
+
+    Norms run over all parameters together. The steps between take one pass, driven by ``TrainStep``, ``each_pass()`` or
+    closures; by ``first_step()`` and ``second_step()`` they are right too, but save nothing. u is state of the method,
+    the count of steps is each group's ``looksam_step``; both are part of ``state_dict()``.
+
+    Args:
+        k: SAM's share of the steps is 1 / k; at least 1.
+        alpha: weight of the reused direction. 0.7 is the authors'; independent runs found it large.
+        all others: as for :class:`SAM`.
+    """
+
+    takes_scaled_gradients = True
+    is_capturable = False
+    perturbs_micro_batches = False
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float | Tensor = 0.05,
+        k: int = 5,
+        alpha: float = 0.7,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        check_number("alpha", alpha)
+        self.k, self.alpha = whole_number("k", k, 1), alpha
+        self.method_state_names = ("direction",) if k > 1 else ()
+        self._more_settings = {"looksam_step": 0}
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+
+    def passes(self) -> Passes:
+        step = self.param_groups[0]["looksam_step"]
+        if step % self.k == 0 or not self.has_method_state("direction"):
+            g = yield Pass(kept=True)
+            self.ascend(g, rule=self._rule, scale=self._radii())
+            g_plus = yield Pass(perturbed=True, kept=True, last=True)
+            yield Update(g_plus)
+            if self.k > 1:
+                self._keep_direction(g_plus, g)
+        else:
+            g = yield Pass(last=True)
+            # A parameter without a gradient is not updated, as by any torch optimizer.
+            direction = [None if x is None else u for x, u in zip(g, self.method_state("direction"), strict=True)]
+            yield Update(g, direction, rule=self._reuse)
+        for group in self.param_groups:
+            group["looksam_step"] = step + 1
+
+    def _keep_direction(self, g_plus: Gradients, g: Gradients) -> None:
+        direction = self.method_state("direction")
+        plan = self._container["plans"].without_geometry  # which knows of ranks that hold other parameters
+        report = apply_rule(_orthogonal, [g_plus, g], plan, backend=self.backend)
+        self.combine_into(direction, [g_plus, g], report.coefficients)
+
+    def _reuse(self, gram: Tensor) -> Tensor:
+        """(1, alpha abs(g) / abs(u))."""
+        ratio = torch.where(gram[1, 1] > 0.0, (gram[0, 0] / gram[1, 1]).sqrt(), 0.0)
+        return torch.stack([torch.ones_like(ratio), self.alpha * ratio])
+
+    def _is_plain_step(self) -> bool:
+        return super()._is_plain_step() and not self.has_method_state("direction")
+
+
+def _orthogonal(gram: Tensor) -> Tensor:
+    """Of lists (a, b): the part of a that is orthogonal to b."""
+    along = torch.where(gram[1, 1] > 0.0, gram[0, 1] / gram[1, 1], 0.0)
+    return torch.stack([torch.ones_like(along), -along])

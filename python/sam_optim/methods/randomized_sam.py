@@ -1,0 +1,57 @@
+"""SAM in steps that a coin chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_kernels.rules import NORM_EPSILON
+
+from ..core.construction import BaseOptimizer
+from ..core.optimizer import ClosureRuns
+from ..core.settings import Adaptive, check_number, handed_on, whole_number
+from .scheduled import ScheduledSAM
+
+
+class RandomizedSAM(ScheduledSAM):
+    """SAM in steps that a coin chooses (Zhao et al. 2022, arXiv 2203.09962, RST with its weight at 1).
+
+    The coin depends on seed and step alone, so all ranks toss alike and a resumed run goes on as it would have.
+
+    Args:
+        probability: of a step to be SAM's, from 0 to 1; a tensor or a number that a schedule may change,
+            ``optimizer.probability``.
+        seed: of the coin.
+        all others: as for :class:`SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: BaseOptimizer,
+        rho: float | Tensor = 0.05,
+        probability: float = 0.5,
+        seed: int = 0,
+        *,
+        adaptive: Adaptive = False,
+        eta: float | None = None,
+        perturb_eps: float = NORM_EPSILON,
+        closure_runs: ClosureRuns = "every_pass",
+        backend: str | None = None,
+        master_weights: bool = False,
+        process_group: Any = None,
+        counts_in_norm: Callable[[Tensor], bool] | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        check_number("probability", probability, 0, 1)
+        self.probability, self.seed = probability, whole_number("seed", seed)
+        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+
+    def is_sharpness_aware(self, step: int) -> bool:
+        # Seeds that differ in little give generators whose first numbers are alike.
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
+        coin = torch.Generator("cpu").manual_seed(mixed)
+        return torch.rand((), generator=coin, dtype=torch.float32, device="cpu").item() < self.probability

@@ -1,0 +1,1 @@
+"""Inside trainers that make the steps themselves."""
