@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .bases import Base, TensorList
 from .errors import UnsupportedTensorError
-from .plan import MASTER, TAKEN, Plan, Snapshot, is_dense, is_overlapping, offsets_of
+from .layouts import is_dense, is_overlapping, offsets_of
+from .plan import Plan
+from .snapshot import MASTER, TAKEN, Snapshot
 
 _WEIGHT, _STATE, _LIST = range(3)
 

@@ -17,7 +17,8 @@ then start from the masters, as if copies were held, and round what they write i
 
 Tensors may share memory: one may stand twice in the list, two may be views of one. Copies are then taken of all before
 the first is written, and updates are made one after the other, in the order of the list, as torch's optimizers make
-them. Such a launch is made by :mod:`sam_kernels.reference`, whichever backend was asked for: slower, never wrong.
+them. Such a launch is made by :mod:`sam_kernels.backends.reference`, whichever backend was asked for: slower, never
+wrong.
 
 All operations raise :class:`UnsupportedTensorError` for tensors that no kernel can work on (sparse, integer, without
 memory, expanded) and that have an entry in a list, and ``ValueError`` for lists, shapes or devices that do not fit
@@ -33,15 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .backends import backend_for
+from .backends import reference
 from .bases import Base, TensorList
 from .errors import DeviceChangedError, SharedMemoryError
 from .host import forget_old_weights, inverse_of, is_set, pick
-from .plan import Plan, Snapshot
+from .plan import Plan
+from .registry import backend_for
 from .report import LaunchReport
 from .rules import Fixed, Normalized, RuleLike, is_known
 from .scales import Scale, flattened, float64
+from .snapshot import Snapshot
 
 MAX_LISTS = 3
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import sam_kernels.plan
+import sam_kernels.layouts
+from sam_kernels.backends import reference
 
 DEVICE = torch.device("meta")
 
@@ -69,10 +70,10 @@ def _unwrapped(leaf: Any) -> Any:
 @contextmanager
 def little_device() -> Iterator[None]:
     """Within it the device is there."""
-    sam_kernels.reference.has_float64.cache_clear()
-    with _Dispatch(), patch.object(sam_kernels.plan, "has_own_memory", lambda tensor: True):
+    reference.has_float64.cache_clear()
+    with _Dispatch(), patch.object(sam_kernels.layouts, "has_own_memory", lambda tensor: True):
         yield
-    sam_kernels.reference.has_float64.cache_clear()
+    reference.has_float64.cache_clear()
 
 
 def moved(tensor: Tensor) -> LittleTensor:

@@ -10,11 +10,10 @@ import numpy
 import pytest
 import torch
 
-import sam_kernels.cuda
-import sam_kernels.foreach
 import sam_kernels.triton
-from sam_kernels.backends import _BACKENDS
+from sam_kernels.backends import cpu, foreach
 from sam_kernels.cuda import backend as cuda_backend
+from sam_kernels.registry import _BACKENDS
 from sam_kernels.triton import backend as triton_backend
 
 from .cuda.shim import TUNING, ShimBackend
@@ -62,16 +61,16 @@ def target_named(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.
     """A target by its name in :data:`TARGETS`, ready to be used in one test."""
     on_cpu = torch.device("cpu")
     if name == "cpu":
-        return Target(sam_kernels.cpu, on_cpu, CPU_SIZES)
+        return Target(cpu, on_cpu, CPU_SIZES)
     if name == "foreach":
-        return Target(sam_kernels.foreach, on_cpu, TRITON_SIZES)
+        return Target(foreach, on_cpu, TRITON_SIZES)
     if name == "cuda shim":
         return Target(request.getfixturevalue("shim"), on_cpu, CUDA_SIZES)
     if name == "triton interpreter":
         return Target(request.getfixturevalue("interpreter"), on_cpu, TRITON_SIZES)
     gpu = torch.device("cuda", torch.cuda.current_device())
     if name == "foreach on a GPU":
-        return Target(sam_kernels.foreach, gpu, TRITON_SIZES)
+        return Target(foreach, gpu, TRITON_SIZES)
     backend, small = (cuda_backend, TUNING) if name.startswith("cuda") else (triton_backend, TRITON_TUNING)
     monkeypatch.setattr(backend, "tuning", small if name.endswith("small") else type(small)())
     return Target(backend, gpu, CUDA_SIZES)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..device_backend import DeviceBackend
+from ..backends.device import DeviceBackend
 from ..plan import Plan
 from ..rules import is_known
 from . import layout

@@ -1,7 +1,7 @@
 """The kernels. One program of a kernel works on one chunk of one tensor; see Note [The table on the device].
 
-Every formula has its paper and its plain form in ``sam_kernels.reference``; ``csrc/common`` states the same for the
-other native backends. Arithmetic is float64 for float64 weights and float32 for all others; scalars and sums of
+Every formula has its paper and its plain form in ``sam_kernels.backends.reference``; ``csrc/common`` states the same
+for the other native backends. Arithmetic is float64 for float64 weights and float32 for all others; scalars and sums of
 products are float64. Divisions and square roots are correctly rounded, and launches forbid the contraction of products
 and sums, so that equal coefficients give the same bits as in the other native backends.
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.binding import dtype_code
 from ..bases import AdamSettings, SGDSettings, TensorList
-from ..binding import dtype_code
-from ..plan import SUPPORTED_DTYPES, TAKEN, Plan
+from ..layouts import SUPPORTED_DTYPES
+from ..plan import Plan
+from ..snapshot import TAKEN
 from . import layout as at
 
 _FLOAT64 = dtype_code(torch.float64)

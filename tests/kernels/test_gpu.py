@@ -11,7 +11,7 @@ from torch import nn
 
 import sam_kernels as sk
 from sam_kernels import cuda, triton
-from sam_kernels.backends import backend_for
+from sam_kernels.registry import backend_for
 from sam_optim import SAM, AgnosticSAM
 
 from .cases import Problem, poisoned_snapshot, same_bits

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sam_kernels as sk
-from sam_kernels.plan import MASTER, TAKEN
+from sam_kernels.snapshot import MASTER, TAKEN
 
 from .cases import Problem, random_tensors, same_bits
 from .test_parity import ADAM_OPTIONS, SCALES, SGD_OPTIONS

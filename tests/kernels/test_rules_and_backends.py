@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sam_kernels as sk
-from sam_kernels.backends import backend_for
+from sam_kernels.registry import backend_for
 
 from .cases import Problem, assert_backends_agree, poisoned_snapshot
 

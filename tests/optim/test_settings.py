@@ -221,7 +221,7 @@ def test_backends_are_looked_up_at_once(monkeypatch):
         def unavailable_reason():
             return "no such device here"
 
-    monkeypatch.setitem(import_module("sam_kernels.backends")._BACKENDS, "cuda", Missing)
+    monkeypatch.setitem(import_module("sam_kernels.registry")._BACKENDS, "cuda", Missing)
     with pytest.raises(BackendUnavailableError, match="'cuda' is unavailable: no such device here"):
         made(SAM, backend="cuda")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sam_kernels as sk
+from sam_kernels.backends import reference
 from sam_optim import SAM, SAMPa, TrainStep
 from sam_optim.training.streams import OneLane
 
@@ -312,7 +313,7 @@ def test_views_between_each_others_elements_share_nothing(monkeypatch):
         if apart:
             params = [nn.Parameter(p.detach().clone()) for p in params]
         else:
-            monkeypatch.setattr("sam_kernels.reference.descent_", None)
+            monkeypatch.setattr(reference, "descent_", None)
         optimizer = make(params, BASES[1], "cpu")
         for _ in range(3):
             step(optimizer, params)

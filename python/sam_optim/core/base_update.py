@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 import sam_kernels
 from sam_kernels import SGD, Adam, AdamSettings, LaunchReport, Plan, SGDSettings, Snapshot
-from sam_kernels.backends import has_updates
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import inverse_of, is_set, lookup, missing, pick, same_objects
-from sam_kernels.plan import wide_dtype
+from sam_kernels.layouts import wide_dtype
+from sam_kernels.registry import has_updates
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import NUMBER, Scale
 

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 import sam_kernels
 from sam_kernels import LaunchReport
 from sam_kernels.errors import WeightsConvertedError
-from sam_kernels.plan import TAKEN, wide_dtype
+from sam_kernels.layouts import wide_dtype
 from sam_kernels.rules import Fixed, RuleLike
 from sam_kernels.scales import NUMBER, Scale
 from sam_kernels.sharding import is_distributed
+from sam_kernels.snapshot import TAKEN
 
 from .base_update import BaseUpdate, Outcome, added, combined_gradient
 from .errors import StepOrderError

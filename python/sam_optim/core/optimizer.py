@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sam_kernels.backends import backend_named
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import missing
+from sam_kernels.registry import backend_named
 
 from .base_update import BaseUpdate
 from .compiling import prepare, untraced

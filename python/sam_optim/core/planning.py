@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sam_kernels import Peers, Plan, Snapshot
 from sam_kernels.host import same_objects
+from sam_kernels.layouts import Layout
 from sam_kernels.memory import sharing
-from sam_kernels.plan import TAKEN, Layout
 from sam_kernels.sharding import is_flat_shard
+from sam_kernels.snapshot import TAKEN
 
 from .construction import names_of
 from .errors import InvalidSettingError, StepOrderError

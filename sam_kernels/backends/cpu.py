@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import Base, TensorList
+from ..bases import Base, TensorList
+from ..host import inverse_of, is_set
+from ..plan import Plan
+from ..report import LaunchReport
+from ..rules import Rule, is_known
+from ..scales import FlatScale, numbers, times
+from ..snapshot import Snapshot
 from .binding import Binder, Staging
-from .host import inverse_of, is_set
-from .plan import Plan, Snapshot
-from .report import LaunchReport
-from .rules import Rule, is_known
-from .scales import FlatScale, numbers, times
 
 try:
-    from . import _cpu  # type: ignore[attr-defined]
+    from .. import _cpu  # type: ignore[attr-defined]
 except ImportError as error:  # built without the extension: the reference backend serves CPU tensors
     _cpu = None
     _import_error = str(error)

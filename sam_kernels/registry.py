@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import os
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
-from . import cpu, foreach, reference
-from .cuda import backend as cuda
-from .device_backend import DeviceBackend
+from .backends import cpu, cuda, foreach, reference
+from .backends.device import DeviceBackend
 from .errors import BackendUnavailableError
 from .plan import Plan
-from .triton import backend as triton
+from .triton.backend import backend as triton_backend
 
 # A backend is a module, or an object, with the operations of `reference`.
-Backend = ModuleType | DeviceBackend
+Backend: TypeAlias = "ModuleType | DeviceBackend"
 
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
-    "cuda": cuda,
-    "triton": triton,
+    "cuda": cuda.backend,
+    "triton": triton_backend,
     "cpu": cpu,
     "foreach": foreach,
     "reference": reference,

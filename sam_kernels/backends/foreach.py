@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bases import TensorList
+from ..host import pick
+from ..layouts import wide_dtype
+from ..memory import shares_memory
+from ..plan import Plan
+from ..report import LaunchReport
+from ..rules import Rule
+from ..scales import FlatScale, numbers, times
+from ..snapshot import MASTER, TAKEN, Snapshot
 from . import reference
-from .bases import TensorList
 from .binding import check
-from .host import pick
-from .memory import shares_memory
-from .plan import MASTER, TAKEN, Plan, Snapshot, wide_dtype
-from .report import LaunchReport
-from .rules import Rule
-from .scales import FlatScale, numbers, times
 
 name = "foreach"
 

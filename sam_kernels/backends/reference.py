@@ -13,14 +13,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
+from ..bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
+from ..host import inverse_of, is_set
+from ..memory import shares_memory
+from ..plan import Plan
+from ..report import LaunchReport
+from ..rules import Rule, is_known
+from ..scales import FlatScale, times
+from ..snapshot import TAKEN, Snapshot
 from .binding import check
-from .host import inverse_of, is_set
-from .memory import shares_memory
-from .plan import TAKEN, Plan, Snapshot
-from .report import LaunchReport
-from .rules import Rule, is_known
-from .scales import FlatScale, times
 
 name = "reference"
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .bases import Base, TensorList
-from .errors import DeviceChangedError, SharedMemoryError
-from .memory import extent_of, shares_memory
-from .plan import REAL_DTYPE, Layout, Plan, Snapshot, is_overlapping
+from ..bases import Base, TensorList
+from ..errors import DeviceChangedError, SharedMemoryError
+from ..layouts import REAL_DTYPE, Layout, is_overlapping
+from ..memory import extent_of, shares_memory
+from ..plan import Plan
+from ..snapshot import Snapshot
 
 # The codes of enum class DType in csrc/common/scalar_types.h.
 _DTYPE_CODES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}

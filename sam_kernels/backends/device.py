@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import SGD, Base, TensorList
+from ..bases import SGD, Base, TensorList
+from ..plan import Plan
+from ..report import LaunchReport
+from ..rules import Fixed
+from ..scales import FlatScale, times
+from ..snapshot import Snapshot
 from .binding import Binder, Staging
-from .plan import Plan, Snapshot
-from .report import LaunchReport
-from .rules import Fixed
-from .scales import FlatScale, times
 
 _FIXED = Fixed()
 
 
 class DeviceBackend(ABC):
-    """The operations of :mod:`sam_kernels.reference` by kernels on a GPU.
+    """The operations of :mod:`sam_kernels.backends.reference` by kernels on a GPU.
 
     Args:
         name: of the backend.

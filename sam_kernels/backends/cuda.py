@@ -1,0 +1,100 @@
+"""The CUDA backend: native kernels (``csrc/cuda``) over a table of pointers that travels with the launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import BackendUnavailableError
+from ..plan import Plan
+from ..rules import Rule, is_known
+from .device import DeviceBackend
+
+try:
+    from .. import _cuda  # type: ignore[attr-defined]
+except ImportError as error:  # built without nvcc
+    _cuda = None
+    _import_error = str(error)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How kernels are launched. No result but the last bits of the norm depends on it.
+
+    Attributes:
+        chunk_size: elements that a block works on at a time, a multiple of 8 up to 65536. The norm's bits depend on it.
+        threads: of a block, a multiple of 32 up to 512. The norm's bits depend on it.
+        blocks_per_multiprocessor: 0 for as many as fit.
+        one_launch: take norm and perturbation in one cooperative launch where the table of tensors fits in one, else in
+            two launches.
+    """
+
+    chunk_size: int = 16384
+    threads: int = 512
+    blocks_per_multiprocessor: int = 0
+    one_launch: bool = True
+
+
+class CudaBackend(DeviceBackend):
+    """The operations by the kernels of one native module.
+
+    Args:
+        native: the extension module, None if it is not built.
+        name: of the backend.
+    """
+
+    def __init__(self, native: Any, name: str = "cuda") -> None:
+        super().__init__(name, native, Tuning())
+        self._usable: dict[torch.device, str] = {}
+
+    def unavailable_reason(self) -> str | None:
+        if self._native is None:
+            return (
+                f"the extension sam_kernels._cuda is not there ({_import_error}); "
+                "reinstall where nvcc is on the PATH or CUDA_HOME is set"
+            )
+        if torch.version.hip is not None:
+            return "torch is a build for ROCm"
+        if not torch.cuda.is_available():
+            return "torch.cuda.is_available() is False: torch is a build without CUDA, or there is no GPU or driver"
+        return None
+
+    def describe(self) -> str:
+        return "CUDA C++, " + ", ".join(
+            sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+        )
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def knows(self, rule: object) -> bool:
+        return is_known(rule)
+
+    def launch_count(self, tensors: int, columns: int) -> int:
+        """Launches of an operation over tensors of one group and type.
+
+        Args:
+            tensors: how many.
+            columns: lists of tensors that the operation reads or writes: weights, copies, gradients, state.
+        """
+        return int(self._native.launch_count(tensors, columns))
+
+    def _make_table(self, plan: Plan, arguments: dict[str, Any]) -> Any:
+        reason = self._usable.get(plan.device)
+        if reason is None:
+            reason = self._usable[plan.device] = self._native.why_unusable(plan.device.index or 0)
+        if reason:
+            raise BackendUnavailableError(f"the CUDA kernels cannot run on {plan.device}: {reason}")
+        table = self._native.Table(device=plan.device.index or 0, **arguments)
+        scratch = torch.zeros(table.scratch_size(), dtype=torch.float64, device=plan.device)
+        table.set_scratch(scratch.data_ptr())
+        plan.tables[self.name + " scratch"] = scratch
+        return table
+
+    def _rule(self, rule: Rule) -> tuple[int, float, float]:
+        return rule.code, rule.epsilon, rule.alpha
+
+
+backend: CudaBackend = CudaBackend(_cuda)
