@@ -18,7 +18,6 @@ enum Column : int {
     kList = 2,                   // gradient list i is column kList + i
     kState = kList + kMaxLists,  // momentum_buffer | exp_avg, exp_avg_sq, max_exp_avg_sq
     kStep = kState + 3,
-    kPoint,  // results beside the weights' column: where an ascent leads, see KernelSet::points
     kColumns,
 };
 

@@ -50,7 +50,6 @@ struct KernelSet {
     void (*combine)(Launch&);  // coefficients are given
     void (*ascent)(Launch&);   // Gram + rule + perturb with snapshot
     void (*descent)(Launch&);  // [Gram + rule +] combine + restore + base update
-    void (*points)(Launch&);   // Gram + rule + what an ascent and what a look-ahead would write, side by side
 };
 
 const KernelSet& baseline_kernels();

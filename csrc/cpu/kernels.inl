@@ -168,23 +168,21 @@ struct Combination {
 
 // ---------------------------------------------------------------- restore
 
-// `count` elements of the snapshot into another column: bit for bit, or a master's rounded.
-inline void restore_into(const Cell& target, const Row& row, int64_t offset, int64_t count, bool streaming) {
-    const Cell& snapshot = row.cells[kSnapshot];
+// Bit for bit, or a master's rounded.
+inline void restore_chunk(const Launch& launch, const Chunk& chunk) {
+    const Row& row = launch.rows[chunk.row];
+    const Cell &weight = row.cells[kWeight], &snapshot = row.cells[kSnapshot];
     if (!row.has_master()) {
-        copy_bytes(address(target, offset), address(snapshot, offset), count * size_of(target.dtype), streaming);
+        copy_bytes(address(weight, chunk.offset), address(snapshot, chunk.offset),
+                   int64_t(chunk.count) * size_of(weight.dtype), launch.streaming);
         return;
     }
     float buffer[kTile];
-    for (int64_t start = 0; start < count; start += kTile) {
-        const int n = int(count - start < kTile ? count - start : kTile);
-        store(target, offset + start, n, load(snapshot, offset + start, n, buffer), streaming);
+    for (int start = 0; start < chunk.count; start += kTile) {
+        const int n = chunk.count - start < kTile ? chunk.count - start : kTile;
+        const int64_t offset = chunk.offset + start;
+        store(weight, offset, n, load(snapshot, offset, n, buffer), launch.streaming);
     }
-}
-
-inline void restore_chunk(const Launch& launch, const Chunk& chunk) {
-    const Row& row = launch.rows[chunk.row];
-    restore_into(row.cells[kWeight], row, chunk.offset, chunk.count, launch.streaming);
 }
 
 // ---------------------------------------------------------------- perturb
@@ -429,58 +427,6 @@ inline void descent_chunks(const Launch& launch, int thread) {
     finish_streaming();
 }
 
-// ---------------------------------------------------------------- two points from one reading
-
-// point <- w + T(w)^2 c x and weights <- base(w, x), with w the copy: what an ascent and a look-ahead would write.
-template <class T, class Update>
-inline void points_tiles(const Launch& launch, const Chunk& chunk) {
-    const Row& row = launch.rows[chunk.row];
-    const Update update(launch, chunk.row);
-    const T coefficient = T(launch.coefficients[0] * launch.scale[row.group]);
-    const T eta = T(row.eta);
-    const bool moves = coefficient != T(0);
-    T source_buffer[kTile], gradient_buffer[kTile], out[kTile];
-
-    for (int start = 0; start < chunk.count; start += kTile) {
-        const int n = chunk.count - start < kTile ? chunk.count - start : kTile;
-        const int64_t offset = chunk.offset + start;
-        const T* SAMK_RESTRICT source = load(row.cells[kSnapshot], offset, n, source_buffer);
-        const T* SAMK_RESTRICT gradient = load(row.cells[kList], offset, n, gradient_buffer);
-        if (moves) {
-            for (int e = 0; e < n; ++e) out[e] = perturbed(source[e], coefficient * gradient[e], eta);
-            store(row.cells[kPoint], offset, n, out, launch.streaming);
-        } else {
-            restore_into(row.cells[kPoint], row, offset, n, launch.streaming);
-        }
-        update.tile(row, offset, n, source, gradient, out);
-        store(row.cells[kWeight], offset, n, out, launch.streaming);
-    }
-}
-
-template <class T>
-inline void points_chunk(const Launch& launch, const Chunk& chunk) {
-    const Row& row = launch.rows[chunk.row];
-    if (launch.finite && row.has_gradient(launch.lists)) {
-        with_update<T>(launch, row.group,
-                       [&](auto chosen) { points_tiles<T, typename decltype(chosen)::Type>(launch, chunk); });
-        return;
-    }
-    restore_chunk(launch, chunk);
-    restore_into(row.cells[kPoint], row, chunk.offset, chunk.count, launch.streaming);
-}
-
-inline void points_chunks(const Launch& launch, int thread) {
-    const Schedule& schedule = *launch.schedule;
-    for (int64_t c = schedule.bounds[thread]; c < schedule.bounds[thread + 1]; ++c) {
-        const Chunk& chunk = schedule.chunks[c];
-        if (launch.rows[chunk.row].cells[kWeight].dtype == DType::Float64)
-            points_chunk<double>(launch, chunk);
-        else
-            points_chunk<float>(launch, chunk);
-    }
-    finish_streaming();
-}
-
 // Counts this step in the step tensors, which torch keeps as float32 (or float64) scalars, one for each parameter.
 inline void count_steps(Launch& launch) {
     if (launch.base != BaseKind::Adam || launch.skip_update) return;
@@ -580,14 +526,4 @@ inline void run_descent(Launch& launch) {
             [&](int thread) { descent_chunks(launch, thread); });
     }
     if (launch.taken && !launch.preview) mark_taken(launch, false);
-}
-
-inline void run_points(Launch& launch) {
-    in_two_phases(
-        launch, [&](int thread) { gram_chunks(launch, thread); },
-        [&] {
-            finish_gram(launch);
-            count_steps(launch);
-        },
-        [&](int thread) { points_chunks(launch, thread); });
 }

@@ -32,8 +32,7 @@ namespace samk {
 
 const KernelSet* avx2_kernels() {
     using namespace avx2;
-    static const KernelSet set = {"avx2",      run_gram,   run_perturb, run_restore,
-                                  run_combine, run_ascent, run_descent, run_points};
+    static const KernelSet set = {"avx2", run_gram, run_perturb, run_restore, run_combine, run_ascent, run_descent};
     static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
     return supported ? &set : nullptr;
 }

@@ -22,8 +22,7 @@ namespace {
 
 const KernelSet& baseline_kernels() {
     using namespace baseline;
-    static const KernelSet set = {"baseline",  run_gram,   run_perturb, run_restore,
-                                  run_combine, run_ascent, run_descent, run_points};
+    static const KernelSet set = {"baseline", run_gram, run_perturb, run_restore, run_combine, run_ascent, run_descent};
     return set;
 }
 

@@ -22,25 +22,8 @@ SAMK_KERNEL SAMK_NAME(rule_descent_kernel)(SAMK_PARAMETERS p) {
     if (SAMK_IS_ADAM) count_steps(p, shared);
 }
 
-// Coefficients are given, and whether both points stay where they are.
-SAMK_KERNEL SAMK_NAME(points_kernel)(SAMK_PARAMETERS p) {
-    SAMK_SHARED(Shared, shared);
-    points_phase<SAMK_IS_ADAM>(p, shared, p.header.coefficients, nullptr);
-}
-
-// Cooperative: Gram matrix and rule first. A Gram matrix that is not finite moves neither point.
-SAMK_KERNEL SAMK_NAME(rule_points_kernel)(SAMK_PARAMETERS p) {
-    SAMK_SHARED(Shared, shared);
-    gram_phase<1>(p, shared);
-    grid_barrier();
-    finish_gram(p, shared, blockIdx.x == 0);
-    points_phase<SAMK_IS_ADAM>(p, shared, shared.coefficients, &shared.finite);
-}
-
 Kernel* const SAMK_NAME(kDescentKernel) = SAMK_NAME(descent_kernel);
 Kernel* const SAMK_NAME(kRuleDescentKernel) = SAMK_NAME(rule_descent_kernel);
-Kernel* const SAMK_NAME(kPointsKernel) = SAMK_NAME(points_kernel);
-Kernel* const SAMK_NAME(kRulePointsKernel) = SAMK_NAME(rule_points_kernel);
 
 }  // namespace cuda
 }  // namespace samk

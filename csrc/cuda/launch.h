@@ -26,10 +26,6 @@ extern Kernel* const kDescentKernel_sgd;
 extern Kernel* const kDescentKernel_adam;
 extern Kernel* const kRuleDescentKernel_sgd;
 extern Kernel* const kRuleDescentKernel_adam;
-extern Kernel* const kPointsKernel_sgd;
-extern Kernel* const kPointsKernel_adam;
-extern Kernel* const kRulePointsKernel_sgd;
-extern Kernel* const kRulePointsKernel_adam;
 
 // Makes a device current for the calling thread, and the one before it again at the end.
 class DeviceGuard {

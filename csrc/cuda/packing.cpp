@@ -25,7 +25,7 @@ Path path_of(const Operation& operation, const Row& row) {
         if (!cell.present() || column == kStep) continue;
         const bool is_list = column >= kList && column < kList + kMaxLists;
         // Where there are masters, everything is read and written as they are, but for what rounds them.
-        const bool is_rounding = has_master && (column == kWeight || column == kPoint);
+        const bool is_rounding = has_master && column == kWeight;
         DType& seen = is_list ? gradient : is_rounding ? rounded : own;
         if (seen == DType::None) seen = cell.dtype;
         uniform = uniform && seen == cell.dtype;

@@ -220,21 +220,19 @@ SAMK_DEVICE void load_combination(const Work& work, int lists, int index, typena
 // ---------------------------------------------------------------- restore
 
 // Bit for bit, or a master's rounded.
-SAMK_DEVICE void restore_into(const Source& target, const Source& source, int count, bool aligned) {
-    const int size = size_of(target.dtype);
+SAMK_DEVICE void restore_chunk(const Work& work) {
+    const Source weight = work.column(kWeight), snapshot = work.column(kSnapshot);
+    const int size = size_of(weight.dtype);
     int done = 0;
-    if (aligned && target.dtype == source.dtype) {
-        const int vectors = int(int64_t(count) * size / 16);
+    if (is_vector_path(work.path) && weight.dtype == snapshot.dtype) {
+        const int vectors = int(int64_t(work.count) * size / 16);
         for (int v = int(threadIdx.x); v < vectors; v += int(blockDim.x))
-            __stcs(reinterpret_cast<uint4*>(target.pointer) + v,
-                   __ldcs(reinterpret_cast<const uint4*>(source.pointer) + v));
+            __stcs(reinterpret_cast<uint4*>(weight.pointer) + v,
+                   __ldcs(reinterpret_cast<const uint4*>(snapshot.pointer) + v));
         done = vectors * (16 / size);
     }
-    for (int i = done + int(threadIdx.x); i < count; i += int(blockDim.x)) Single<float>::restore(target, source, i);
-}
-
-SAMK_DEVICE void restore_chunk(const Work& work) {
-    restore_into(work.column(kWeight), work.column(kSnapshot), work.count, is_vector_path(work.path));
+    for (int i = done + int(threadIdx.x); i < work.count; i += int(blockDim.x))
+        Single<float>::restore(weight, snapshot, i);
 }
 
 SAMK_DEVICE void restore_phase(const Packed& p, Shared& shared) {
@@ -434,56 +432,6 @@ SAMK_DEVICE void update_phase(const Packed& p, Shared& shared, const double* coe
         }
         if (preview && !work.held()) return;
         on_base<is_adam, UpdateBody>(work, preview);
-    });
-}
-
-// ---------------------------------------------------------------- two points from one reading
-
-// point <- w + T(w)^2 c x and weights <- base(w, x), with w the copy: what an ascent and a look-ahead would write.
-template <template <class> class Update>
-struct PointsBody {
-    template <class A>
-    SAMK_DEVICE void run(const Work& work, const Share& share) const {
-        using T = typename A::T;
-        using U = Update<T>;
-        const bool moves = work.lists > 0;  // the coefficient is not zero
-#pragma unroll 1
-        for (int i = share.first; i < share.end; i += share.stride) {
-            typename A::Own w = A::own(work.unperturbed(), i);
-            const typename A::Gradient x = A::gradient(work.column(kList), i);
-            if (moves) {
-                const T c = work.coefficient.template as<T>()[0], eta = T(work.eta);
-                typename A::Own point = w;
-#pragma unroll
-                for (int e = 0; e < A::N; ++e) point.set(e, perturbed(T(w.get(e)), c * T(x.get(e)), eta));
-                A::store_weights(work.column(kPoint), i, point);
-            } else {
-                A::restore(work.column(kPoint), work.unperturbed(), i, w);
-            }
-            typename U::template State<A> state;
-            U::template load<A>(work, i, state);
-#pragma unroll
-            for (int e = 0; e < A::N; ++e) w.set(e, U::template updated<A>(work, T(w.get(e)), T(x.get(e)), state, e));
-            A::store_weights(work.column(kWeight), i, w);
-        }
-    }
-};
-
-// The coefficient and the scales are those of the ascent; the update takes the gradient as it is.
-template <bool is_adam>
-SAMK_DEVICE void points_phase(const Packed& p, Shared& shared, const double* coefficients, const bool* finite) {
-    if (threadIdx.x == 0) {
-        shared.skip_update = skips_update(p, finite);
-        shared.inverse_grad_scale = 1.0;
-        shared.step = 0.0;  // of no step that is made
-    }
-    for_chunks(p, shared, BaseScalars<is_adam>{{coefficients}}, [&](const Work& work) {
-        if (!shared.skip_update && work.has_gradient()) {
-            on_base<is_adam, PointsBody>(work);
-        } else {
-            restore_chunk(work);
-            restore_into(work.column(kPoint), work.column(kSnapshot), work.count, is_vector_path(work.path));
-        }
     });
 }
 

@@ -104,26 +104,6 @@ public:
         return result(launch);
     }
 
-    // From the snapshot, all of whose copies are held: where the ascent along list 0 leads into the points' column, where
-    // the base's update with it leads into the weights'. `scale` is that of the ascent.
-    py::tuple points(int rule, double epsilon, double alpha, const std::vector<double>& scale, py::object taken,
-                     int base, const py::list& settings, const std::vector<double>& lr, py::object first, int threads) {
-        choose_with_gradient_or_copy(1, flags(taken));
-        check_points(flags(taken));
-        Launch launch = prepare(1, threads, 24);
-        check_groups(scale.size(), "scales");
-        check_groups(lr.size(), "learning rate");
-        launch.rule = {Rule(rule), epsilon, alpha};
-        launch.scale = scale.data();
-        launch.taken = flags(taken);
-        launch.preview = true;
-        const Settings groups = give_base(launch, base, settings, lr, first);
-        check_state(1, groups.sgd, groups.adam, launch.first);
-        prepare_gram(launch);
-        run(launch, kernels().points);
-        return result(launch);
-    }
-
 private:
     // Of each group; one of both is filled. A launch has pointers to them.
     struct Settings {
@@ -256,8 +236,7 @@ PYBIND11_MODULE(_cpu, module) {
         .def("restore", &Table::restore)
         .def("combine", &Table::combine)
         .def("ascent", &Table::ascent)
-        .def("descent", &Table::descent)
-        .def("points", &Table::points);
+        .def("descent", &Table::descent);
 
     PointerTable::define(module);
 

@@ -169,32 +169,6 @@ public:
         if (holds && !preview) mark(holds, false);
     }
 
-    // From the snapshot, all of whose copies are held: where the ascent along list 0 leads into the points' column, where
-    // the base's update with it leads into the weights'. `scale` is that of the ascent.
-    void points(const RuleTuple& rule, const py::list& scale, py::object taken, int base, const py::list& settings,
-                const py::list& lr, py::object first, uintptr_t report) {
-        choose_with_gradient_or_copy(1, flags(taken));
-        check_points(flags(taken));
-        Operation operation = operation_of(1, true, true);
-        operation.taken = flags(taken);
-        operation.scale = read_scales(scale, 1);
-        const Operation without_base = operation;
-        operation.columns.push_back(kPoint);
-        give_base(operation, base, settings, lr, first);
-        check_state(1, operation.sgd, operation.adam, operation.first);
-
-        Header header = header_of(rule, report);
-        header.flags = Header::kWeightedGram | Header::kReverse;
-        const bool is_adam = BaseKind(base) == BaseKind::Adam;
-        begin();
-        if (!launch_together(operation, header, is_adam ? kRulePointsKernel_adam : kRulePointsKernel_sgd)) {
-            launch_gram(without_base, header);
-            header.coefficients = header.report + kCoefficients;
-            header.finite = header.report + kFinite;
-            launch_each(operation, header, is_adam ? kPointsKernel_adam : kPointsKernel_sgd);
-        }
-    }
-
     int launches() const { return launches_; }
 
     // How the rows of the last launch were read, for tests: in vectors, or element by element.
@@ -377,7 +351,6 @@ PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
         .def("combine", &Table::combine)
         .def("ascent", &Table::ascent)
         .def("descent", &Table::descent)
-        .def("points", &Table::points)
         .def_property_readonly("launches", &Table::launches, "Kernel launches of the last operation.")
         .def_property_readonly("paths", &Table::paths, "How the rows of the last launch were read.");
 

@@ -266,12 +266,6 @@ void TableBinding::check_masters(const uint8_t* holds) const {
             throw py::value_error("a snapshot's tensor is of another type than its weight, and no master");
 }
 
-void TableBinding::check_points(const uint8_t* taken) const {
-    for (size_t r = 0; r < rows_.size(); ++r)
-        if (!taken || !taken[r] || rows_[r].cells[kPoint].dtype != rows_[r].cells[kWeight].dtype)
-            throw py::value_error("two points need a copy of each weight and a place of its type for each");
-}
-
 void TableBinding::check_state(int lists, const std::vector<SgdSettings>& sgd, const std::vector<AdamSettings>& adam,
                                const uint8_t* first) const {
     check_groups(std::max(sgd.size(), adam.size()), "settings");
@@ -295,7 +289,6 @@ void define_columns(py::module_& module) {
     module.attr("LIST") = int(kList);
     module.attr("STATE") = int(kState);
     module.attr("STEP") = int(kStep);
-    module.attr("POINT") = int(kPoint);
     module.attr("MAX_LISTS") = kMaxLists;
 }
 

@@ -82,8 +82,6 @@ protected:
     void check_groups(size_t groups, const char* what) const;
     // What is held of another type than its weight must be its master.
     void check_masters(const uint8_t* holds) const;
-    // Every row must have a copy to start from and a place in the points' column.
-    void check_points(const uint8_t* taken) const;
     // A missing pointer must never be walked over.
     void check_state(int lists, const std::vector<SgdSettings>& sgd, const std::vector<AdamSettings>& adam,
                      const uint8_t* first) const;

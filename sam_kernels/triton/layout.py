@@ -18,8 +18,7 @@ MAX_LISTS = 3
 WEIGHT, SNAPSHOT, LIST = 0, 1, 2
 STATE = LIST + MAX_LISTS  # momentum_buffer | exp_avg, exp_avg_sq, max_exp_avg_sq
 STEP = STATE + 3
-POINT = STEP + 1  # results beside the weights' column: where an ascent leads
-COLUMNS = POINT + 1
+COLUMNS = STEP + 1
 
 # The header.
 RULE_PARAMETERS = 0  # of the rule, float64

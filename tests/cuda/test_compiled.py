@@ -20,8 +20,7 @@ KERNELS = {
     "perturb_kernel",
     "restore_kernel",
     "combine_kernel",
-    *(f"{kind}_kernel_{base}" for kind in ("descent", "points") for base in ("sgd", "adam")),
-    *(f"rule_{kind}_kernel_{base}" for kind in ("descent", "points") for base in ("sgd", "adam")),
+    *(f"{kind}_kernel_{base}" for kind in ("descent", "rule_descent") for base in ("sgd", "adam")),
 }
 
 
