@@ -9,7 +9,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 SOURCES := sam_kernels python benches tests examples setup.py csrc
 CPP := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: quickstart test test-gpu sanitize bench bench-gpu lint format wheel test-wheel clean
+.PHONY: quickstart test test-gpu sanitize bench gpu-evidence lint format wheel test-wheel clean
 
 # Once everything is built, with that; before, with what it needs itself, which is there in a minute.
 quickstart: $(if $(wildcard $(VENV)/.built),$(VENV)/.built,$(VENV)/.quickstart)
@@ -35,8 +35,11 @@ sanitize:
 	for tool in memcheck racecheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.cuda.sanitize || exit 1; done
 
-bench-gpu:
-	$(BIN)/python -m benches.gpu --output benches/results/gpu.json
+# One visit to a GPU in two parts of less than five minutes, the most valuable first; what is known is on disk at once, in
+# benches/results/gpu or the folder that OUT names. Where nothing can be installed: make gpu-evidence BIN=/usr/bin
+GPU_PART ?= AB
+gpu-evidence:
+	$(BIN)/python -m benches.gpu --part $(GPU_PART)
 	$(BIN)/python -m benches.report
 
 # Results, and docs/performance.md from them.

@@ -39,10 +39,12 @@ class ForeachSAM:
 
     def __init__(self, params: list[Tensor], base: type, rho: float, adaptive: bool, **settings: Any) -> None:
         self.params, self.rho, self.adaptive = params, rho, adaptive
+        self.copies = [torch.empty_like(p) for p in params]
         self.base = base(params, fused=True, **settings)
 
     @torch.no_grad()
     def first_step(self) -> None:
+        torch._foreach_copy_(self.copies, self.params)
         direction = [p.grad for p in self.params]
         if self.adaptive:
             operators = torch._foreach_abs(self.params)
@@ -50,7 +52,6 @@ class ForeachSAM:
         norm = torch.stack(torch._foreach_norm(direction)).norm()
         if self.adaptive:
             torch._foreach_mul_(direction, operators)
-        self.old = [p.clone() for p in self.params]
         scale = self.rho / (norm + 1e-12)
         if scale.is_cuda:  # reading the number would wait for the GPU
             torch._foreach_add_(self.params, torch._foreach_mul(direction, scale))
@@ -59,7 +60,7 @@ class ForeachSAM:
 
     @torch.no_grad()
     def second_step(self) -> None:
-        torch._foreach_copy_(self.params, self.old)
+        torch._foreach_copy_(self.params, self.copies)
         self.base.step()
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from .gpu import report as gpu_report
+from .tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benches/results"
@@ -67,11 +69,6 @@ class Results:
 
 def seconds(value: float) -> str:
     return f"{1e3 * value:.1f} ms" if value >= 1e-3 else f"{1e6 * value:.0f} µs"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def step_table(results: Results) -> str:
@@ -199,96 +196,6 @@ def scaling_table(results: Results, what: str) -> str:
     return table([what, *(f"{x:,}" for x in xs)], rows)
 
 
-def gpu_section(path: Path) -> str:
-    if not path.exists():
-        return """Nothing has been measured on a GPU yet. `make bench-gpu` measures ResNet-50, ViT-B/16, GPT-2, models
-of 1.24 B and 8 B parameters and 1,000 small tensors, in float32 and bfloat16, with SGD and AdamW, by the CUDA and the
-Triton kernels, against four peers; and whole training steps, one pass after the other, side by side on streams, and
-captured. It stores `benches/results/gpu.json`; this section is then written from it."""
-    content = json.loads(path.read_text())
-    machine = content["machine"]
-    rows = []
-    ours: dict[tuple[str, ...], float] = {}
-    for row in content["rows"]:
-        key = (row["model"], row["base"], row["dtype"])
-        if "ms" not in row:
-            rows.append([*key, row["contender"], row["error"], "", "", "", "", ""])
-            continue
-        if row["contender"] == "sam-kernels":
-            ours[key] = row["ms"]
-        ratio = f"{row['ms'] / ours[key]:.1f} x" if key in ours else ""
-        share = f"{row['percent_of_copy']:.0f} %"
-        numbers = [str(row["launches"]), f"{row['host_us']:.0f}", f"{row['extra_bytes'] / row['parameters']:.1f}"]
-        rows.append([*key, row["contender"], f"{row['ms']:.3f} ms", share, *numbers, ratio])
-    head = ["model", "base", "type", "optimizer", "time a step", "of copy", "launches", "host µs", "bytes", "to ours"]
-    sweeps = [
-        [row["model"], f"`{row['sweep']}`", f"{row['ms']:.3f} ms" if "ms" in row else row["error"]]
-        for row in content["sweeps"]
-    ]
-    parts = [
-        f"{machine['device']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['date']}, commit "
-        f"{machine['commit']}, `{machine['command']}`. Copy on the device: {content['copy_gb_per_second']:.0f} GB/s.",
-        table(head, rows),
-    ]
-    if sweeps:
-        parts.append(table(["model", "launches with", "time a step"], sweeps))
-    if content.get("training"):
-        parts += gpu_training_section(content["training"])
-    return "\n\n".join(parts)
-
-
-def gpu_training_section(rows: list[dict[str, Any]]) -> list[str]:
-    """Whole training steps, and from which batch on running passes side by side gains nothing."""
-    lines = []
-    for row in rows:
-        key = [row["network"], row["base"], str(row["batch"]), row["step"]]
-        if "ms" not in row:
-            lines.append([*key, row["error"], "", ""])
-            continue
-        lines.append([*key, f"{row['ms']:.2f} ms", f"{row['samples_per_second']:,.0f}", str(row["launches"])])
-    parts = [
-        "### Whole training steps",
-        "bfloat16 autocast. Streams: passes that do not depend on each other run side by side; captured: as one CUDA "
-        "graph.",
-        table(["network", "base", "batch", "step", "time a step", "samples a second", "launches"], lines),
-    ]
-    if crossover_picture(rows, IMAGES / "gpu_passes.png"):
-        parts.insert(2, "![Time of SAMPa's step to that of SAM, against the batch](images/gpu_passes.png)")
-    return parts
-
-
-def crossover_picture(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Steps of a ResNet against the batch, as multiples of SAM's one kernel at a time. False if there are too few."""
-    times: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row["network"] == "ResNet" and "ms" in row:
-            times.setdefault(row["step"], {})[row["batch"]] = row["ms"]
-    unit = times.get("SAM", {})
-    names = [name for name in times if name != "SAM" and "SAM" in name and "per-tensor" not in name]
-    if len(unit) < 2 or not names:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for name in names:
-        points = sorted((batch, ms / unit[batch]) for batch, ms in times[name].items() if batch in unit)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.axhline(1.0, color="grey", linewidth=1.0, label="SAM")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("batch")
-    axes.set_ylabel("time of a step, to SAM's")
-    axes.grid(True, alpha=0.3)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return True
-
-
 def page(results: Results) -> str:
     parts = [
         "# Performance",
@@ -341,7 +248,7 @@ SAM pays for two of them, and the optimizer's calls are what can be saved. Agnos
 on a quarter of the batch.""",
             training_table(results),
         ]
-    parts += ["## GPU", gpu_section(RESULTS / "gpu.json")]
+    parts += ["## GPU", gpu_report.section(RESULTS / "gpu", IMAGES)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -351,8 +258,11 @@ def update_readme(results: Results, path: Path) -> None:
     _, _, after = rest.partition(END)
     if not after:
         raise SystemExit(f"{path.name} lacks {BEGIN} ... {END}")
-    body = f"{BEGIN}\n\nOn {results.machine}:\n\n{step_table(results)}\n\n{END}"
-    path.write_text(before + body + after)
+    parts = [BEGIN, f"On {results.machine}:", step_table(results)]
+    on_gpu = gpu_report.summary(RESULTS / "gpu")
+    if on_gpu:
+        parts.append(f"On a GPU: {on_gpu}")
+    path.write_text(before + "\n\n".join([*parts, END]) + after)
 
 
 def main() -> None:

@@ -63,6 +63,7 @@ def llama(width: int, layers: int, hidden: int, key_width: int, vocabulary: int)
 
 
 GPU_MODELS = {
+    "161 x 10": tiny(),
     "resnet50": resnet50(),
     "vit_b16": vit_b16(),
     "gpt2": gpt(768, 12),

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("benches.report")
 from benches import compare, report
+from benches.gpu import records
 
 
 def entry(group, contender, median, **extra):
@@ -67,41 +68,73 @@ def test_page(stored, tmp_path):
     assert all((tmp_path / f"scaling_{what}.png").stat().st_size > 5000 for what in ("parameters", "tensors"))
 
 
-def test_gpu_section(stored, tmp_path):
-    row = {"model": "gpt2", "base": "AdamW", "dtype": "float32"}
-    timed = {"percent_of_copy": 91.4, "launches": 2, "host_us": 61.0, "extra_bytes": 800, "parameters": 100}
-    content = {
-        "machine": {
-            "device": "GPU",
-            "torch": "2",
-            "cuda": "13",
-            "date": "d",
-            "commit": "c",
-            "command": "make bench-gpu",
-        },
-        "copy_gb_per_second": 4000.0,
-        "rows": [
-            {**row, "contender": "sam-kernels", "ms": 2.0, **timed},
-            {**row, "contender": "foreach SAM", "ms": 9.0, **timed},
-            {**row, "contender": "compiled SAM", "error": "out of memory"},
-        ],
-        "sweeps": [{"model": "gpt2", "sweep": "Tuning()", "ms": 2.1}],
-        "training": [
-            {"network": "ResNet", "base": "SGD", "batch": batch, "step": step, "ms": ms, "samples_per_second": 1234.5}
-            | {"launches": 99}
+def gpu_rows(device="GPU", ms=2.0):
+    """Of one visit that did not come far."""
+    case = {"model": "gpt2", "base": "AdamW", "dtype": "float32", "parameters": 124_000_000}
+    times = {"gb_per_second": 48e-9 * 124e6 / (ms / 1e3), "host_us": 61.0, "extra_bytes": 8 * 124_000_000}
+    training = {"table": "training", "network": "ResNet", "base": "SGD", "host_us": 99.0, "samples_per_second": 1234.5}
+    machine = {"device": device, "torch": "2", "cuda": "13", "date": "d", "command": "python -m benches.gpu"}
+    return [
+        {"table": "machine", **machine, "commit": "c1"},
+        {"table": "machine", **machine, "commit": "c2"},
+        {"table": "copy", "gb_per_second": 3000.0},
+        {"table": "core", "form": "sam-kernels", **case, **times, "ms": ms, "loop_ms": ms},
+        {"table": "core", "form": "foreach SAM", **case, **times, "ms": 9.0, "loop_ms": 10.0},
+        {"table": "core", "form": "compiled SAM", **case, "error": "out of memory"},
+        {"table": "launches", "form": "sam-kernels", **case, "launches": 2},
+        {"table": "sweeps", "model": "gpt2", "base": "SGD", "dtype": "float32", "tuning": "Tuning()", "ms": 2.1},
+        *(
+            {**training, "batch": batch, "step": step, "loop_ms": ms}
             for batch in (32, 64)
             for step, ms in (("SAM", 4.0), ("SAMPa, streams", 3.0), ("per-tensor SAM", 9.0))
-        ]
-        + [{"network": "GPT", "base": "AdamW", "batch": 8, "step": "SAM", "error": "no memory left"}],
-    }
-    (tmp_path / "gpu.json").write_text(json.dumps(content))
+        ),
+        {"table": "training", "network": "GPT", "base": "AdamW", "batch": 8, "step": "SAM", "error": "no memory left"},
+    ]
+
+
+def write(folder, rows, tests=()):
+    folder.mkdir(exist_ok=True)
+    for name, own in ((records.RESULTS, rows), (records.TESTS, tests)):
+        for row in own:
+            records.append(folder / name, row)
+
+
+def test_gpu_section(stored, tmp_path):
+    tests = [{"test": "a", "outcome": "passed"}, {"test": "b", "outcome": "failed"}, {"test": "b", "outcome": "passed"}]
+    write(tmp_path / "gpu", gpu_rows(), tests)
     text = report.page(stored)
-    assert "| gpt2 | AdamW | float32 | foreach SAM | 9.000 ms | 91 % | 2 | 61 | 8.0 | 4.5 x |" in text
+    assert "commit c1 and c2" in text
+    assert "| gpt2 | AdamW | float32 | sam-kernels | 2.000 ms | 99 % | 2 | 61 | 8.0 | 1.0 x |" in text
+    assert "| gpt2 | AdamW | float32 | foreach SAM | 9.000 ms | 99 % |  | 61 | 8.0 | 5.0 x |" in text
     assert "out of memory" in text and "`Tuning()`" in text
     assert "| ResNet | SGD | 64 | SAMPa, streams | 3.00 ms | 1,234 | 99 |" in text
-    assert "no memory left" in text
+    assert "no memory left" in text and "Tests: 2 passed." in text
     assert (tmp_path / "gpu_passes.png").stat().st_size > 5000
     assert "images/gpu_passes.png" in text
+
+
+@pytest.mark.parametrize(("ms", "share", "met"), [(2.0, 99, "yes"), (2.5, 79, "**no**")])
+def test_gpu_targets(stored, tmp_path, ms, share, met):
+    write(tmp_path / "gpu", gpu_rows(ms=ms))
+    text = report.page(stored)
+    farthest = f"{share} % (gpt2, AdamW, float32) | {met}"
+    assert f"| at least 90 % of a copy's bandwidth from 100 M parameters on | {farthest} |" in text
+    assert "| 2 launches a step | 2 (gpt2, AdamW, float32) | yes |" in text
+    assert "| at least 4 times as fast as foreach SAM for ResNet-50 | not measured |  |" in text
+
+
+def test_gpu_rows_of_another_machine_are_left_out(stored, tmp_path):
+    """And of one machine the last row for a case counts."""
+    write(tmp_path / "gpu", [*gpu_rows("old GPU", 1.0)[:-2], *gpu_rows("GPU", 4.0), gpu_rows(ms=2.0)[3]])
+    text = report.page(stored)
+    assert "GPU, torch 2" in text and "old GPU" not in text
+    assert "sam-kernels | 2.000 ms" in text and "1.000 ms" not in text and "4.000 ms" not in text
+
+
+def test_gpu_results_that_are_not_there_yet(stored, tmp_path):
+    write(tmp_path / "gpu", gpu_rows()[:1])
+    text = report.page(stored)
+    assert "commit c1" in text and text.count("not measured") == 6
 
 
 def test_readme_keeps_what_is_around_the_table(stored, tmp_path):
@@ -110,7 +143,10 @@ def test_readme_keeps_what_is_around_the_table(stored, tmp_path):
     report.update_readme(stored, readme)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "old" not in text and "10.0 ms" in text
+    assert "old" not in text and "10.0 ms" in text and "GPU" not in text
+    write(tmp_path / "gpu", gpu_rows())
+    report.update_readme(stored, readme)
+    assert "On a GPU: GPU, torch 2" in readme.read_text() and "| 2 launches a step |" in readme.read_text()
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="lacks"):
         report.update_readme(stored, readme)

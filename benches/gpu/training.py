@@ -1,8 +1,14 @@
-"""Whole training steps on a GPU: what the passes cost, side by side, captured, and one kernel at a time."""
+"""Whole training steps on a GPU: what the passes cost, side by side, captured, and one kernel at a time.
+
+python -m benches.gpu.training --records FILE
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +16,11 @@ import torch
 from examples.per_tensor_sam import PerTensorSAM
 from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
 
-from .contenders import BASES, RHO
-from .networks import loss_of, make
+from ..contenders import BASES, RHO
+from ..networks import loss_of, make
+from . import records
+from .core import LOST_DEVICE, Measure, first_line, lost
+from .timer import Timer
 
 # Network, base optimizer, samples in a batch: from those that leave the GPU idle to those that fill it.
 CASES = [
@@ -33,11 +42,6 @@ DRIVERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Agnostic-SAM, streams, captured": (AgnosticSAM, {"validation": 0.25, "passes": "streams", "capture": True}),
 }
 BY_HAND = ("base optimizer", "per-tensor SAM")
-
-
-def first_line(error: Exception) -> str:
-    """What a row says of it."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def step_of(name: str, network: str, base_name: str, batch_size: int, device: torch.device) -> Callable[[], object]:
@@ -70,22 +74,41 @@ def step_of(name: str, network: str, base_name: str, batch_size: int, device: to
     return step_by_hand
 
 
-def rows(timer: Callable[[Callable[[], object]], dict[str, float]], device: torch.device) -> Iterator[dict[str, Any]]:
+def rows(
+    networks: Sequence[str], steps: Sequence[str], device: torch.device, measure: Measure
+) -> Iterator[records.Row]:
     """Every way to make a step, for each network."""
-    for network, base, batch_size in CASES:
+    for network, base, batch_size in (case for case in CASES if case[0] in networks):
         samples = make(network, batch_size, large=device.type == "cuda")[2]
-        for name in (*BY_HAND, *DRIVERS):
-            row: dict[str, Any] = {"network": network, "base": base, "batch": batch_size, "step": name}
-            step: Callable[[], object] | None = None
+        for name in steps:
+            row = {"table": "training", "network": network, "base": base, "batch": batch_size, "step": name}
             try:
                 step = step_of(name, network, base, batch_size, device)
                 for _ in range(6):  # warm-up and recording
                     step()
-                row |= timer(step)
-                row["samples_per_second"] = 1e3 * samples / row["ms"]
+                row |= measure(step)
+                row["samples_per_second"] = 1e3 * samples / row["loop_ms"]
             except Exception as error:  # of whatever kind: compilers and drivers have their own
                 row["error"] = first_line(error)
-            step = None
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            step = None  # type: ignore[assignment]
             yield row
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    names = list(dict.fromkeys(case[0] for case in CASES))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, required=True, help="file that rows are added to")
+    parser.add_argument("--networks", nargs="+", choices=names, default=names)
+    parser.add_argument("--steps", nargs="+", choices=[*BY_HAND, *DRIVERS], default=[*BY_HAND, *DRIVERS])
+    parser.add_argument("--seconds", type=float, default=0.3, help="measuring time for each row, about")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args(words)
+    device = torch.device(arguments.device)
+    for row in rows(arguments.networks, arguments.steps, device, Timer(device, arguments.seconds)):
+        records.append(arguments.records, row)
+        if lost(device):
+            sys.exit(LOST_DEVICE)
+
+
+if __name__ == "__main__":
+    main()
