@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,7 @@ from sam_kernels import cuda, triton
 from sam_kernels.registry import backend_for
 from sam_optim import SAM, AgnosticSAM
 
+from ..on_gpu import kernels_of, no_waiting
 from .cases import Problem, poisoned_snapshot, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -75,14 +75,6 @@ def test_same_bits_as_the_cpu_backend(base):
         assert same_bits(a.cpu(), b)
 
 
-def kernels_of(call):
-    """Names of the kernels that a call launches, copies and fills included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-
-
 def model_and_optimizer(base=torch.optim.SGD, method=SAM, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(40))).cuda()
@@ -124,16 +116,6 @@ def test_a_triton_table_is_copied_only_if_it_changed(backend):
     for p in model.parameters():
         p.grad = p.grad.clone()
     assert len(kernels_of(step)) == 5
-
-
-@contextmanager
-def no_waiting():
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(
