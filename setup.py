@@ -73,24 +73,41 @@ class CudaExtension(Pybind11Extension):
         )
 
 
-def cuda_extensions() -> list[Pybind11Extension]:
-    """The CUDA extension where there is nvcc, whether or not there is a GPU."""
+def cuda_extensions() -> tuple[list[Pybind11Extension], str | None]:
+    """The CUDA extension where there is nvcc, whether or not there is a GPU; and why there is none."""
     try:
         if platform.system() != "Linux":
             raise build_cuda.NoCudaError("the CUDA kernels are built on Linux only")
         toolkit = build_cuda.find_toolkit()
-        return [CudaExtension(toolkit, build_cuda.wanted_archs(toolkit))]
+        return [CudaExtension(toolkit, build_cuda.wanted_archs(toolkit))], None
     except build_cuda.NoCudaError as reason:
         print(f"sam-kernels: building without the CUDA kernels: {reason}", file=sys.stderr)
-        return []
+        return [], str(reason)
 
 
 class BuildExtensions(build_ext):
+    why_no_cuda: str | None = None
+
+    def run(self) -> None:
+        super().run()
+        # pip shows nothing of a build that succeeds; `sam_kernels.backends()` repeats this.
+        said = Path(self.get_ext_fullpath("sam_kernels._cuda")).with_name("_cuda_missing.txt")
+        if self.why_no_cuda is None:
+            said.unlink(missing_ok=True)
+        else:
+            said.write_text(self.why_no_cuda + "\n")
+
     def build_extension(self, ext: Pybind11Extension) -> None:
         try:
             if isinstance(ext, CudaExtension):
                 ext.extra_objects = build_cuda.compile_kernels(ext.toolkit, ext.archs, Path("build")).objects
             super().build_extension(ext)
+        except build_cuda.CommandError as error:
+            raise SystemExit(
+                f"sam-kernels: {ext.name} could not be built: {error}\n"
+                "With SAM_KERNELS_CUDA_ARCHS=none in the environment the package is built without the CUDA kernels; "
+                "Triton's remain on GPUs."
+            ) from error
         except (BaseError, CCompilerError) as error:
             raise SystemExit(
                 f"sam-kernels: {ext.name} could not be built: {error}\n"
@@ -105,4 +122,5 @@ ParallelCompile("SAM_KERNELS_BUILD_JOBS", default=os.cpu_count() or 1).install()
 if os.environ.get("SAM_KERNELS_NO_EXTENSIONS") == "1":
     setup()
 else:
-    setup(ext_modules=[cpu_extension(), *cuda_extensions()], cmdclass={"build_ext": BuildExtensions})
+    found, BuildExtensions.why_no_cuda = cuda_extensions()
+    setup(ext_modules=[cpu_extension(), *found], cmdclass={"build_ext": BuildExtensions})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from ..plan import Plan
 from ..rules import Rule, is_known
 from .device import DeviceBackend
 
+# What a build without the extension says of it.
+_MISSING = Path(__file__).parents[1] / "_cuda_missing.txt"
+
 try:
     from .. import _cuda  # type: ignore[attr-defined]
-except ImportError as error:  # built without nvcc
+except ImportError as error:
     _cuda = None
-    _import_error = str(error)
+    _import_error = f"built without it: {_MISSING.read_text().strip()}" if _MISSING.exists() else str(error)
 
 
 @dataclass(frozen=True)
