@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendUnavailableError
+from ..graphs import is_capturing
 from ..plan import Plan
 from ..rules import Rule, is_known
 from .device import DeviceBackend
@@ -92,10 +93,23 @@ class CudaBackend(DeviceBackend):
         if reason:
             raise BackendUnavailableError(f"the CUDA kernels cannot run on {plan.device}: {reason}")
         table = self._native.Table(device=plan.device.index or 0, **arguments)
+        self._give_scratch(table, plan)
+        return table
+
+    def _tune(self, table: Any, plan: Plan) -> None:
+        super()._tune(table, plan)
+        _, is_zero = plan.tables[self.name + " scratch"]
+        if not is_zero:
+            self._give_scratch(table, plan)
+
+    def _give_scratch(self, table: Any, plan: Plan) -> None:
+        """Memory for sums and tickets, which launches expect to be zero and leave so.
+
+        While a graph is captured it is zeroed by each replay, but for no other launch: that gets memory of its own.
+        """
         scratch = torch.zeros(table.scratch_size(), dtype=torch.float64, device=plan.device)
         table.set_scratch(scratch.data_ptr())
-        plan.tables[self.name + " scratch"] = scratch
-        return table
+        plan.tables[self.name + " scratch"] = scratch, not is_capturing(plan.device)
 
     def _rule(self, rule: Rule) -> tuple[int, float, float]:
         return rule.code, rule.epsilon, rule.alpha

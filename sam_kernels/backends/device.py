@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..bases import SGD, Base, TensorList
+from ..graphs import refuse_capture
 from ..plan import Plan
 from ..report import LaunchReport
 from ..rules import Fixed
@@ -231,7 +232,7 @@ class DeviceBackend(ABC):
     def _refuse_capture_of(plan: Plan, base: Base, host_knows_steps: bool) -> None:
         if host_knows_steps or (isinstance(base, SGD) and 1 in base.first):
             reason = "Adam's step counts are on the host" if host_knows_steps else "momentum buffers are new"
-            _refuse_capture(plan, reason)
+            refuse_capture(plan.device, reason)
 
     def _gram_and_rule(
         self, table: Any, plan: Plan, rule: Any, count: int, weighted: bool, snapshot: Snapshot | None
@@ -273,12 +274,3 @@ def _scalar(value: float | Tensor, plan: Plan) -> float | Tensor:
     if value.dtype not in (torch.float32, torch.float64) or value.device != plan.device or value.dim() > 0:
         value = value.reshape(()).to(device=plan.device, dtype=torch.float64)
     return value
-
-
-def _refuse_capture(plan: Plan, reason: str) -> None:
-    """What the host decides now would be repeated by every replay of a graph."""
-    if plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"this step cannot be captured in a CUDA graph: {reason}. Make a few steps before capturing, and give Adam "
-            "capturable=True."
-        )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..backends.device import DeviceBackend
+from ..graphs import refuse_capture
 from ..plan import Plan
 from ..rules import is_known
 from . import layout
@@ -87,6 +88,8 @@ class TritonBackend(DeviceBackend):
     def _make_table(self, plan: Plan, arguments: dict[str, Any]) -> Any:
         from .table import Table  # which imports triton
 
+        # Its memory would be zeroed by the graph alone, and not for the steps that are made without it.
+        refuse_capture(plan.device, "the kernels have not seen these tensors before")
         if _cpu is None:
             return Table(PointerTable(plan), plan)
         on_gpu = _CUDA if torch.version.hip is None else _ROCM

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bases import AdamSettings, SGDSettings
+from ..graphs import refuse_capture
 from . import kernels
 from . import layout as at
 
@@ -145,5 +146,16 @@ class Buckets:
             firsts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
             numbers = torch.repeat_interleave(torch.tensor(rows, dtype=torch.int64, device="cpu"), counts)
             places = (numbers << 32) | (torch.arange(len(firsts), device="cpu") - firsts)
-            places = self._places[rows] = places.to(self._device)
+            places = self._places[rows] = self._sent(places)
         return places
+
+    def _sent(self, words: Tensor) -> Tensor:
+        """On the device, without waiting for it.
+
+        Raises:
+            RuntimeError: while a graph is captured: the words would be there only when it has been replayed.
+        """
+        if self._device.type != "cuda":
+            return words
+        refuse_capture(self._device, "the kernels have not walked over these tensors before")
+        return words.pin_memory().to(self._device, non_blocking=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..bases import AdamSettings, SGDSettings
+from ..graphs import is_capturing, keep, refuse_capture
 from ..plan import Plan
 from ..rules import Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule
 from . import kernels
@@ -298,6 +299,7 @@ class Table:
     ) -> None:
         wanted = sum(min(b.chunks, at.VIRTUAL_BLOCKS) for b in buckets)
         if wanted > self._slots:
+            refuse_capture(self._device, "it needs more memory for sums than the steps before it")
             self._captured.append(self._scratch)  # a captured graph may still use it
             self._scratch = self._make_scratch(wanted)
         slots = 0
@@ -455,7 +457,7 @@ class Table:
         """Completes the table with the tensors' records and returns it as it lies on the device."""
         address = self._words.data_ptr() + 8 * self._rows_at
         self._pointers.fill(address, at.ROW_WORDS, at.FLAGS, at.POINTERS, lists, taken, first)
-        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             return self._captured_upload()
         upload = self._uploads.get(operation)
         if upload is None:
@@ -475,7 +477,7 @@ class Table:
         source = self._spares.pop() if self._spares else self._host_buffer()
         words = torch.empty_like(self._words, device=self._device)
         words.copy_(source.copy_(self._words), non_blocking=True)
-        self._captured.append((source, words, self._buckets.places))
+        keep((source, words, self._buckets.places), self._captured)
         return words
 
     def _host_buffer(self) -> Tensor:

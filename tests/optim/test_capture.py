@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import UserDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
+from sam_kernels import graphs
 from sam_optim import SAM, AgnosticSAM, InvalidSettingError, SAMPa, TrainStep
-from sam_optim.training.capture import _MAX_GRAPHS, WARMUP_STEPS
+from sam_optim.training.capture import _MAX_GRAPHS, WARMUP_STEPS, Recorder
 from sam_optim.training.streams import OneLane
 
 from .cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
@@ -28,7 +30,7 @@ class Replayed:
     """Records nothing; a replay calls again, with the inputs where they were when it was recorded."""
 
     def __init__(self):
-        self.recorded, self.warm = 0, 0
+        self.recorded = self.warm = self.waited = 0
 
     @contextmanager
     def warming_up(self):
@@ -38,6 +40,9 @@ class Replayed:
     def record(self, call, generators):
         self.recorded += 1
         return call
+
+    def wait(self):
+        self.waited += 1
 
 
 @pytest.fixture
@@ -229,3 +234,89 @@ def test_labels_are_counted_in_the_graph(monkeypatch, perturbation, weight):
         results.append([*[step(batch) for batch in data], *weights_of(model)])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+class Stream:
+    """Knows for whom it waits."""
+
+    def __init__(self, *_):
+        self.awaited = []
+
+    def wait_stream(self, other):
+        self.awaited.append(other)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The stream that is current, and with what a graph is captured."""
+    current, captures = Stream(), []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"pool": lambda self: "its pool"})())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: captures.append(options) or nullcontext())
+    return current, captures
+
+
+def test_work_after_a_warm_up_that_failed_waits_for_it(cuda):
+    """Restored weights, for example, are used by whoever catches the exception."""
+    current, _ = cuda
+    recorder = Recorder(torch.device("cuda"))
+    with pytest.raises(KeyError), recorder.warming_up():
+        raise KeyError
+    assert current.awaited == [recorder._stream]
+
+
+def test_other_threads_may_do_what_a_capture_does_not_allow(cuda):
+    """A DataLoader's thread pins memory at any time."""
+    _, captures = cuda
+    Recorder(torch.device("cuda")).record(lambda: None, [])
+    assert [options["capture_error_mode"] for options in captures] == ["thread_local"]
+
+
+class Reads:
+    """What a graph reads, besides tensors of the optimizer."""
+
+
+class Keeps(Replayed):
+    """Its graphs read something each."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.of_plan = [], []
+
+    def record(self, call, generators):
+        own = Reads()
+        self.read.append(weakref.ref(own))
+        graphs.keep(own, self.of_plan)
+        return super().record(call, generators)
+
+    @property
+    def alive(self):
+        return [own() is not None for own in self.read]
+
+
+def test_what_a_graph_reads_is_kept_as_long_as_the_graph(monkeypatch):
+    recorder = Keeps()
+    monkeypatch.setattr(TrainStep, "_make_recorder", lambda self: recorder)
+    model = make_net()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    step = TrainStep(model, optimizer, loss_of, capture=True)
+    data = batches(WARMUP_STEPS + 1)
+    for batch in data:
+        step(batch)
+    assert recorder.alive == [True] and not recorder.of_plan and recorder.waited == 0
+    with pytest.warns(UserWarning, match="more than eight"):
+        for number in range(_MAX_GRAPHS):
+            optimizer.param_groups[0]["lr"] = 0.01 * (number + 1)
+            step(data[0])
+    assert recorder.alive == [False, *[True] * _MAX_GRAPHS] and recorder.waited == 1
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(data[0])
+    assert not any(recorder.alive) and recorder.waited == 2
+
+
+def test_elsewhere_it_is_kept_as_long_as_the_plan():
+    own, of_plan = Reads(), []
+    graphs.keep(own, of_plan)
+    assert of_plan == [own]

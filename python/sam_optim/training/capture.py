@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from sam_kernels.graphs import owned_by
 from sam_kernels.host import forget_old_weights
 
 from ..core.errors import InvalidSettingError
@@ -42,9 +43,11 @@ class Recorder:
         """Within it, work goes to the stream that recording will use."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # whoever catches an exception goes on with what the step has left behind
+            current.wait_stream(self._stream)
 
     def record(self, call: Callable[[], Any], generators: Sequence[torch.Generator]) -> Callable[[], Any]:
         """Records what ``call`` does, without doing it; the result does it, and returns what ``call`` returned.
@@ -55,7 +58,9 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads, such as a DataLoader's that pins memory, may go on with what a capture does not allow.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             outputs = call()
         self._pool = graph.pool()
 
@@ -65,12 +70,17 @@ class Recorder:
 
         return replay
 
+    def wait(self) -> None:
+        """Until all replays have been made."""
+        torch.cuda.synchronize(self._device)
+
 
 class _Recorded:
     """A recorded step and the tensors that it reads."""
 
     def __init__(self, inputs: list[Tensor], draws: CapturedDraws) -> None:
         self.inputs, self.draws = inputs, draws
+        self.kept: list[Any] = []  # what the graph reads besides
         self.replay: Callable[[], Any]
         self.report: StepReport
 
@@ -170,7 +180,9 @@ class CapturedSteps:
         """A step, by a graph after the first ``WARMUP_STEPS``; one is made without it after state has been loaded."""
         if self._optimizer.loads != self._loads:
             self._loads = self._optimizer.loads
-            self._recorded.clear()
+            if self._recorded:
+                self._recorder.wait()  # for those that still read what is dropped now
+                self._recorded.clear()
             self._warm = min(self._warm, WARMUP_STEPS - 1)
         if self._warm < WARMUP_STEPS:
             self._warm += 1
@@ -204,7 +216,8 @@ class CapturedSteps:
         generators = draws.prepare(list(batches), 4)
         self.is_recording = True
         try:
-            recorded.replay = self._recorder.record(lambda: self._make_step(batches, draws), generators)
+            with owned_by(recorded.kept):
+                recorded.replay = self._recorder.record(lambda: self._make_step(batches, draws), generators)
         finally:
             self.is_recording = False
         recorded.report = self._optimizer.last_step
@@ -221,6 +234,7 @@ class CapturedSteps:
     def _forget_oldest(self) -> None:
         if len(self._recorded) <= _MAX_GRAPHS:
             return
+        self._recorder.wait()
         self._recorded.popitem(last=False)
         if not self._has_warned:
             self._has_warned = True
