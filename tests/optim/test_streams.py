@@ -165,6 +165,19 @@ class TwoPoints(SharpnessAwareOptimizer):
         yield Update(one, two, scale=0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
+@pytest.mark.parametrize("normalised", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_passes_that_read_what_another_one_writes(lanes, method, normalised):
+    """Spectral normalisation's vectors, which the pass at the weights updates: the others wait for it."""
+
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(normalised(nn.Linear(7, 9)), nn.Tanh(), nn.Linear(9, 3)).double()
+
+    assert_same(train(method, SGD, "streams", make()), train(method, SGD, "sequential", make()))
+
+
 def test_a_method_from_elsewhere(lanes):
     results = []
     for passes in ("streams", "sequential"):
@@ -274,7 +287,7 @@ def test_what_cannot_run_side_by_side_says_so(monkeypatch):
 
 def test_streams_fork_and_join(monkeypatch):
     """The order in which streams are told to wait, on a stand-in for CUDA's."""
-    from sam_optim import side_by_side
+    from sam_optim.training import streams
 
     log = []
 
@@ -299,8 +312,8 @@ def test_streams_fork_and_join(monkeypatch):
     fake = SimpleNamespace(
         current_stream=lambda device: Stream("main"), Stream=lambda device: Stream(next(names)), stream=On
     )
-    monkeypatch.setattr(side_by_side.torch, "cuda", fake)
-    lanes = side_by_side.StreamLanes(torch.device("cpu"))
+    monkeypatch.setattr(streams.torch, "cuda", fake)
+    lanes = streams.StreamLanes(torch.device("cpu"))
     assert lanes.run([lambda: 1, lambda: 2]) == [1, 2]
     wanted = ["a waits for main", "b waits for main", "on a", "on b", "main waits for a", "main waits for b"]
     assert log == wanted

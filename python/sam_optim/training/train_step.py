@@ -452,19 +452,23 @@ class _Step:
 
         def call_of(p: Pass) -> Callable[[], tuple[Gradients, Any]]:
             own = self._of(parts, p)
-            return lambda: (isolated.gradients(lambda: self._run(p, own), p.weights), list(self._outputs))
+            return lambda: (isolated.gradients(lambda: self._run(p, own, start=start), p.weights), list(self._outputs))
 
-        if sum(p.updates_statistics for p in passes) > 1 and self.owner.has_statistics:
-            lanes = OneLane()  # they would write into the same buffers at once
+        updating = sum(p.updates_statistics for p in passes)
+        start = start_of(self.owner._modules, self.owner._statistics) if updating == 1 else None
+        if start or (updating > 1 and self.owner.has_statistics):
+            lanes = OneLane()  # one would read or write the buffers that another one writes
         return [gradients for gradients, _ in lanes.run([call_of(p) for p in passes])]
 
-    def _run(self, p: Pass, parts: list[tuple[Share, Any]], share_of_step: Share = 1.0) -> None:
+    def _run(
+        self, p: Pass, parts: list[tuple[Share, Any]], share_of_step: Share = 1.0, start: Start | None = None
+    ) -> None:
         owner = self.owner
         keeps_result = p.data == TRAIN and not p.perturbed and not self._has_output
         owner.forget_gathered_weights()
         with self._draws.of(p.data, p.perturbed), ExitStack() as stack:
             if p.updates_statistics:
-                self._starts[p.data] = start_of(owner._modules, owner._statistics)
+                self._starts[p.data] = start_of(owner._modules, owner._statistics) if start is None else start
             else:
                 start = self._starts.get(p.data)
                 stack.enter_context(statistics_aside(owner._modules, owner._statistics, start))
