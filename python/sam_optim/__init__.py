@@ -3,10 +3,10 @@
 from .analysis.stability import Stability, StabilityMonitor, edge_of_stability
 from .continual.replay import ReservoirMemory, dark_experience_loss
 from .core.errors import InvalidSettingError, StepOrderError
-from .core.moves import StepReport
 from .core.optimizer import SharpnessAwareOptimizer
 from .core.passes import Pass, Passes, Update
 from .core.randomness import RandomState
+from .core.report import StepReport
 from .methods.ae_sam import AESAM
 from .methods.agnostic_sam import AgnosticSAM
 from .methods.asam import ASAM

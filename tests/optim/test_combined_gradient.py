@@ -262,7 +262,7 @@ def test_a_method_that_makes_its_update_itself():
     class Own(SAM):
         def passes(self):
             yield Pass(last=True)
-            self.descend([p.grad for p in self.param_groups[0]["params"]])
+            self.stepper.update(Update([p.grad for p in self.param_groups[0]["params"]]))
 
     model, optimizer = make(Method(Own, {"rho": 0.1}))
     step_by_hand(optimizer, model, batches(1)[0])

@@ -155,7 +155,7 @@ class TwoPoints(SharpnessAwareOptimizer):
         g = yield Pass(kept=True)
         scale = [[group["rho"]] for group in self.param_groups]
         if self.runs_side_by_side:
-            there = self.ascended(g, rule=Normalized(), scale=scale)
+            there = self.ascent_point(g, rule=Normalized(), scale=scale)
             one, two = yield [Pass(perturbed=True, weights=there), Pass(kept=True)]
         else:
             self.ascend(g, rule=Normalized(), scale=scale)

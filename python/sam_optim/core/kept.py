@@ -28,9 +28,11 @@ class KeptState:
     Attributes:
         is_awaited: torch has asked for state before there was any, to load it or to save it: whatever a method may
             keep has a place in ``state_dict()`` then.
+        stays_in_place: new values have to be written over the old ones, as a captured step needs it.
     """
 
     def __init__(self) -> None:
+        self.stays_in_place = False
         self.is_awaited = False
         self._params: list[Tensor] = []
         self._sizes: list[int] = []

@@ -1,51 +1,45 @@
-"""The optimizer that all methods share: groups, state, the drivers of a step, and safety.
+"""The optimizer that all methods share: what its user calls, and what a method's class says and overrides.
 
 A method is a generator of gradient passes (:meth:`SharpnessAwareOptimizer.passes`); everything here serves to run it.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any, Literal, TypeVar, get_args, overload
-from weakref import WeakSet
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sam_kernels.host import gradients as gradients_of
-from sam_kernels.host import missing
+from sam_kernels.host import same_objects
 from sam_kernels.registry import backend_named
 
+from . import closures, groups
 from .base_update import BaseUpdate
+from .checkpoints import Checkpoints
+from .closures import Closure, ClosureRuns
 from .compiling import prepare, untraced
 from .construction import WRAP_AROUND, BaseOptimizer, defaults_of, make_base, takes_single_samples
 from .errors import InvalidSettingError, StepOrderError
 from .kept import KeptState
-from .moves import StepReport
-from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, BegunStep, Pass, Passes, PassGroup, Update
+from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Pass, Passes
 from .planning import PlanCache
-from .randomness import Draws
+from .primitives import Primitives
+from .report import StepReport
 from .settings import check_choice, radius
 from .step_hooks import runs_its_own_hooks
-from .trainers_closures import accumulated_by, clips_each_pass
-from .updates import Updates
+from .stepper import Stepper
 from .watching import UnperturbedEntries
 
-ClosureRuns = Literal["second_pass", "every_pass"]
-Closure = Callable[[], Any]
 Loss = TypeVar("Loss")
 
-
-_STALE_GRAPH = (
-    "the closure went backward through the graph of an earlier pass. Each pass is taken at other weights, so the "
-    "closure must run the forward pass again: put loss = loss_fn(model(x), y) inside it."
-)
 _UNDECLARED = (
     "its class does not say takes_scaled_gradients = True beside passes(), as a method may where gradients of another "
     "scale make the same perturbation, an update of that scale, and nothing else"
@@ -59,11 +53,7 @@ _PROMISES: dict[str, Any] = {
 }
 
 
-# Optimizers in the middle of a step; mostly none.
-_under_way: WeakSet[SharpnessAwareOptimizer] = WeakSet()
-
-
-class SharpnessAwareOptimizer(Updates):
+class SharpnessAwareOptimizer(Primitives, Optimizer):
     """Base class of the methods.
 
     Args:
@@ -128,6 +118,9 @@ class SharpnessAwareOptimizer(Updates):
     # Why GradScaler may not be used.
     _scaling_obstacle = _UNDECLARED
 
+    # What the method keeps under names of other packages: from theirs to ours.
+    _names_elsewhere: Mapping[str, str] = MappingProxyType({})
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Promises of a class hold for its own ``passes()``, not for one that a class derived from it puts in place."""
         super().__init_subclass__(**kwargs)
@@ -171,25 +164,37 @@ class SharpnessAwareOptimizer(Updates):
         prepare()
         self._method_defaults = dict(method_defaults)
         self._given_defaults = dict(getattr(base, "defaults", {}))
-        vars(self)["base_optimizer"] = base
+        self._base = base
         for group in base.param_groups:
-            self._complete_group(group, method_defaults)
+            groups.complete(self, group, method_defaults)
 
         self.closure_runs = closure_runs
         self.backend = backend
         self.master_weights = master_weights
         self.process_group = process_group
         self.counts_in_norm = counts_in_norm
-        self._reset_caches()
-        update: BaseUpdate = self._container["update"]
-        update.check_masters()
-        update.widen_state()
+        self._make_parts()
+        self._base_update.check_masters()
+        self._base_update.widen_state()
         # torch's constructor sets up hooks and profiling. It also empties groups and state, which are the base's own,
         # and adds a group, which makes some bases share their parameters out anew.
-        vars(self)["base_optimizer"] = SimpleNamespace(defaults={}, add_param_group=lambda group: None)
+        self._base = SimpleNamespace(defaults={}, add_param_group=lambda group: None)  # type: ignore[assignment]
         super().__init__([{"params": []}], {**self._given_defaults, **method_defaults})
-        vars(self)["base_optimizer"] = base
-        self._watch_base()
+        self._base = base
+        self._checkpoints.watch_base()
+
+    def _make_parts(self) -> None:
+        """What the optimizer has: a stepper, plans for the kernels, the base's update, what is kept, checkpoints.
+
+        None of them is replaced later, and what changes is in them: wrappers share an optimizer's ``__dict__``, and
+        some swallow the writing of attributes.
+        """
+        self.stepper = Stepper(self)
+        self._plans = PlanCache(self.master_weights, self.process_group, self.counts_in_norm)
+        self._base_update = BaseUpdate(self._base, self.master_weights)
+        self._kept = KeptState()
+        self._checkpoints = Checkpoints(self)
+        self._mode: list[str] = []  # that the base was switched to last
 
     # ------------------------------------------------------------------ the method
 
@@ -197,21 +202,22 @@ class SharpnessAwareOptimizer(Updates):
     def passes(self) -> Passes:
         """One step of the method: yields :class:`Pass` objects and is sent their gradients, and yields its update."""
 
-    def radii(self, setting: str = "rho") -> list[list[float | Tensor]]:
-        """Each group's radius, as :meth:`ascend` takes it for its scale with one gradient list.
-
-        Args:
-            setting: its name in the groups.
+    def validate_group(self, group: dict[str, Any]) -> None:
+        """Looks at ``rho``, for methods that keep one; methods with other settings add to it.
 
         Raises:
-            InvalidSettingError: unless each is a finite number of at least 0.
+            InvalidSettingError: if a group's settings are out of range.
         """
-        return [[radius(group[setting], setting)] for group in self.param_groups]
-
-    def validate_group(self, group: dict[str, Any]) -> None:
-        """Looks at ``rho``, for methods that keep one; methods with other settings add to it."""
         if "rho" in group:
             radius(group["rho"])
+
+    def geometry_of(self, group: dict[str, Any]) -> Sequence[float | None]:
+        """For each parameter of a group None for T = 1, or eta for T(w) = |w| + eta."""
+        return [None] * len(group["params"])
+
+    def is_perturbed_group(self, group: dict[str, Any]) -> bool:
+        """Whether a group takes part in the perturbation and in its norm."""
+        return bool(group.get("perturb", True))
 
     def obstacle_to_side_by_side(self) -> str | None:
         """Why no passes of this method can run side by side; None if some can."""
@@ -219,42 +225,39 @@ class SharpnessAwareOptimizer(Updates):
             return None
         return f"{type(self).__name__} has no passes that can run side by side: each needs the gradient before it"
 
-    def obstacle_to_grad_scaler(self) -> str | None:
-        """Why this method cannot be used with GradScaler; None if it can."""
-        if self.takes_scaled_gradients:
-            if self.process_group is None:
-                return None
-            reason = "each rank of the process_group would look for infinities in its own part alone"
-        else:
-            reason = self._scaling_obstacle
-        return f"{type(self).__name__} cannot be used with GradScaler: {reason}. Use bfloat16, which needs no scaling."
+    def _is_plain_step(self) -> bool:
+        """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""
+        return False
 
-    def refuse_scaler(self, scaler: Any) -> None:
-        """For drivers that know the scaler before a step begins, which otherwise is refused at its end.
+    # ------------------------------------------------------------------ steps
 
-        Args:
-            scaler: a GradScaler, or None.
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Perturbs the weights along the gradient in ``p.grad``.
+
+        With GradScaler the gradient may stay scaled: the perturbation does not depend on the scale. In a step of one
+        pass, of methods that have such steps, the gradient is not used: ``second_step()`` updates with its own, which
+        is right and costs the pass that other drivers save.
 
         Raises:
-            StepOrderError: if it is enabled and the method cannot be used with it.
+            StepOrderError: if a step is already begun (the weights are then restored), or there is no gradient.
         """
-        if scaler is not None and getattr(scaler, "is_enabled", bool)():
-            self._refuse_scaled_step()
+        stepper = self.stepper
+        stepper.refuse_second_begin("first_step()")
+        # Only second_step() makes updates, or GradScaler's step() in its place, which knows the gradient's scale.
+        stepper.advance(zero_grad, to_last=True)
 
-    @property
-    def loads(self) -> int:
-        """How often state was loaded: what was recorded before works on tensors that are no longer the state."""
-        return int(self._container["loads"])
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restores the weights and updates them with the gradient in ``p.grad``; runs hooks as ``step()`` does.
 
-    def devices(self) -> set[torch.device]:
-        """Of the parameters."""
-        return {param.device for group in self.param_groups for param in group["params"]}
-
-    def report_again(self, report: StepReport) -> None:
-        """Makes a report that of the last step, for a step that a CUDA graph has made again."""
-        self._container["report"] = report.unread()
-
-    # ------------------------------------------------------------------ drivers
+        Raises:
+            StepOrderError: if no step is begun.
+        """
+        if not self.is_step_begun:
+            raise StepOrderError("second_step() was called without first_step()")
+        if self.advance() is not None:
+            self._refuse_more_passes("second_step()")
+        if zero_grad:
+            self.zero_grad()
 
     def advance(self, zero_grad: bool = False) -> Pass | None:
         """Hands ``p.grad`` to the method as the gradient it waits for; begins a step if none is begun.
@@ -264,48 +267,11 @@ class SharpnessAwareOptimizer(Updates):
 
         Returns:
             The pass whose gradient the method wants next, or None if the step is complete.
-        """
-        return self._advance(zero_grad)
-
-    def advance_to_last(self, zero_grad: bool = False) -> Pass | None:
-        """As :meth:`advance`, for drivers that leave the update to ``step()``: a step's last gradient is not taken.
-
-        Returns:
-            The pass whose gradient the method wants next, which is the one that it wants now where that is the last.
 
         Raises:
-            StepOrderError: if the method makes its update although no pass was said to be the last (the weights are
-                then restored), or there is no gradient.
+            StepOrderError: if there is no gradient (the weights are then restored).
         """
-        return self._advance(zero_grad, to_last=True)
-
-    @untraced
-    def _advance(self, zero_grad: bool = False, to_last: bool = False) -> Pass | None:
-        # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
-        grad_enabled = torch.is_grad_enabled()
-        try:
-            self._tell_followers(None)
-            gradients = gradients_of(self._params())
-            run: BegunStep | None = self._container["run"] or self._begin()
-            if run is None:
-                return None
-            waiting = run.waiting
-            kept = waiting is not None and waiting.kept
-            if not (to_last and waiting is not None and waiting.last):
-                if waiting is not None:
-                    self._refuse_no_gradient(gradients, run)
-                    goes_on = run.receive(gradients)
-                else:
-                    goes_on = self._make_combined_update(run, gradients)
-                self._make_updates(run, goes_on, not to_last)
-            self._tell_followers(self.waiting)
-        except BaseException:
-            torch.set_grad_enabled(grad_enabled)
-            self.restore()
-            raise
-        if zero_grad or kept:
-            self.zero_grad()
-        return self.waiting
+        return self.stepper.advance(zero_grad)
 
     def begin(self) -> Pass | None:
         """Begins a step, for drivers that hand each gradient over by :meth:`advance`. Clears the gradients.
@@ -316,14 +282,7 @@ class SharpnessAwareOptimizer(Updates):
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored).
         """
-        return self._begin_for("begin()")
-
-    @untraced
-    def _begin_for(self, action: str) -> Pass | None:
-        self._refuse_second_begin(action)
-        self._clear_leftovers()
-        self._begin(is_told_of_passes=True)
-        return self.waiting
+        return self.stepper.begin()
 
     def each_pass(self, step: Callable[[], object] | None = None) -> Iterator[Pass]:
         """Makes a step of any method in a loop whose body runs forward and backward for the pass it is given::
@@ -347,28 +306,29 @@ class SharpnessAwareOptimizer(Updates):
             StepOrderError: if a step is already begun (the weights are then restored), or ``step`` is of a wrapper that
                 has to be called in every pass.
         """
+        stepper, state = self.stepper, self.stepper.step
         wrapper = getattr(step, "__self__", None)
         # accelerate's wrapper knows its scaler.
-        self.refuse_scaler(getattr(wrapper, "scaler", None))
+        stepper.refuse_scaler(getattr(wrapper, "scaler", None))
         if takes_single_samples(wrapper):
             raise StepOrderError(
                 f"{type(wrapper).__name__} cannot make the update of each_pass(): it clips gradients of single "
                 f"samples, and has to do so in every pass. {WRAP_AROUND}"
             )
-        waiting = self._begin_for("each_pass()")
-        passes = None if waiting is None else self._container["run"].passes
+        waiting = stepper.begin("each_pass()")
+        run = state.run
         try:
             while waiting is not None:
                 yield waiting
-                self._container["step call"] = step
+                state.caller = step
                 try:
                     waiting = self.advance(zero_grad=True)
                 finally:
-                    self._container["step call"] = None
+                    state.caller = None
         finally:
             # A body that was left early leaves this step under way; another step is none of this loop's business.
-            if self.is_step_begun and self._container["run"].passes is passes:
-                makes_no_update = waiting is not None and waiting.last and self._has_gradients()
+            if run is not None and state.run is run:
+                makes_no_update = waiting is not None and waiting.last and stepper.has_gradients()
                 self.restore()
                 if makes_no_update:
                     warnings.warn(
@@ -377,77 +337,6 @@ class SharpnessAwareOptimizer(Updates):
                         "meant, call restore() before leaving.",
                         stacklevel=2,
                     )
-
-    @untraced
-    def _has_gradients(self) -> bool:
-        gradients = gradients_of(self._params())
-        return len(missing(gradients)) < len(gradients)
-
-    def _clear_leftovers(self) -> None:
-        """What a pass of a step before left behind would be added to the first gradient of this one."""
-        if self._has_gradients():
-            self.zero_grad()
-
-    def each_group(self) -> Iterator[PassGroup]:
-        """As :meth:`each_pass`, for drivers that run passes side by side; the body sets each group's ``gradients``.
-
-        Raises:
-            StepOrderError: if a step is already begun (the weights are then restored), or gradients are missing.
-        """
-        self._refuse_second_begin("each_group()")
-        self._clear_leftovers()
-        self._container["side by side"] = True
-        run: BegunStep | None = None
-        try:
-            run = self._begin(is_told_of_passes=True)
-            while run is not None:
-                group = PassGroup(run.expected)
-                yield group
-                if len(group.gradients) != len(group.passes):
-                    raise StepOrderError(f"{len(group.gradients)} gradients were given for {len(group.passes)} passes")
-                goes_on = True
-                self._tell_followers(None)
-                for gradients in group.gradients:
-                    self._refuse_no_gradient(gradients, run)
-                    goes_on = run.receive(gradients)
-                if not self._make_updates(run, goes_on):
-                    run = None
-                self._tell_followers(self.waiting)
-        finally:
-            self._container["side by side"] = False
-            if run is not None and self._container["run"] is run:
-                self.restore()
-
-    def first_step(self, zero_grad: bool = False) -> None:
-        """Perturbs the weights along the gradient in ``p.grad``.
-
-        With GradScaler the gradient may stay scaled: the perturbation does not depend on the scale. In a step of one
-        pass, of methods that have such steps, the gradient is not used: ``second_step()`` updates with its own, which
-        is right and costs the pass that other drivers save.
-
-        Raises:
-            StepOrderError: if a step is already begun (the weights are then restored), or there is no gradient.
-        """
-        self._refuse_second_begin("first_step()")
-        # Only second_step() makes updates, or GradScaler's step() in its place, which knows the gradient's scale.
-        self.advance_to_last(zero_grad)
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Restores the weights and updates them with the gradient in ``p.grad``; runs hooks as ``step()`` does.
-
-        Raises:
-            StepOrderError: if no step is begun.
-        """
-        if not self.is_step_begun:
-            raise StepOrderError("second_step() was called without first_step()")
-        if self.advance() is not None:
-            number = self._container["run"].number
-            self.restore()
-            raise StepOrderError(
-                f"second_step() was called after pass {number}, but the method needs more; drive it with each_pass()"
-            )
-        if zero_grad:
-            self.zero_grad()
 
     @overload
     def step(
@@ -504,138 +393,43 @@ class SharpnessAwareOptimizer(Updates):
                 the method needs one. Whatever is raised, also by a closure, the weights are then as they were before
                 the step, and gradients of its passes are cleared.
         """
+        stepper, state = self.stepper, self.stepper.step
         grad_enabled = torch.is_grad_enabled()
         try:
-            self._container["in step()"] = True
+            state.is_in_step_call = True
             if hasattr(self, "grad_scale"):
-                self._refuse_scaled_step()
-            if "descent" in self._container:
-                return self._descend_for_caller()
+                stepper.refuse_scaled_step()
+            if state.left is not None:
+                return stepper.make_left_update(state.left)
             if closure is None:
                 return self._finish()
-            self._refuse_amp_closure()
-            self._refuse_what_trainers_do_between(closure)
-            previous = previous_closure or self._container["previous closure"]
-            closures = {
+            closures.refuse_scaler(self)
+            closures.refuse_what_trainers_do_between(stepper, closure)
+            own = {
                 TRAIN: closure,
                 VALIDATION: validation_closure,
-                PREVIOUS: previous,
+                PREVIOUS: previous_closure or state.previous_closure,
                 MEMORY: memory_closure,
             }
-            custom = self.closure_runs if closure_runs is None else closure_runs
-            check_choice("closure_runs", custom, get_args(ClosureRuns))
-            loss = self._run_closures(closures, custom)
-            self._container["previous closure"] = closure if self.uses_previous_batch else None
+            runs = self.closure_runs if closure_runs is None else closure_runs
+            check_choice("closure_runs", runs, get_args(ClosureRuns))
+            loss = closures.run_closures(stepper, own, runs)
+            state.previous_closure = closure if self.uses_previous_batch else None
             return loss
         except BaseException:
             torch.set_grad_enabled(grad_enabled)
-            self._forget_amp_scaling()
+            # GradScaler removes its attributes only if step() returns; a later step must not find them.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
             self.restore()
             raise
         finally:
-            self._container["in step()"] = False
-
-    def _run_closures(self, closures: dict[str, Closure | None], closure_runs: ClosureRuns) -> Any:
-        draws = Draws(self.devices(), generators=self.generators)
-        losses: list[Any] = []
-        if not self.is_step_begun:
-            if closure_runs == "every_pass":
-                self._begin_for("step()")
-            else:
-                self.advance(zero_grad=True)
-        waiting = self.waiting
-        while waiting is not None:
-            chosen = closures.get(waiting.data)
-            if losses or waiting.may_be_empty:
-                self.zero_grad()
-            if chosen is None:
-                if not waiting.may_be_empty:
-                    raise StepOrderError(f"{type(self).__name__} needs a closure for the {waiting.data} batch as well")
-            else:
-                with draws.of(waiting.data, waiting.perturbed):
-                    loss = _call(chosen)
-                if isinstance(loss, Tensor) and loss.requires_grad and any(loss is other for other in losses):
-                    raise StepOrderError(_STALE_GRAPH)
-                losses.append(loss)
-            waiting = self.advance()
-        return losses[0] if losses else None
-
-    def _begin(self, is_told_of_passes: bool = False) -> BegunStep | None:
-        """Begins a step with the plan as it is; None if the method wants no gradient for it.
-
-        Args:
-            is_told_of_passes: the driver makes as many as are asked for, and not two whatever they are.
-        """
-        if _under_way:
-            self._refuse_shared_parameters()
-        self._container["report"] = StepReport()
-        kept: KeptState = self._container["method state"]
-        if kept.follow_shapes():
-            plans: PlanCache = self._container["plans"]
-            plans.plan.refresh()
-        self.catch_up()
-        _under_way.add(self)
-        try:
-            try:
-                is_short = is_told_of_passes and self.plain_steps_take_one_pass and self._is_plain_step()
-                passes = _plain_passes() if is_short else self.passes()
-                run = self._container["run"] = BegunStep(passes, type(self).__name__)
-            except StopIteration:
-                self._end()
-                return None
-            self._tell_followers(run.waiting)
-        except BaseException:
-            self.restore()
-            raise
-        return run
-
-    def _refuse_shared_parameters(self) -> None:
-        """Two perturbations of one weight would each take the other for the weight itself, and lose its update."""
-        own = {id(p) for p in self._params()}
-        for other in list(_under_way):
-            if other is not self and any(id(p) in own for group in other.param_groups for p in group["params"]):
-                raise StepOrderError(
-                    "a step was begun although that of another optimizer, which holds some of the same parameters, is "
-                    "not completed: their weights may be perturbed. Make one step after the other, or give the shared "
-                    "parameters to one optimizer alone. A step that was given up has to be restored: restore()"
-                )
-
-    def _end(self) -> None:
-        plans: PlanCache = self._container["plans"]
-        if plans.holds_copies:
-            raise StepOrderError(
-                f"passes() of {type(self).__name__} ended with the weights perturbed: it has to yield Update(...) "
-                "last, which takes them back. For a step without an update, call return_to_copies()"
-            )
-        self._container["run"] = None
-        _under_way.discard(self)
-        # Schedulers ask whether step() has come before them. A step that updates nothing (SAMPa's first, or one whose
-        # gradients are not finite) need not have called it, nor the base's.
-        self._opt_called = self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
-        self.remember_writes()
-
-    def catch_up(self, *, unseen: bool = False) -> None:
-        """Lets master weights follow what somebody else has written into the weights since the last step.
-
-        Every step begins with it. Elements that still are their masters' roundings keep them.
-
-        Args:
-            unseen: look at all weights, also at those that seem unchanged. What is written through ``p.data`` cannot
-                be seen.
-        """
-        plans: PlanCache = self._container["plans"]
-        plans.catch_up(unseen)
-
-    def remember_writes(self) -> None:
-        """Tells :meth:`catch_up` that what was written into the weights so far was a step of this optimizer."""
-        plans: PlanCache = self._container["plans"]
-        plans.remember_writes()
+            state.is_in_step_call = False
 
     def _finish(self) -> None:
-        run: BegunStep | None = self._container["run"]
-        if run is None:
-            if self._is_state_asked_for():
-                self._make_state()
+        if not self.is_step_begun:
+            if self._checkpoints.is_state_asked_for():
+                self._checkpoints.make_state()
                 return
             raise StepOrderError(
                 "step() without a closure completes a step, and none is begun. Call first_step() after the first "
@@ -643,105 +437,35 @@ class SharpnessAwareOptimizer(Updates):
                 "closure, so Lightning with precision='16-mixed' needs manual optimization.)"
             )
         if self.advance() is not None:
-            raise StepOrderError(
-                f"step() was called after pass {run.number}, but the method needs more; drive it with each_pass()"
-            )
+            self._refuse_more_passes("step()")
 
-    def _refuse_amp_closure(self) -> None:
-        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
-            raise StepOrderError(
-                "a closure cannot be used with GradScaler.step, which would see its scaled gradients too late. Call "
-                "backward and first_step(), backward again, then scaler.step(optimizer)."
-            )
+    def _refuse_more_passes(self, action: str) -> None:
+        run = self.stepper.step.run
+        assert run is not None
+        self.restore()
+        raise StepOrderError(
+            f"{action} was called after pass {run.number}, but the method needs more; drive it with each_pass()"
+        )
 
-    @untraced
-    def _refuse_what_trainers_do_between(self, closure: Closure) -> None:
-        accumulated = accumulated_by(closure)
-        if accumulated != 1:
-            raise InvalidSettingError(
-                f"Invalid accumulate_grad_batches: {accumulated}; with {type(self).__name__} in automatic optimization "
-                "it must be 1, since Lightning's closure runs the last micro-batch alone. Use manual optimization, and "
-                "run all micro-batches in each pass of each_pass()"
-            )
-        self._container["clips each pass"] = clips_each_pass(closure)
-        if not self.takes_scaled_gradients:
-            self._refuse_clipped_passes()
+    def combine_gradients(self) -> None:
+        """After the backward of a step's last pass: puts the gradient that the update will take into ``p.grad``.
 
-    def _refuse_clipped_passes(self) -> None:
-        if self._container["clips each pass"]:
-            raise InvalidSettingError(
-                f"{type(self).__name__} cannot be used with what clips the gradient of each pass, not the update's: "
-                "gradient_clip_val or a configure_gradient_clipping() of one's own in Lightning's automatic "
-                "optimization, GradientNormClipping in skorch. With Lightning use manual optimization, "
-                "combine_gradients() and clip_grad_norm_; with skorch clip in a step pre-hook"
-            )
+        For clipping by hand, and before GradScaler's ``unscale_``, with methods whose update combines gradients of
+        several passes: to clip the last one alone would change their weights against each other. The step's end,
+        ``second_step()`` or ``step()``, then takes what ``p.grad`` holds. Where the update takes the last gradient as
+        it is, nothing has to be done, and nothing is.
 
-    # ------------------------------------------------------------------ safety
-
-    @property
-    def is_step_begun(self) -> bool:
-        """Whether a step is under way; the weights may be perturbed then."""
-        return self._container["run"] is not None
-
-    @property
-    def waiting(self) -> Pass | None:
-        """The pass whose gradient the step under way waits for; None between steps."""
-        run: BegunStep | None = self._container["run"]
-        return None if run is None else run.waiting
-
-    @property
-    def last_step(self) -> StepReport:
-        """What the last step, or the one under way, did."""
-        report: StepReport = self._container["report"]
-        return report
-
-    def follow_passes(self, call: Callable[[Pass | None], None]) -> None:
-        """Calls back whenever a gradient is taken, or a step abandoned: with the pass that is wanted next.
-
-        None is for the end of a step, and may come before the call with the next pass of the same step.
+        Raises:
+            StepOrderError: before the last pass, or if there is no gradient (the weights are then restored).
         """
-        self._container["followers"].append(call)
+        self.stepper.combine_gradients()
 
-    def unfollow_passes(self, call: Callable[[Pass | None], None]) -> None:
-        """Undoes :meth:`follow_passes`."""
-        followers: list[Callable[[Pass | None], None]] = self._container["followers"]
-        if call in followers:
-            followers.remove(call)
-
-    @untraced
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's. By hand it is where a step begins: what forward passes have done before is none of its passes."""
-        super().zero_grad(set_to_none)
-        if not self.is_step_begun:
-            self._tell_followers(None)
-
-    def _tell_followers(self, waiting: Pass | None) -> None:
-        for call in self._container["followers"]:
-            call(waiting)
-
-    @untraced
     def restore(self) -> None:
         """Abandons a step under way: the weights are as they were before it, bit for bit, and gradients are cleared.
 
         They belong to a pass that is given up, and would be added to the next one's. Between steps nothing is done.
         """
-        run: BegunStep | None = self._container["run"]
-        self._container["run"] = None
-        _under_way.discard(self)
-        self._container.pop("descent", None)
-        self._container["post hooks due"] = None
-        self._tell_followers(None)
-        # A generator that is running is the one that the exception comes from, and ends by it.
-        if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:
-            run.passes.close()
-        plans: PlanCache = self._container["plans"]
-        if plans.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            plans.forget_copies()  # nothing has been done yet, so nothing is to be undone
-        elif run is not None or plans.holds_copies:
-            self.return_to_copies()
-            plans.remember_writes()
-        if run is not None:
-            self.zero_grad()
+        self.stepper.restore()
 
     @contextmanager
     def restore_on_error(self) -> Iterator[None]:
@@ -752,6 +476,29 @@ class SharpnessAwareOptimizer(Updates):
             self.restore()
             self.zero_grad()
             raise
+
+    @untraced
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's."""
+        super().zero_grad(set_to_none)
+        self.stepper.gradients_are_cleared()
+
+    # ------------------------------------------------------------------ where training stands
+
+    @property
+    def is_step_begun(self) -> bool:
+        """Whether a step is under way; the weights may be perturbed then."""
+        return self.stepper.step.run is not None
+
+    @property
+    def waiting(self) -> Pass | None:
+        """The pass whose gradient the step under way waits for; None between steps."""
+        return self.stepper.waiting
+
+    @property
+    def last_step(self) -> StepReport:
+        """What the last step, or the one under way, did."""
+        return self.stepper.step.report
 
     def watch(self, model: nn.Module) -> RemovableHandle:
         """From now on ``model.state_dict()`` holds the weights themselves, also in the middle of a step.
@@ -767,39 +514,192 @@ class SharpnessAwareOptimizer(Updates):
         handle: RemovableHandle = model.register_state_dict_post_hook(UnperturbedEntries(self))
         return handle
 
-    def _refuse_second_begin(self, action: str) -> None:
-        if self.is_step_begun:
-            self.restore()
-            raise StepOrderError(
-                f"{action} was called although a step was begun and not completed. The weights have been restored to "
-                "what they were before that step, and the gradients cleared; begin again. After an exception in the "
-                "second pass, call restore(), or run that pass within restore_on_error()."
+    def catch_up(self, *, unseen: bool = False) -> None:
+        """Lets master weights follow what somebody else has written into the weights since the last step.
+
+        Every step begins with it. Elements that still are their masters' roundings keep them.
+
+        Args:
+            unseen: look at all weights, also at those that seem unchanged. What is written through ``p.data`` cannot
+                be seen.
+        """
+        self._plans.catch_up(unseen)
+
+    def devices(self) -> set[torch.device]:
+        """Of the parameters."""
+        return {param.device for group in self.param_groups for param in group["params"]}
+
+    # ------------------------------------------------------------------ groups and state
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """Makes the updates. It stays what it was made or given as; whatever it has can be changed.
+
+        Raises:
+            InvalidSettingError: if another one is assigned.
+        """
+        return self._base
+
+    @base_optimizer.setter
+    def base_optimizer(self, base: Any) -> None:
+        if base is not self._base:
+            name, own = type(self).__name__, type(self._base).__name__
+            raise InvalidSettingError(
+                f"base_optimizer of {name} cannot be replaced, by {type(base).__name__} neither: everything here is "
+                f"made for {own}. Make another optimizer, {name}(params, {type(base).__name__}, ...), and go on with "
+                "that"
             )
 
-    def _refuse_scaled_step(self) -> None:
-        obstacle = self.obstacle_to_grad_scaler()
-        if obstacle is not None:
-            raise StepOrderError(obstacle)
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's groups, with this method's settings added."""
+        return self._base.param_groups
 
-    def _forget_amp_scaling(self) -> None:
-        """GradScaler removes its attributes only if step() returns; a later step must not find them."""
-        self.__dict__.pop("grad_scale", None)
-        self.__dict__.pop("found_inf", None)
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's state, and among a parameter's entries what the method keeps for it.
+
+        Names of the latter begin with ``sam_optim_``. Masters can be read there, and are set by ``load_state_dict()``.
+        """
+        return self._checkpoints.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._checkpoints.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base optimizer, with the ``defaults`` of both where it does not say otherwise.
+
+        Groups that were added to the base optimizer itself, or to ``param_groups``, get them when the next step begins.
+
+        Raises:
+            StepOrderError: in the middle of a step.
+            InvalidSettingError: for a setting out of range. What is refused, by the base too, changes nothing.
+        """
+        self.stepper.refuse_mid_step("add_param_group() was called")
+        groups.add(self, param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Base and method state, loadable by the plain base optimizer too. The perturbation is never part of it.
+
+        What the method keeps for a parameter, and its master, stand among the base's entries for it, under names that
+        begin with ``sam_optim_``; for parameters without state of the base they are in ``"method_state"``.
+
+        Raises:
+            StepOrderError: in the middle of a step, once it has changed anything.
+        """
+        return self._checkpoints.save()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this optimizer or of the plain base optimizer; all of it, or nothing if it raises.
+
+        Settings of the method that it lacks stay as they are. Copies of weights, as other SAM classes leave them in
+        their state, are left out.
+
+        Raises:
+            StepOrderError: in the middle of a step.
+            ValueError: for another number of groups or parameters, or other shapes.
+        """
+        self._checkpoints.load(state_dict)
+
+    def _params(self) -> list[Tensor]:
+        base_groups = self._base.param_groups
+        are_known = same_objects(
+            base_groups if type(base_groups) is list else list(base_groups), self._plans.known_groups
+        )
+        if not are_known:
+            groups.complete_all(self)
+        params = self._plans.update(base_groups, self.geometry_of, self.is_perturbed_group).params
+        if not are_known:
+            self._checkpoints.adopt_kept(params)
+        return params
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.stepper.refuse_mid_step("the optimizer was copied or pickled")
+        # As by torch, hooks stay behind: they are bound to what they were made for.
+        own = {k: v for k, v in self.__dict__.items() if k not in _NOT_PICKLED and not _are_hooks(k)}
+        return {**own, **self._checkpoints.pickled()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        kept: dict[str, Any] = {name: state.pop(name) for name in ("method state", "masters") if name in state}
+        if "base_optimizer" in state:  # of an older version
+            state["_base"] = state.pop("base_optimizer")
+        super().__setstate__(state)
+        self._make_parts()
+        self._checkpoints.watch_base()
+        self._checkpoints.unpickled(kept)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.process_group is not None:
+            raise TypeError(
+                "an optimizer with a process_group cannot be pickled, since a process group belongs to its process: "
+                "save its state_dict(), and load that into an optimizer made with the group of the other process"
+            )
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.counts_in_norm is not None:
+            raise TypeError(
+                "an optimizer with counts_in_norm cannot be copied, since that speaks of its own parameters: make "
+                "another optimizer for the copied model, and load this one's state_dict()"
+            )
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    # ------------------------------------------------------------------ what a base may have besides
+
+    @property
+    def train(self) -> Callable[[], None]:
+        """``train()`` of a base optimizer that has two modes, as schedule-free ones do; missing where it has none.
+
+        Raises:
+            StepOrderError: if called in the middle of a step, unless it changes nothing.
+        """
+        return self._switch("train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """As :attr:`train`; the model then holds the weights that are to be evaluated and saved."""
+        return self._switch("eval")
+
+    def _switch(self, mode: str) -> Callable[[], None]:
+        switch = getattr(self._base, mode, None)
+        if not callable(switch):
+            base = type(self._base).__name__
+            raise AttributeError(f"{type(self).__name__} has no {mode}(): its base optimizer {base} has none")
+
+        def change() -> None:
+            # Hugging Face's Trainer calls train() before each micro-batch, of every pass.
+            if not self.stepper.is_as_if_not_begun():
+                if mode == "train" and self._mode == ["train"] and self.is_step_begun:
+                    return
+                self.stepper.refuse_mid_step(f"{mode}() was called")
+            switch()
+            self._mode[:] = [mode]
+
+        return change
+
+    def _patch_step_function(self) -> None:
+        # torch would wrap a step() of a subclass, which calls the one here, and the hooks would run twice.
+        cls: Any = type(self)
+        if not getattr(cls.step, "hooked", False):
+            cls.step.hooked = True
+        super()._patch_step_function()
 
 
-def _plain_passes() -> Passes:
-    """The base optimizer's step."""
-    g = yield Pass(last=True)
-    yield Update(g)
+# What is made anew, or bound to what it was made for.
+_PARTS = ("stepper", "_plans", "_base_update", "_kept", "_checkpoints", "_mode")
+_NOT_PICKLED = frozenset((*_PARTS, "step", "grad_scale", "found_inf", "generators"))
 
 
-def _call(closure: Closure) -> Any:
-    try:
-        with torch.enable_grad():
-            return closure()
-    except RuntimeError as error:
-        if "backward through the graph a second time" in str(error):
-            raise StepOrderError(_STALE_GRAPH) from error
-        if "modified by an inplace operation" in str(error):
-            error.add_note(f"If the tensor is a weight, {_STALE_GRAPH}")
-        raise
+def _are_hooks(attribute: str) -> bool:
+    return attribute.startswith("_optimizer_") and attribute.endswith("_hooks")

@@ -13,7 +13,7 @@ from sam_kernels import Peers, Plan, Snapshot
 from sam_kernels.host import same_objects
 from sam_kernels.layouts import Layout
 from sam_kernels.memory import sharing
-from sam_kernels.sharding import is_flat_shard
+from sam_kernels.sharding import is_distributed, is_flat_shard
 from sam_kernels.snapshot import TAKEN
 
 from .construction import names_of
@@ -42,6 +42,7 @@ class PlanCache:
     ) -> None:
         self._process_group, self._is_counted = process_group, is_counted
         self.has_masters = has_masters
+        self.known_groups: list[Group] = []  # that have all settings
         self._waiting_masters: Sequence[Tensor | None] | None = None  # for a snapshot that is not made yet
         self._known_writes: list[tuple[int, int]] = []
         self._key: list[Any] | None = None
@@ -232,6 +233,26 @@ class PlanCache:
         if not unreadable:
             return point.params
         return [self.plan.params[i] if i in unreadable else own for i, own in enumerate(point.params)]
+
+    def weights_to_restore(self) -> dict[int, Tensor]:
+        """In the middle of a step: copies of the weights that it will restore, by the identities of their parameters.
+
+        Raises:
+            StepOrderError: where a perturbed parameter is a DTensor, of whose weights this rank has a part.
+        """
+        if not self.holds_copies:
+            return {}
+        found = {}
+        for index, flag in enumerate(self.snapshot.taken):
+            if flag & TAKEN:
+                param = self.plan.params[index]
+                if is_distributed(param):
+                    raise StepOrderError(
+                        "the weights of a sharded model were asked for in the middle of a step, while they are "
+                        "perturbed; complete it with second_step() or abandon it with restore() first"
+                    )
+                found[id(param)] = self.snapshot.tensors[index].detach().to(param.dtype, copy=True)
+        return found
 
     def forget_copies(self) -> None:
         """Discards the copies without restoring them."""

@@ -24,8 +24,8 @@ def runs_its_own_hooks(step: Step) -> Step:
 
     @functools.wraps(step)
     def recorded_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = self._container["step arguments"]
-        self._container["step arguments"] = ((self, *args), kwargs)
+        state = self.stepper.step
+        before, state.arguments = state.arguments, ((self, *args), kwargs)
         try:
             with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
                 result = step(self, *args, **kwargs)
@@ -35,7 +35,7 @@ def runs_its_own_hooks(step: Step) -> Step:
             self.restore()
             raise
         finally:
-            self._container["step arguments"] = before
+            state.arguments = before
 
     recorded_step.hooked = True  # type: ignore[attr-defined]
     return cast(Step, recorded_step)

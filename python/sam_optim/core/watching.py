@@ -26,7 +26,7 @@ class UnperturbedEntries:
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is None or not optimizer.is_step_begun:
             return
-        unperturbed = optimizer.unperturbed_weights()
+        unperturbed = optimizer._plans.weights_to_restore()
         for name, param in module.named_parameters(remove_duplicate=False):
             weight = unperturbed.get(id(param))
             if weight is not None and prefix + name in state_dict:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
-from ..core.optimizer import ClosureRuns
 from ..core.passes import Gradients, Pass, Passes, Update
 from ..core.settings import Adaptive, check_number, handed_on
 from .scheduled import OccasionalSAM

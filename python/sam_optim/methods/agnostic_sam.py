@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON, RuleLike
 
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
-from ..core.optimizer import ClosureRuns
 from ..core.passes import VALIDATION, Pass, Passes, Update
 from ..core.settings import Adaptive, check_choice, check_number, handed_on, is_zero, radius
 from .sam import SAM

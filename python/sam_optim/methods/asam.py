@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
-from ..core.optimizer import ClosureRuns
 from ..core.settings import Adaptive, handed_on
 from .sam import SAM
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON, Deflected
 
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
-from ..core.optimizer import ClosureRuns
 from ..core.passes import Pass, Passes, Update
 from ..core.settings import Adaptive, check_number, handed_on
 from .sam import SAM

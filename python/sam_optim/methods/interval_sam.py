@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.errors import InvalidSettingError
-from ..core.optimizer import ClosureRuns
 from ..core.settings import Adaptive, as_whole, check_number, handed_on, whole_number
 from .scheduled import ScheduledSAM
 

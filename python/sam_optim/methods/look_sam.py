@@ -11,8 +11,8 @@ from torch import Tensor
 from sam_kernels.ops import apply_rule
 from sam_kernels.rules import NORM_EPSILON
 
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
-from ..core.optimizer import ClosureRuns
 from ..core.passes import Gradients, Pass, Passes, Update
 from ..core.settings import Adaptive, check_number, handed_on, whole_number
 from .sam import SAM
@@ -83,9 +83,9 @@ class LookSAM(SAM):
 
     def _keep_direction(self, g_plus: Gradients, g: Gradients) -> None:
         direction = self.method_state("direction")
-        plan = self._container["plans"].without_geometry  # which knows of ranks that hold other parameters
+        plan = self._plans.without_geometry  # which knows of ranks that hold other parameters
         report = apply_rule(_orthogonal, [g_plus, g], plan, backend=self.backend)
-        self.combine_into(direction, [g_plus, g], report.coefficients)
+        self.store_combination(direction, [g_plus, g], report.coefficients)
 
     def _reuse(self, gram: Tensor) -> Tensor:
         """(1, alpha abs(g) / abs(u))."""

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.errors import InvalidSettingError, StepOrderError
-from ..core.optimizer import ClosureRuns
 from ..core.passes import Gradients, Pass, Passes, Update
 from ..core.settings import Adaptive, handed_on
 from .sam import SAM

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON, Normalized
 
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.errors import InvalidSettingError
-from ..core.optimizer import ClosureRuns, SharpnessAwareOptimizer
+from ..core.optimizer import SharpnessAwareOptimizer
 from ..core.passes import Pass, Passes, Update
 from ..core.settings import Adaptive, check_choice, check_number, is_zero, radius
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
 from ..core.base_update import FusedState
+from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
-from ..core.kept import KeptState
-from ..core.optimizer import ClosureRuns
-from ..core.passes import PREVIOUS, Gradients, Pass, Passes, Update
+from ..core.passes import PREVIOUS, Pass, Passes, Update
 from ..core.settings import Adaptive, check_choice, check_number, handed_on
 from .sam import SAM
 
@@ -86,21 +84,13 @@ class SAMPa(SAM):
 
     def passes(self) -> Passes:
         if not self.has_method_state(_Y_GRADIENT):
-            if self.warm_start == "gradient":
-                self._keep((yield Pass(kept=True, last=True)))
-            else:
-                params, unreadable = self._params(), self._container["plans"].plan.unreadable
-                self._keep(
-                    [
-                        None if i in unreadable else torch.zeros_like(p, requires_grad=False)
-                        for i, p in enumerate(params)
-                    ]
-                )
+            first = (yield Pass(kept=True, last=True)) if self.warm_start == "gradient" else self.zero_gradients()
+            self.set_method_state(_Y_GRADIENT, first)
             return
         g_y = self.method_state(_Y_GRADIENT)
         if self.runs_side_by_side:
-            tilde = self.ascended(g_y, rule=self._rule, scale=self._radii())
-            ahead = self.looked_ahead(g_y)
+            tilde = self.ascent_point(g_y, rule=self._rule, scale=self._radii())
+            ahead = self.look_ahead_point(g_y)
             g_tilde, g_y_next = yield [
                 Pass(PREVIOUS, perturbed=True, kept=True, weights=tilde),
                 Pass(kept=True, last=True, weights=ahead),
@@ -111,24 +101,13 @@ class SAMPa(SAM):
             self.look_ahead(g_y)
             g_y_next = yield Pass(kept=True, last=True)
         yield Update(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
-        self._keep(g_y_next)
+        self.set_method_state(_Y_GRADIENT, g_y_next)
 
     def obstacle_to_side_by_side(self) -> str | None:
         if not FusedState.supports(self.base_optimizer):
             base = type(self.base_optimizer).__name__
             return f"SAMPa's passes cannot run side by side with {base}, which can look ahead in the model itself alone"
         return super().obstacle_to_side_by_side()
-
-    def _keep(self, gradients: Gradients) -> None:
-        new = [None if g is None else g.detach() for g in gradients]
-        state = self.method_state(_Y_GRADIENT)
-        kept: KeptState = self._container["method state"]
-        kept.forget_others(_Y_GRADIENT)  # of a step before this one
-        if self.keeps_state_in_place and [g is None for g in new] == [g is None for g in state]:
-            pairs = [(old, g) for old, g in zip(state, new, strict=True) if old is not None and g is not None]
-            torch._foreach_copy_([old for old, _ in pairs], [g for _, g in pairs])
-        else:
-            state[:] = new
 
     def _is_plain_step(self) -> bool:
         return self.lam == 0.0 and super()._is_plain_step()

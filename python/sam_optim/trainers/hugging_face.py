@@ -52,7 +52,7 @@ class SharpnessAwareTrainerMixin(WindowedPasses):
         make_step = super().training_step  # type: ignore[misc]
         if optimizer is not None and not self._window:
             self._refuse_what_hides_parameters(optimizer)
-            optimizer.refuse_scaler(self.accelerator.scaler)  # type: ignore[attr-defined]
+            optimizer.stepper.refuse_scaler(self.accelerator.scaler)  # type: ignore[attr-defined]
         loss: Tensor = (
             make_step(model, inputs, *more, **named)
             if optimizer is None

@@ -41,7 +41,7 @@ def sharpness_aware(optimizer: Any) -> SharpnessAwareOptimizer | None:
     seen: set[int] = set()
     while optimizer is not None and id(optimizer) not in seen:
         # A wrapper may pretend to be of the class that it wraps: what has steps of its own is not one.
-        if isinstance(optimizer, SharpnessAwareOptimizer) and "_container" in vars(optimizer):
+        if isinstance(optimizer, SharpnessAwareOptimizer) and "stepper" in vars(optimizer):
             return optimizer
         seen.add(id(optimizer))
         optimizer = getattr(optimizer, "optimizer", None)
@@ -118,13 +118,13 @@ class WindowedPasses:
             )
         while waiting is not None and waiting.data != TRAIN and not waiting.last:
             self._run(waiting, optimizer, run, ())
-            waiting = optimizer.advance_to_last(zero_grad=True)
+            waiting = optimizer.stepper.advance(zero_grad=True, to_last=True)
 
     def _to_the_last_pass(self, optimizer: SharpnessAwareOptimizer, run: Run, window: Sequence[MicroBatch]) -> None:
         """From the gradient of the window's first pass to what the update is made of."""
         waiting = optimizer.waiting
         while waiting is not None and not waiting.last:
-            waiting = optimizer.advance_to_last(zero_grad=True)
+            waiting = optimizer.stepper.advance(zero_grad=True, to_last=True)
             if waiting is not None:
                 self._run(waiting, optimizer, run, window)
         optimizer.combine_gradients()  # what the trainer clips and unscales

@@ -103,7 +103,7 @@ class SharpnessAwareHook(Hook, WindowedPasses):  # type: ignore[misc]
                 freezing.remove()
 
     def _train_step(self, train_step: Callable[..., Any], optimizer: SharpnessAwareOptimizer, data: Any) -> Any:
-        optimizer.refuse_scaler(getattr(self._wrapper, "loss_scaler", None))
+        optimizer.stepper.refuse_scaler(getattr(self._wrapper, "loss_scaler", None))
         passing = _WithoutUpdate(self._wrapper)
         logged = self._take(
             optimizer,

@@ -17,9 +17,9 @@ from sam_kernels.graphs import owned_by
 from sam_kernels.host import forget_old_weights
 
 from ..core.errors import InvalidSettingError
-from ..core.moves import StepReport
 from ..core.optimizer import SharpnessAwareOptimizer
 from ..core.randomness import Draws
+from ..core.report import StepReport
 from .batches import is_single_value
 
 # Steps that are made one kernel at a time before the first is recorded: state comes into being, libraries choose.
@@ -165,11 +165,11 @@ class CapturedSteps:
     ) -> None:
         self._optimizer, self._device, self._make_step, self._recorder = optimizer, device, make_step, recorder
         self._recorded: OrderedDict[Any, _Recorded] = OrderedDict()
-        self._warm, self._loads = 0, optimizer.loads
+        self._warm, self._loads = 0, optimizer.stepper.loads
         self._has_warned = False
         self._last_seed: int | None = None
         self.is_recording = False
-        optimizer.keep_state_in_place()
+        optimizer.stepper.keep_state_in_place()
 
     @property
     def count(self) -> int:
@@ -178,8 +178,8 @@ class CapturedSteps:
 
     def step(self, batches: dict[str, Any]) -> Any:
         """A step, by a graph after the first ``WARMUP_STEPS``; one is made without it after state has been loaded."""
-        if self._optimizer.loads != self._loads:
-            self._loads = self._optimizer.loads
+        if self._optimizer.stepper.loads != self._loads:
+            self._loads = self._optimizer.stepper.loads
             if self._recorded:
                 self._recorder.wait()  # for those that still read what is dropped now
                 self._recorded.clear()
@@ -204,8 +204,7 @@ class CapturedSteps:
         # A replay writes where nobody looks: autograd and autocast are told, and the last step's report is read anew.
         increment_version([p for group in self._optimizer.param_groups for p in group["params"]])
         forget_old_weights()
-        self._optimizer.remember_writes()
-        self._optimizer.report_again(found.report)
+        self._optimizer.stepper.replayed(found.report)
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)
 
     def _record(self, leaves: list[Any], structure: Any) -> _Recorded:

@@ -473,7 +473,7 @@ def freeze_in_perturbed_passes(
     _registrations.begin()
     freezing = _Freezing(model, rule, is_on=False)
     freezing.follow(optimizer.waiting)
-    optimizer.follow_passes(freezing.follow)
+    optimizer.stepper.follow_passes(freezing.follow)
     return _Handle(optimizer, freezing)
 
 
@@ -484,5 +484,5 @@ class _Handle(RemovableHandle):
     def remove(self) -> None:
         optimizer = self._optimizer()
         if optimizer is not None:
-            optimizer.unfollow_passes(self._freezing.follow)
+            optimizer.stepper.unfollow_passes(self._freezing.follow)
         self._freezing.end()

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sam_kernels.host import forget_old_weights, same_objects
-from sam_kernels.rules import Fixed, RuleLike
-from sam_kernels.scales import Scale
 from sam_kernels.sharding import is_distributed
 
+from ..core.base_update import added
 from ..core.errors import InvalidSettingError, StepOrderError
 from ..core.optimizer import SharpnessAwareOptimizer
-from ..core.passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass
+from ..core.passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Update
 from ..core.randomness import Draws, RandomState
 from .arguments import check_functions, check_modules, check_settings, check_validation, loss_of
 from .batches import Share, Split, Weight, containers_kept, split_batch, split_off, weighed_parts
@@ -129,7 +128,7 @@ class TrainStep:
                 f"{type(optimizer).__name__} has no perturbation of its own for each micro-batch, or its class does "
                 "not say perturbs_micro_batches = True beside passes()"
             )
-        obstacle = optimizer.obstacle_to_grad_scaler()
+        obstacle = optimizer.stepper.obstacle_to_grad_scaler()
         if obstacle is not None and scaler is not None and scaler.is_enabled():
             raise InvalidSettingError(obstacle)
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
@@ -382,7 +381,7 @@ class _Step:
     """One step under way."""
 
     def __init__(self, owner: TrainStep, batches: dict[str, Any], draws: Draws | CapturedDraws) -> None:
-        self.owner, self.optimizer = owner, owner.optimizer
+        self.owner, self.optimizer, self.stepper = owner, owner.optimizer, owner.optimizer.stepper
         self._batches, self._draws = batches, draws
         self._starts: dict[str, Start] = {}  # of the pass on each batch that statistics learn from
         self._outputs: list[tuple[Share, Any]] = []  # of the training batch's first pass: weights and results
@@ -396,13 +395,13 @@ class _Step:
     def whole_batch(self) -> None:
         count = self.owner.micro_batches
         parts = {name: self._parts(batch, count) for name, batch in self._batches.items() if batch is not None}
-        with self.optimizer.descents_to(self._finish):
+        with self.stepper.updates_to(self._finish):
             if self.owner._lanes is None:
                 for p in self.optimizer.each_pass():
                     with self.optimizer.restore_on_error():
                         self._run(p, self._of(parts, p))
             else:
-                for group in self.optimizer.each_group():
+                for group in self.stepper.each_group():
                     group.gradients = self._run_group(group.passes, parts, self.owner._lanes)
 
     def each_micro_batch_by_itself(self) -> None:
@@ -416,14 +415,14 @@ class _Step:
             own[TRAIN] = [(1.0, part)]
             self._draws.begin_part()
             self._has_output = False
-            with self.optimizer.descents_to(self._add_to_sum(share)):
+            with self.stepper.updates_to(self._add_to_sum(share)):
                 for p in self.optimizer.each_pass():
                     with self.optimizer.restore_on_error():
                         self._run(p, self._of(own, p), share)
         self._look_at_means([share for share, _ in train])
         if self._is_finite:
             assert self._sum is not None
-            self._finish([self._sum], _FIXED, 1.0)
+            self._finish(Update(self._sum))
 
     def result(self) -> Any:
         """Of the unperturbed pass on the training batch; None if there was none."""
@@ -550,29 +549,30 @@ class _Step:
 
     # ------------------------------------------------------------------ descents
 
-    def _finish(self, lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> None:
-        """The real descent, with clipping and GradScaler."""
+    def _finish(self, update: Update) -> None:
+        """Makes the update, with clipping and GradScaler."""
         owner, optimizer = self.owner, self.optimizer
         if owner.max_grad_norm is not None:
-            clipped = self._clipped(lists, rule, scale)
+            clipped = self._clipped(update)
             if clipped is None:
                 optimizer.return_to_copies()
                 return
-            lists, rule, scale = [clipped], _FIXED, 1.0
+            update = Update(clipped)
         if owner.scaler is None or not owner.scaler.is_enabled():
-            optimizer.descend(*lists, rule=rule, scale=scale)
+            self.stepper.update(update)
             return
         # GradScaler looks for infinities in p.grad; the sum has one wherever a list has one.
-        checked = lists[0] if len(lists) == 1 else optimizer.combined(lists)
+        lists = update.lists
+        checked = lists[0] if len(lists) == 1 else self.stepper.combination(Update(*lists))
         assert checked is not None
         self._put_into_grad(checked)
         scaler = owner.scaler
-        optimizer.descend_through(lambda: scaler.step(optimizer), *lists, rule=rule, scale=scale)
+        self.stepper.update_through(lambda: scaler.step(optimizer), update)
         scaler.update()
 
-    def _clipped(self, lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> Gradients | None:
+    def _clipped(self, update: Update) -> Gradients | None:
         owner, optimizer = self.owner, self.optimizer
-        gradients = optimizer.writable_gradient(lists, rule, scale)
+        gradients = self.stepper.writable_gradient(update)
         if gradients is None:
             return None
         self._put_into_grad(gradients)
@@ -592,25 +592,22 @@ class _Step:
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
 
-    def _add_to_sum(self, share: Share) -> Callable[[Sequence[Gradients], RuleLike, Scale], None]:
+    def _add_to_sum(self, share: Share) -> Callable[[Update], None]:
         """Adds a micro-batch's share of the final gradient, and goes back to the weights themselves."""
 
-        def handler(lists: Sequence[Gradients], rule: RuleLike, scale: Scale) -> None:
+        def handler(update: Update) -> None:
             optimizer = self.optimizer
-            gradients = optimizer.combined(lists, rule, scale)
+            gradients = self.stepper.combination(update)
             optimizer.return_to_copies()
             if gradients is None:
                 self._is_finite = False
             elif isinstance(share, Tensor):
                 own = [None if g is None else g * share for g in gradients]
-                self._sum = optimizer.added(self._sum, own, 1.0)
+                self._sum = added(self._sum, own, 1.0, optimizer.backend)
             else:
-                self._sum = optimizer.added(self._sum, gradients, share)
+                self._sum = added(self._sum, gradients, share, optimizer.backend)
 
         return handler
-
-
-_FIXED = Fixed()
 
 
 @contextmanager

@@ -1,0 +1,511 @@
+"""How a step is made: drivers begin it, hand its gradients over, and have its update made, combined or abandoned."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+
+from sam_kernels.host import gradients as gradients_of
+from sam_kernels.host import missing, same_objects
+
+from . import updating
+from .base_update import combined_gradient
+from .begun_step import BegunStep, refuse_overwritten, versions_of
+from .compiling import untraced
+from .errors import InvalidSettingError, StepOrderError
+from .passes import FIXED, Gradients, Pass, Passes, PassGroup, Update
+from .report import StepReport
+from .step_state import LeftUpdate, StepState, UpdateHandler
+
+if TYPE_CHECKING:
+    from .optimizer import SharpnessAwareOptimizer
+
+Follower = Callable[[Pass | None], None]
+
+# Those in the middle of a step; mostly none.
+_under_way: WeakSet[Stepper] = WeakSet()
+
+
+class Stepper:
+    """The side of an optimizer that drivers talk to: its own methods, :class:`TrainStep`, the glue for trainers.
+
+    It holds the optimizer weakly, since that holds it: what an optimizer holds is given back when it goes.
+
+    Attributes:
+        step: the state of the step under way.
+    """
+
+    __slots__ = ("__weakref__", "_followers", "_owner", "step")
+
+    def __init__(self, optimizer: SharpnessAwareOptimizer) -> None:
+        self._owner = weakref.ref(optimizer)
+        self._followers: list[Follower] = []
+        self.step = StepState()
+
+    @property
+    def optimizer(self) -> SharpnessAwareOptimizer:
+        """Whose steps these are."""
+        optimizer = self._owner()
+        assert optimizer is not None, "the optimizer is gone"
+        return optimizer
+
+    @property
+    def waiting(self) -> Pass | None:
+        """The pass whose gradient the step under way waits for; None between steps."""
+        run = self.step.run
+        return None if run is None else run.waiting
+
+    # ------------------------------------------------------------------ gradients
+
+    @untraced
+    def begin(self, action: str = "begin()") -> Pass | None:
+        """Begins a step, for drivers that hand each gradient over by :meth:`advance`. Clears the gradients.
+
+        Args:
+            action: what was called, for messages.
+
+        Returns:
+            The pass whose gradient the method wants first; None if it wants none for this step, which is over then.
+
+        Raises:
+            StepOrderError: if a step is already begun (the weights are then restored).
+        """
+        self.refuse_second_begin(action)
+        self._clear_leftovers()
+        self._begin(is_told_of_passes=True)
+        return self.waiting
+
+    @untraced
+    def advance(self, zero_grad: bool = False, to_last: bool = False) -> Pass | None:
+        """Hands ``p.grad`` to the method as the gradient it waits for; begins a step if none is begun.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+            to_last: leave a step's last gradient where it is, for drivers that leave the update to ``step()``.
+
+        Returns:
+            The pass whose gradient the method wants next, or None if the step is complete. With ``to_last`` that is
+            the one that it wants now where that is the last.
+
+        Raises:
+            StepOrderError: if there is no gradient, or if, with ``to_last``, the method makes its update although no
+                pass was said to be the last. The weights are then restored.
+        """
+        optimizer, step = self.optimizer, self.step
+        # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
+        grad_enabled = torch.is_grad_enabled()
+        try:
+            self._tell(None)
+            gradients = gradients_of(optimizer._params())
+            run = step.run or self._begin()
+            if run is None:
+                return None
+            waiting = run.waiting
+            kept = waiting is not None and waiting.kept
+            if not (to_last and waiting is not None and waiting.last):
+                if waiting is not None:
+                    self._refuse_no_gradient(gradients, run)
+                    goes_on = run.receive(gradients)
+                else:
+                    goes_on = self._make_combined_update(run, gradients)
+                self._make_updates(run, goes_on, not to_last)
+            self._tell(self.waiting)
+        except BaseException:
+            torch.set_grad_enabled(grad_enabled)
+            self.restore()
+            raise
+        if zero_grad or kept:
+            optimizer.zero_grad()
+        return self.waiting
+
+    def each_group(self) -> Iterator[PassGroup]:
+        """As :meth:`each_pass`, for drivers that run passes side by side; the body sets each group's ``gradients``.
+
+        Raises:
+            StepOrderError: if a step is already begun (the weights are then restored), or gradients are missing.
+        """
+        self.refuse_second_begin("each_group()")
+        self._clear_leftovers()
+        step = self.step
+        step.runs_side_by_side = True
+        run: BegunStep | None = None
+        try:
+            run = self._begin(is_told_of_passes=True)
+            while run is not None:
+                group = PassGroup(run.expected)
+                yield group
+                if len(group.gradients) != len(group.passes):
+                    raise StepOrderError(f"{len(group.gradients)} gradients were given for {len(group.passes)} passes")
+                goes_on = True
+                self._tell(None)
+                for gradients in group.gradients:
+                    self._refuse_no_gradient(gradients, run)
+                    goes_on = run.receive(gradients)
+                if not self._make_updates(run, goes_on):
+                    run = None
+                self._tell(self.waiting)
+        finally:
+            step.runs_side_by_side = False
+            if run is not None and step.run is run:
+                self.restore()
+
+    def _begin(self, is_told_of_passes: bool = False) -> BegunStep | None:
+        """Begins a step with the plan as it is; None if the method wants no gradient for it.
+
+        Args:
+            is_told_of_passes: the driver makes as many as are asked for, and not two whatever they are.
+        """
+        optimizer, step = self.optimizer, self.step
+        plans = optimizer._plans
+        if _under_way:
+            self._refuse_shared_parameters()
+        step.report = StepReport()
+        if optimizer._kept.follow_shapes():
+            plans.plan.refresh()
+        plans.catch_up()
+        _under_way.add(self)
+        try:
+            is_short = is_told_of_passes and optimizer.plain_steps_take_one_pass and optimizer._is_plain_step()
+            passes = _plain_passes() if is_short else optimizer.passes()
+            try:
+                run = step.run = BegunStep(passes, type(optimizer).__name__)
+            except StopIteration:
+                self._end()
+                return None
+            self._tell(run.waiting)
+        except BaseException:
+            self.restore()
+            raise
+        return run
+
+    def _end(self) -> None:
+        optimizer = self.optimizer
+        plans = optimizer._plans
+        if plans.holds_copies:
+            raise StepOrderError(
+                f"passes() of {type(optimizer).__name__} ended with the weights perturbed: it has to yield Update(...) "
+                "last, which takes them back. For a step without an update, call return_to_copies()"
+            )
+        self.step.run = None
+        _under_way.discard(self)
+        # Schedulers ask whether step() has come before them. A step that updates nothing (SAMPa's first, or one whose
+        # gradients are not finite) need not have called it, nor the base's.
+        optimizer._opt_called = optimizer._base._opt_called = True  # type: ignore[attr-defined]
+        plans.remember_writes()
+
+    def has_gradients(self) -> bool:
+        """Whether some parameter has one in ``p.grad``."""
+        gradients = gradients_of(self.optimizer._params())
+        return len(missing(gradients)) < len(gradients)
+
+    def _clear_leftovers(self) -> None:
+        """What a pass of a step before left behind would be added to the first gradient of this one."""
+        if self.has_gradients():
+            self.optimizer.zero_grad()
+
+    # ------------------------------------------------------------------ the update
+
+    def _make_updates(self, run: BegunStep, goes_on: bool, is_expected: bool = True) -> bool:
+        """Makes the update if it is its turn. False if the step is over."""
+        if goes_on and run.update is not None:
+            if not is_expected:
+                raise StepOrderError(
+                    f"{type(self.optimizer).__name__} makes its update after a pass that it did not say was the last, "
+                    "which the driver would have to know: drive it by each_pass(), TrainStep or a closure, or let "
+                    "passes() yield Pass(..., last=True)"
+                )
+            self.update(run.update)
+            goes_on = run.go_on()
+        if not goes_on:
+            self._end()
+        updating.run_due_post_hooks(self)
+        return goes_on
+
+    def update(self, update: Update) -> None:
+        """Restores the weights and updates them by the base optimizer, through ``step()`` where that is not running.
+
+        A handler of :meth:`updates_to` gets it instead.
+        """
+        optimizer, step = self.optimizer, self.step
+        refuse_overwritten(update.lists)
+        if step.is_combining:
+            raise StepOrderError(
+                f"{type(optimizer).__name__} makes its update within passes(): it has to yield Update(...) for that to "
+                "wait until its gradient has been clipped"
+            )
+        handler = step.handler
+        if handler is not None:
+            step.handler = None
+            try:
+                handler(update)
+            finally:
+                step.handler = handler
+        elif step.is_in_step_call:
+            updating.make(self, update)
+        else:
+            self.update_through(step.caller or optimizer.step, update)
+
+    def update_through(self, call: Callable[[], object], update: Update) -> None:
+        """As :meth:`update`, by the ``step()`` that ``call`` calls, which is ``step`` itself or GradScaler's.
+
+        Through ``step()``, so that step hooks fire and schedulers see it, however the passes are driven.
+        """
+        optimizer, step = self.optimizer, self.step
+        step.left = LeftUpdate(update)
+        if call != optimizer.step:
+            gradients = gradients_of(optimizer._params())
+            step.left = LeftUpdate(update, gradients, versions_of(gradients))
+        try:
+            call()
+            if step.left is not None:
+                raise StepOrderError(
+                    "what was to make the update did not call this optimizer's step(). (accelerate's does not within "
+                    "accumulate(), except for the last micro-batch: run all of them in each pass.) To skip an update, "
+                    "call restore() and leave the loop."
+                )
+        finally:
+            step.left = None
+
+    def make_left_update(self, left: LeftUpdate) -> None:
+        """The update that :meth:`update_through` has left to somebody who now calls ``step()``.
+
+        He may have changed ``p.grad`` before: where the update takes that as it is, it takes what is there now.
+        """
+        optimizer, update = self.optimizer, left.update
+        self.step.left = None
+        # GradScaler looks for infinities, which it writes as if it changed something.
+        if left.gradients is not None and not hasattr(optimizer, "grad_scale"):
+            gradients = gradients_of(optimizer._params())
+            if update.is_one_gradient and same_objects(update.lists[0], left.gradients):
+                update = Update(gradients)
+            elif not same_objects(gradients, left.gradients) or versions_of(gradients) != left.versions:
+                raise StepOrderError(
+                    "what makes the update has changed p.grad, which is the gradient of the last pass, and "
+                    f"{type(optimizer).__name__} combines it with those of earlier ones: call combine_gradients() "
+                    "after the backward of the pass that is last; the update is then what p.grad holds"
+                )
+        self.update(update)
+
+    @contextmanager
+    def updates_to(self, handler: UpdateHandler) -> Iterator[None]:
+        """Within the block, updates go to ``handler``, which hands them to :meth:`update` when it has done its part.
+
+        A handler that does not has to restore the weights, by the optimizer's ``return_to_copies()``.
+        """
+        step = self.step
+        before, step.handler = step.handler, handler
+        try:
+            yield
+        finally:
+            step.handler = before
+
+    @untraced
+    def combine_gradients(self) -> None:
+        """See :meth:`SharpnessAwareOptimizer.combine_gradients`."""
+        optimizer, step = self.optimizer, self.step
+        run = step.run
+        if run is None or run.waiting is None or not run.waiting.last:
+            raise StepOrderError("combine_gradients() was called before the backward of a step's last pass")
+        with optimizer.restore_on_error():
+            self._tell(None)
+            gradients = gradients_of(optimizer._params())
+            self._refuse_no_gradient(gradients, run)
+            step.is_combining = True
+            try:
+                run.receive(gradients)
+            finally:
+                step.is_combining = False
+            update = run.update or Update(gradients)
+            combined = self.writable_gradient(update)
+            step.skips_combined = combined is None
+            if combined is None:
+                combined = updating.not_a_number(self, update.lists)
+            for param, gradient in zip(optimizer._params(), combined, strict=True):
+                param.grad = gradient
+
+    def _make_combined_update(self, run: BegunStep, gradients: Gradients) -> bool:
+        """The update with what :meth:`combine_gradients` has left in ``p.grad``. False if the step is over."""
+        if run.update is None:
+            return False
+        self.update(Update(gradients, rule=updating.ones if self.step.skips_combined else FIXED))
+        return run.go_on()
+
+    def combination(self, update: Update) -> Gradients | None:
+        """The gradient that an update takes, in new tensors, None where no list has an entry.
+
+        None altogether if the rule needs a Gram matrix and that is not finite: the update would change nothing.
+        """
+        optimizer = self.optimizer
+        refuse_overwritten(update.lists)
+        plan = optimizer._plans.plan
+        return combined_gradient(plan, update.lists, update.rule, update.scale, optimizer.backend)
+
+    def writable_gradient(self, update: Update) -> Gradients | None:
+        """As :meth:`combination`, but the last pass's gradient itself where that is all and nobody keeps it."""
+        run = self.step.run
+        if run is not None and update.is_one_gradient:
+            last, is_kept = run.last
+            if update.lists[0] is last and not is_kept:
+                return last
+        return self.combination(update)
+
+    # ------------------------------------------------------------------ safety
+
+    @untraced
+    def restore(self) -> None:
+        """See :meth:`SharpnessAwareOptimizer.restore`."""
+        optimizer, step = self.optimizer, self.step
+        run, step.run = step.run, None
+        _under_way.discard(self)
+        step.left = step.post_hooks_due = None
+        self._tell(None)
+        # A generator that is running is the one that the exception comes from, and ends by it.
+        if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:
+            run.passes.close()
+        plans = optimizer._plans
+        if plans.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            plans.forget_copies()  # nothing has been done yet, so nothing is to be undone
+        elif run is not None or plans.holds_copies:
+            optimizer.return_to_copies()
+            plans.remember_writes()
+        if run is not None:
+            optimizer.zero_grad()
+
+    def is_as_if_not_begun(self) -> bool:
+        """Whether the step under way still waits for its first gradient, at the weights themselves."""
+        run = self.step.run
+        return run is not None and run.number == 0 and not self.optimizer._plans.holds_copies
+
+    def refuse_mid_step(self, action: str) -> None:
+        """Raises :class:`StepOrderError` if a step is under way."""
+        if self.step.run is not None:
+            raise StepOrderError(
+                f"{action} in the middle of a step, while the weights are perturbed; complete it with second_step() or "
+                "abandon it with restore() first"
+            )
+
+    def refuse_second_begin(self, action: str) -> None:
+        """As :meth:`refuse_mid_step`, for what begins a step; abandons the one under way."""
+        if self.step.run is not None:
+            self.restore()
+            raise StepOrderError(
+                f"{action} was called although a step was begun and not completed. The weights have been restored to "
+                "what they were before that step, and the gradients cleared; begin again. After an exception in the "
+                "second pass, call restore(), or run that pass within restore_on_error()."
+            )
+
+    def _refuse_shared_parameters(self) -> None:
+        """Two perturbations of one weight would each take the other for the weight itself, and lose its update."""
+        own = {id(p) for p in self.optimizer._params()}
+        for other in list(_under_way):
+            groups = other.optimizer.param_groups if other is not self else []
+            if any(id(p) in own for group in groups for p in group["params"]):
+                raise StepOrderError(
+                    "a step was begun although that of another optimizer, which holds some of the same parameters, is "
+                    "not completed: their weights may be perturbed. Make one step after the other, or give the shared "
+                    "parameters to one optimizer alone. A step that was given up has to be restored: restore()"
+                )
+
+    def _refuse_no_gradient(self, gradients: Gradients, run: BegunStep) -> None:
+        """Torch's optimizers make no step then. Here a backward pass has been forgotten, unless all is frozen."""
+        assert run.waiting is not None
+        if run.waiting.may_be_empty or len(missing(gradients)) < len(gradients):
+            return
+        if any(param.requires_grad for param in self.optimizer._params()):
+            raise StepOrderError(
+                f"no parameter has a gradient for pass {run.number + 1}: call loss.backward() first. (A closure "
+                "that runs all passes itself needs closure_runs='every_pass'. A model whose parameters were replaced, "
+                "by load_state_dict(assign=True) or to_empty() from the meta device, needs a new optimizer.)"
+            )
+
+    # ------------------------------------------------------------------ GradScaler, and trainers that clip
+
+    def obstacle_to_grad_scaler(self) -> str | None:
+        """Why the method cannot be used with GradScaler; None if it can."""
+        optimizer = self.optimizer
+        if optimizer.takes_scaled_gradients:
+            if optimizer.process_group is None:
+                return None
+            reason = "each rank of the process_group would look for infinities in its own part alone"
+        else:
+            reason = optimizer._scaling_obstacle
+        name = type(optimizer).__name__
+        return f"{name} cannot be used with GradScaler: {reason}. Use bfloat16, which needs no scaling."
+
+    def refuse_scaler(self, scaler: Any) -> None:
+        """For drivers that know the scaler before a step begins, which otherwise is refused at its end.
+
+        Args:
+            scaler: a GradScaler, or None.
+
+        Raises:
+            StepOrderError: if it is enabled and the method cannot be used with it.
+        """
+        if scaler is not None and getattr(scaler, "is_enabled", bool)():
+            self.refuse_scaled_step()
+
+    def refuse_scaled_step(self) -> None:
+        """Raises :class:`StepOrderError` if the method cannot be used with GradScaler."""
+        obstacle = self.obstacle_to_grad_scaler()
+        if obstacle is not None:
+            raise StepOrderError(obstacle)
+
+    def refuse_clipped_passes(self) -> None:
+        """Raises :class:`InvalidSettingError` if a trainer clips each gradient of a step that combines them."""
+        if self.step.has_clipped_passes:
+            raise InvalidSettingError(
+                f"{type(self.optimizer).__name__} cannot be used with what clips the gradient of each pass, not the "
+                "update's: gradient_clip_val or a configure_gradient_clipping() of one's own in Lightning's automatic "
+                "optimization, GradientNormClipping in skorch. With Lightning use manual optimization, "
+                "combine_gradients() and clip_grad_norm_; with skorch clip in a step pre-hook"
+            )
+
+    # ------------------------------------------------------------------ followers, captured steps
+
+    def follow_passes(self, call: Follower) -> None:
+        """Calls back whenever a gradient is taken, or a step abandoned: with the pass that is wanted next.
+
+        None is for the end of a step, and may come before the call with the next pass of the same step.
+        """
+        self._followers.append(call)
+
+    def unfollow_passes(self, call: Follower) -> None:
+        """Undoes :meth:`follow_passes`."""
+        if call in self._followers:
+            self._followers.remove(call)
+
+    def gradients_are_cleared(self) -> None:
+        """By hand they are cleared where a step begins: what forward passes have done before is none of its passes."""
+        if self.step.run is None:
+            self._tell(None)
+
+    def _tell(self, waiting: Pass | None) -> None:
+        """The gradient of the pass under way is taken, and this one is wanted next."""
+        for call in self._followers:
+            call(waiting)
+
+    def keep_state_in_place(self) -> None:
+        """From now on the method's own state stays where it is in memory, as a captured step needs it."""
+        self.optimizer._kept.stays_in_place = True
+
+    @property
+    def loads(self) -> int:
+        """How often state was loaded: what was recorded before works on tensors that are no longer the state."""
+        return self.optimizer._checkpoints.loads
+
+    def replayed(self, report: StepReport) -> None:
+        """A CUDA graph has made a step that reported this when it was recorded."""
+        self.optimizer._plans.remember_writes()
+        self.step.report = report.unread()
+
+
+def _plain_passes() -> Passes:
+    """The base optimizer's step."""
+    g = yield Pass(last=True)
+    yield Update(g)
