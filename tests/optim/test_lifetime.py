@@ -44,7 +44,7 @@ def train(method, base, by_hand, **more):
             step(batch, memory_batch=other)
         else:
             step(batch, other)
-    held = [optimizer, optimizer._container["plans"].snapshot, next(model.parameters())]
+    held = [optimizer, optimizer._plans.snapshot, next(model.parameters())]
     return [weakref.ref(thing) for thing in held]
 
 

@@ -95,7 +95,7 @@ def test_grad_scaler_gives_the_same_steps_or_is_refused(method, drive):
             assert "cannot be used with GradScaler" in str(error) and not promised
             assert_same(weights_of(model), before)
             assert not optimizer.is_step_begun and not optimizer.state
-            assert optimizer.obstacle_to_grad_scaler() == str(error)
+            assert optimizer.stepper.obstacle_to_grad_scaler() == str(error)
             assert all(p.grad is None for p in model.parameters())
             return
     assert promised
@@ -173,7 +173,7 @@ def test_a_promise_is_of_the_passes_that_it_was_made_for():
     for cls in (SAM, GSAM, Declared, Later):
         assert [getattr(cls, name) for name in NAMES] == [True] * 3
     assert [getattr(Restored, name) for name in NAMES] == [True, False, False]
-    assert "does not say takes_scaled_gradients" in optimizer.obstacle_to_grad_scaler()
+    assert "does not say takes_scaled_gradients" in optimizer.stepper.obstacle_to_grad_scaler()
 
 
 @pytest.mark.parametrize("cls", [Plain, FromSAM, FromMixin])

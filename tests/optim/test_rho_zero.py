@@ -64,7 +64,7 @@ def by_train_step(model, optimizer, data):
 
 def by_groups(model, optimizer, data):
     for batch in data:
-        for group in optimizer.each_group():
+        for group in optimizer.stepper.each_group():
             loss_of(model, batch).backward()
             group.gradients = [[p.grad for p in optimizer.param_groups[0]["params"]]]
             optimizer.zero_grad()

@@ -236,7 +236,7 @@ def test_statistics_come_back_when_passes_are_run_in_groups():
     freeze_in_perturbed_passes(model, optimizer, rule)
     batch = batches(1, torch.float32)[0]
     counts = []
-    for group in optimizer.each_group():
+    for group in optimizer.stepper.each_group():
         counts.append(model[1].num_batches_tracked.item())
         loss_of(model, batch).backward()
         group.gradients = [[p.grad for p in model.parameters()]]

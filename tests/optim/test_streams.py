@@ -242,15 +242,15 @@ def test_missing_gradients(lanes):
     step = TrainStep(model, optimizer, loss_of, passes="streams")
     data = batches(3)
     step(data[0])
-    for group in optimizer.each_group():
+    for group in optimizer.stepper.each_group():
         group.gradients = [[None] * 4] * 2
         break
     assert not optimizer.is_step_begun
     with pytest.raises(Exception, match="no parameter has a gradient"):
-        for group in optimizer.each_group():
+        for group in optimizer.stepper.each_group():
             group.gradients = [[None] * 4] * len(group.passes)
     with pytest.raises(Exception, match="0 gradients were given for 2 passes"):
-        for _ in optimizer.each_group():
+        for _ in optimizer.stepper.each_group():
             pass
     assert not optimizer.is_step_begun
 

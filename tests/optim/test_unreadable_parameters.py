@@ -142,7 +142,7 @@ def test_one_with_a_gradient_is_refused_by_name(name, backend):
     optimizer = SAM(named, torch.optim.SGD, lr=0.1, backend=backend)
     loss_of(net, batches(1)[0]).backward()
     before = weights_of(net)
-    plan = optimizer._params() and optimizer._container["plans"].plan
+    plan = optimizer._params() and optimizer._plans.plan
     gradients = [torch.ones(other.shape), *(p.grad for p in net.parameters())]
     with pytest.raises(sk.UnsupportedTensorError, match="quantised"):
         sk.ascent_(plan, [gradients], snapshot=sk.Snapshot(plan), backend=backend)

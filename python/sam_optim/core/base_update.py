@@ -25,7 +25,7 @@ from .errors import InvalidSettingError
 from .passes import Gradients
 from .randomness import RandomState
 from .recorded import Recorded
-from .step_hooks import without_global_hooks, without_hooks
+from .step_hooks import has_own_step, without_global_hooks, without_hooks
 
 _FIXED = Fixed()
 
@@ -229,7 +229,7 @@ class FusedState:
     @staticmethod
     def supports(base_optimizer: Optimizer) -> bool:
         """Whether the base's class and present settings have a fused form; others take ``base_optimizer.step()``."""
-        if _has_own_step(base_optimizer):
+        if has_own_step(base_optimizer):
             return False
         if type(base_optimizer) is torch.optim.SGD:
             tensors: Sequence[str] = ("momentum", "dampening", "weight_decay")
@@ -356,15 +356,6 @@ class FusedState:
             for key, value in entries.items():
                 if key != "step" and isinstance(value, Tensor) and value.is_floating_point():
                     state[param][key] = value.detach().to(device=param.device, dtype=dtype, copy=saved is not None)
-
-
-def _has_own_step(base_optimizer: Optimizer) -> bool:
-    """Whether somebody has put another ``step()`` in place of the class's; a scheduler's only notes that it ran."""
-    step = vars(base_optimizer).get("step")
-    if step is None:
-        return False
-    is_schedulers = getattr(step, "_wrapped_by_lr_sched", False)
-    return not (is_schedulers and getattr(step, "__wrapped__", None) is type(base_optimizer).step)
 
 
 def _has_dampening(base_optimizer: Optimizer) -> bool:

@@ -34,7 +34,7 @@ from .planning import PlanCache
 from .primitives import Primitives
 from .report import StepReport
 from .settings import check_choice, radius
-from .step_hooks import runs_its_own_hooks
+from .step_hooks import has_own_step, is_profiled, runs_its_own_hooks
 from .stepper import Stepper
 from .watching import UnperturbedEntries
 
@@ -224,6 +224,11 @@ class SharpnessAwareOptimizer(Primitives, Optimizer):
         if self.yields_passes_together:
             return None
         return f"{type(self).__name__} has no passes that can run side by side: each needs the gradient before it"
+
+    def _needs_no_step_call(self) -> bool:
+        """Whether nobody would notice that :meth:`step` is not called."""
+        is_own = type(self).step is SharpnessAwareOptimizer.step and not has_own_step(self)
+        return is_own and not is_profiled() and not hasattr(self, "grad_scale")
 
     def _is_plain_step(self) -> bool:
         """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""

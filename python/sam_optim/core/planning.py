@@ -68,8 +68,9 @@ class PlanCache:
         Raises:
             StepOrderError: if they have changed while copies of the weights are held.
         """
-        params = list(chain.from_iterable(group["params"] for group in groups))
         key = [(len(g["params"]), g.get("adaptive"), g.get("eta"), g.get("perturb")) for g in groups]
+        params = groups[0]["params"] if len(groups) == 1 else chain.from_iterable(group["params"] for group in groups)
+        params = params if type(params) is list else list(params)
         if key == self._key and same_objects(params, self.plan.params) and not self.plan.has_moved:
             return self.plan
         if self.holds_copies:

@@ -27,6 +27,8 @@ def runs_its_own_hooks(step: Step) -> Step:
         state = self.stepper.step
         before, state.arguments = state.arguments, ((self, *args), kwargs)
         try:
+            if not is_profiled():
+                return step(self, *args, **kwargs)
             with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
                 result = step(self, *args, **kwargs)
                 self._optimizer_step_code()
@@ -39,6 +41,20 @@ def runs_its_own_hooks(step: Step) -> Step:
 
     recorded_step.hooked = True  # type: ignore[attr-defined]
     return cast(Step, recorded_step)
+
+
+def is_profiled() -> bool:
+    """Whether a profiler of torch's is looking; to name a step to it takes as long as a kernel for a small model."""
+    return getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
+
+
+def has_own_step(optimizer: Any) -> bool:
+    """Whether somebody has put another ``step()`` in place of the class's; a scheduler's only notes that it ran."""
+    step = vars(optimizer).get("step")
+    if step is None:
+        return False
+    is_schedulers = getattr(step, "_wrapped_by_lr_sched", False)
+    return not (is_schedulers and getattr(step, "__wrapped__", None) is type(optimizer).step)
 
 
 def pre_hooks_of(optimizer: Any, with_global: bool = True) -> list[Callable[..., Any]]:

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 
 Follower = Callable[[Pass | None], None]
 
-# Those in the middle of a step; mostly none.
-_under_way: WeakSet[Stepper] = WeakSet()
+# Optimizers in the middle of a step, by the identities of their steppers; mostly none.
+_under_way: dict[int, weakref.ref[SharpnessAwareOptimizer]] = {}
 
 
 class Stepper:
@@ -169,7 +168,7 @@ class Stepper:
         if optimizer._kept.follow_shapes():
             plans.plan.refresh()
         plans.catch_up()
-        _under_way.add(self)
+        _under_way[id(self)] = self._owner
         try:
             is_short = is_told_of_passes and optimizer.plain_steps_take_one_pass and optimizer._is_plain_step()
             passes = _plain_passes() if is_short else optimizer.passes()
@@ -193,7 +192,7 @@ class Stepper:
                 "last, which takes them back. For a step without an update, call return_to_copies()"
             )
         self.step.run = None
-        _under_way.discard(self)
+        _under_way.pop(id(self), None)
         # Schedulers ask whether step() has come before them. A step that updates nothing (SAMPa's first, or one whose
         # gradients are not finite) need not have called it, nor the base's.
         optimizer._opt_called = optimizer._base._opt_called = True  # type: ignore[attr-defined]
@@ -248,6 +247,13 @@ class Stepper:
                 step.handler = handler
         elif step.is_in_step_call:
             updating.make(self, update)
+        elif step.caller is None and optimizer._needs_no_step_call():
+            # As through step(), which would only come back here.
+            step.arguments = (optimizer,), {}
+            try:
+                updating.make(self, update)
+            finally:
+                step.arguments = None
         else:
             self.update_through(step.caller or optimizer.step, update)
 
@@ -362,7 +368,7 @@ class Stepper:
         """See :meth:`SharpnessAwareOptimizer.restore`."""
         optimizer, step = self.optimizer, self.step
         run, step.run = step.run, None
-        _under_way.discard(self)
+        _under_way.pop(id(self), None)
         step.left = step.post_hooks_due = None
         self._tell(None)
         # A generator that is running is the one that the exception comes from, and ends by it.
@@ -403,9 +409,11 @@ class Stepper:
     def _refuse_shared_parameters(self) -> None:
         """Two perturbations of one weight would each take the other for the weight itself, and lose its update."""
         own = {id(p) for p in self.optimizer._params()}
-        for other in list(_under_way):
-            groups = other.optimizer.param_groups if other is not self else []
-            if any(id(p) in own for group in groups for p in group["params"]):
+        for number, reference in list(_under_way.items()):
+            other = reference()
+            if other is None:  # it has gone in the middle of its step
+                del _under_way[number]
+            elif other.stepper is not self and any(id(p) in own for g in other.param_groups for p in g["params"]):
                 raise StepOrderError(
                     "a step was begun although that of another optimizer, which holds some of the same parameters, is "
                     "not completed: their weights may be perturbed. Make one step after the other, or give the shared "
