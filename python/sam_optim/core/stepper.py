@@ -198,6 +198,7 @@ class Stepper:
         optimizer._opt_called = optimizer._base._opt_called = True  # type: ignore[attr-defined]
         plans.remember_writes()
 
+    @untraced
     def has_gradients(self) -> bool:
         """Whether some parameter has one in ``p.grad``."""
         gradients = gradients_of(self.optimizer._params())
