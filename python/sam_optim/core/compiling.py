@@ -13,6 +13,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _REASON = "sam_optim: the optimizer's part of a step is made by its own kernels"
 _waiting: list[Callable[[], None]] = []
 
+# Of the compiler; where torch does not give it, the compiler is taken for looking.
+_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+
 
 def untraced(method: Method) -> Method:
     """A method that runs as it is when a compiled function calls it: one break in the graph, and no warning.
@@ -29,9 +32,15 @@ def untraced(method: Method) -> Method:
 
     @functools.wraps(method)
     def untraced_method(*args: Any, **kwargs: Any) -> Any:
-        return run(*args, **kwargs)
+        # To switch the compiler off takes longer than much of what is called so.
+        return (run if _is_compiler_looking() else method)(*args, **kwargs)
 
     return untraced_method  # type: ignore[return-value]
+
+
+def _is_compiler_looking() -> bool:
+    """Whether a compiled function is being traced, or runs and has called what is not compiled."""
+    return torch.compiler.is_compiling() or _callback() is not None
 
 
 def prepare() -> None:

@@ -15,6 +15,7 @@ from sam_kernels.host import same_objects
 from .base_update import Descent, combined_gradient
 from .errors import StepOrderError
 from .passes import FIXED, Gradients, Update
+from .report import StepReport
 from .step_hooks import post_hooks_of, pre_hooks_of, run_post_hooks, run_pre_hooks
 
 if TYPE_CHECKING:
@@ -62,14 +63,13 @@ def make(stepper: Stepper, update: Update) -> None:
     if hooks or hooks_of_base:
         descent = _after_pre_hooks(stepper, descent, hooks, hooks_of_base, fused)
     outcome = base_update.descend(descent, fused)
-    last = step.report
+    ascent = step.report.ascent
     if grad_scale is not None:
         # Norms of gradients that were scaled alike; those of a combination after the hooks are unscaled already.
-        ascent = None if last.ascent is None else last.ascent.unscaled(grad_scale)
+        ascent = None if ascent is None else ascent.unscaled(grad_scale)
         if descent.grad_scale is not None:
             outcome = outcome._replace(report=outcome.report.unscaled(grad_scale))
-        last = last._replace(ascent=ascent)
-    step.report = last._replace(descent=outcome.report, outcome=outcome)
+    step.report = StepReport(ascent, outcome.report, outcome)
     if fused:
         _run_post_hooks_of_base(stepper)
     if post_hooks_of(optimizer):
