@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = Path(__file__).resolve().parent
-KERNELS = sorted((SOURCES / "cuda").glob("*.cu"))
 DEFAULT_ARCHS = ("80", "90", "100")
 
 # Launch parameters of 32,764 bytes.
@@ -50,6 +49,31 @@ class Toolkit(NamedTuple):
     version: tuple[int, int]
     codes: frozenset[str]  # compute capabilities that nvcc makes machine code for
     library: Path  # folder of libcudart_static.a
+
+
+class Unit(NamedTuple):
+    """What is compiled to one object file."""
+
+    source: Path
+    base: str | None = None  # the struct of a base optimizer that SAMK_BASE stands for
+
+    @property
+    def name(self) -> str:
+        return self.source.stem if self.base is None else f"{self.source.stem}_{self.base.lower()}"
+
+    @property
+    def flags(self) -> list[str]:
+        return [] if self.base is None else [f"-DSAMK_BASE={self.base}"]
+
+
+def units() -> list[Unit]:
+    """All that is to be compiled: descent.cu once for each base optimizer of the list in common/bases.h."""
+    found = re.search(r"using Bases = BaseList<(.*?)>;", (SOURCES / "common/bases.h").read_text(), re.DOTALL)
+    assert found is not None
+    bases = re.findall(r"\w+", found[1])
+    descent = SOURCES / "cuda/descent.cu"
+    others = sorted(path for path in descent.parent.glob("*.cu") if path != descent)
+    return [*(Unit(descent, base) for base in bases), *map(Unit, others)]
 
 
 class Build(NamedTuple):
@@ -120,24 +144,24 @@ def compile_kernels(toolkit: Toolkit, archs: list[str], folder: Path) -> Build:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = [*FLAGS, *targets]
-    files = sorted(path for part in ("common", "cuda") for path in (SOURCES / part).iterdir())
+    files = sorted(path for part in ("common", "cuda") for path in (SOURCES / part).rglob("*") if path.is_file())
     identity = hashlib.sha256(repr((flags, toolkit.version)).encode())
     for path in files:
         identity.update(path.name.encode() + path.read_bytes())
     results = folder / f"cuda-{identity.hexdigest()[:16]}"
     results.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(source: Path) -> str:
-        built, report = results / f"{source.stem}.o", results / f"{source.stem}.txt"
+    def compile_one(unit: Unit) -> str:
+        built, report = results / f"{unit.name}.o", results / f"{unit.name}.txt"
         if not (built.exists() and report.exists()):
-            partial = results / f"{source.stem}.{os.getpid()}.o"
-            report.write_text(_run([toolkit.nvcc, *flags, "-c", str(source), "-o", str(partial)]))
+            partial = results / f"{unit.name}.{os.getpid()}.o"
+            report.write_text(_run([toolkit.nvcc, *flags, *unit.flags, "-c", str(unit.source), "-o", str(partial)]))
             partial.rename(built)
         return report.read_text()
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        reports = list(pool.map(compile_one, KERNELS))
-    return Build([str(results / f"{source.stem}.o") for source in KERNELS], "\n".join(reports))
+        reports = list(pool.map(compile_one, units()))
+    return Build([str(results / f"{unit.name}.o") for unit in units()], "\n".join(reports))
 
 
 def _run(command: list[str]) -> str:

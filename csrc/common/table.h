@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "bases/base.h"
 #include "config.h"
 #include "scalar_types.h"
 
@@ -16,8 +17,8 @@ enum Column : int {
     kWeight = 0,
     kSnapshot = 1,
     kList = 2,                   // gradient list i is column kList + i
-    kState = kList + kMaxLists,  // momentum_buffer | exp_avg, exp_avg_sq, max_exp_avg_sq
-    kStep = kState + 3,
+    kState = kList + kMaxLists,  // the base optimizer's state tensor s is column kState + s
+    kStep = kState + kMaxStates,
     kColumns,
 };
 

@@ -2,9 +2,9 @@
 // same bits, because the lanes of every sum are fixed and multiplications and additions are never contracted.
 #pragma once
 
+#include "../common/bases.h"
 #include "../common/elementwise.h"
 #include "../common/rules.h"
-#include "../common/settings.h"
 #include "schedule.h"
 
 namespace samk {
@@ -32,11 +32,11 @@ struct Launch {
     bool take_snapshot = false;
 
     // descent
-    BaseKind base = BaseKind::Sgd;
-    const SgdSettings* sgd = nullptr;    // [group]
-    const AdamSettings* adam = nullptr;  // [group]
-    const uint8_t* first = nullptr;      // [row], no momentum buffer yet
-    double* steps = nullptr;             // [row], scratch: step counts after this step
+    int base = 0;                            // its place in the list of bases
+    const BaseSettings* settings = nullptr;  // [group]
+    const double* lr = nullptr;              // [group]
+    const uint8_t* first = nullptr;          // [row], the state is new; may be null
+    double* steps = nullptr;                 // [row], scratch: step counts after this step
     double inverse_grad_scale = 1.0;
     bool skip_update = false;
     bool preview = false;  // write weights alone, and only of rows with a copy, which stays: a look-ahead

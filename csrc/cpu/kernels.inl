@@ -275,88 +275,54 @@ inline void combine_chunks(const Launch& launch, int thread) {
 
 // ---------------------------------------------------------------- base optimizers
 
-// A tile of state to be changed: the tensor's own memory where possible, but a copy for a preview, which is thrown away.
-template <class T>
-inline T* load_state(const Cell& cell, int64_t offset, int n, T* buffer, bool preview) {
-    T* tile = load_mutable(cell, offset, n, buffer);
-    if (!preview || tile == buffer) return tile;
-    memcpy(buffer, tile, size_t(n) * sizeof(T));
-    return buffer;
-}
+// A base optimizer's update of one tensor, tile by tile.
+template <class T, class Base, int variant>
+struct Update {
+    static constexpr bool uses(int state) { return (Base::states(variant) >> state) & 1; }
 
-template <class T, SgdKind kind>
-struct SgdUpdate {
-    SgdScalars<T> scalars;
+    typename Base::template Scalars<T> scalars;
     bool preview;
 
-    SgdUpdate(const Launch& launch, int32_t row_index) : preview(launch.preview) {
-        const SgdSettings& s = launch.sgd[launch.rows[row_index].group];
-        const bool first = launch.first[row_index];
-        scalars = {T(s.lr),
-                   T(s.momentum),
-                   T(first ? 0.0 : s.momentum),
-                   T(first ? 1.0 : 1.0 - s.dampening),
-                   T(s.weight_decay),
-                   T(s.maximize ? -1.0 : 1.0)};
+    Update(const Launch& launch, int32_t row_index) : preview(launch.preview) {
+        const int32_t group = launch.rows[row_index].group;
+        const auto& settings = launch.settings[group].of<Base>();
+        TensorFacts facts = {launch.first && launch.first[row_index], {}};
+        const auto power = [](double base, double exponent) { return std::pow(base, exponent); };
+        Base::corrections(settings, launch.steps[row_index], power, facts.corrections);
+        scalars = Base::template scalars<T>(settings, launch.lr[group], facts);
     }
 
     void tile(const Row& row, int64_t offset, int n, const T* SAMK_RESTRICT source, const T* SAMK_RESTRICT gradient,
               T* SAMK_RESTRICT out) const {
-        const SgdScalars<T> s = scalars;
-        if (kind == SgdKind::Plain) {
-            T unused = T(0);
-            for (int e = 0; e < n; ++e) out[e] = sgd<T, kind>(source[e], gradient[e], unused, s);
-            return;
-        }
-        T storage[kTile];
-        T* SAMK_RESTRICT momentum = load_state(row.cells[kState], offset, n, storage, preview);
+        const auto s = scalars;
+        T storage[kMaxStates][kTile];
+        // One by one: compilers do not believe that an array's pointers are apart.
+        static_assert(kMaxStates == 3, "a pointer for each");
+        T* SAMK_RESTRICT state0 = load_state<0>(row, offset, n, storage[0]);
+        T* SAMK_RESTRICT state1 = load_state<1>(row, offset, n, storage[1]);
+        T* SAMK_RESTRICT state2 = load_state<2>(row, offset, n, storage[2]);
         for (int e = 0; e < n; ++e) {
-            T buffer = momentum[e];
-            out[e] = sgd<T, kind>(source[e], gradient[e], buffer, s);
-            momentum[e] = buffer;
-        }
-        if (!preview) store(row.cells[kState], offset, n, momentum);
-    }
-};
-
-template <class T, bool amsgrad>
-struct AdamUpdate {
-    AdamScalars<T> scalars;
-    bool preview;
-
-    AdamUpdate(const Launch& launch, int32_t row_index) : preview(launch.preview) {
-        const AdamSettings& s = launch.adam[launch.rows[row_index].group];
-        const double step = launch.steps[row_index];
-        scalars = {T(s.lr / (1.0 - std::pow(s.beta1, step))),
-                   T(std::sqrt(1.0 - std::pow(s.beta2, step))),
-                   T(1.0 - s.beta1),
-                   T(s.beta2),
-                   T(1.0 - s.beta2),
-                   T(s.epsilon),
-                   T(s.decoupled ? 0.0 : s.weight_decay),
-                   T(s.decoupled ? 1.0 - s.lr * s.weight_decay : 1.0),
-                   T(s.maximize ? -1.0 : 1.0)};
-    }
-
-    void tile(const Row& row, int64_t offset, int n, const T* SAMK_RESTRICT source, const T* SAMK_RESTRICT gradient,
-              T* SAMK_RESTRICT out) const {
-        const AdamScalars<T> s = scalars;
-        T storage[3][kTile];
-        T* SAMK_RESTRICT exp_avg = load_state(row.cells[kState], offset, n, storage[0], preview);
-        T* SAMK_RESTRICT exp_avg_sq = load_state(row.cells[kState + 1], offset, n, storage[1], preview);
-        T* SAMK_RESTRICT maximum =
-            amsgrad ? load_state(row.cells[kState + 2], offset, n, storage[2], preview) : storage[2];
-        for (int e = 0; e < n; ++e) {
-            T m = exp_avg[e], v = exp_avg_sq[e], v_max = amsgrad ? maximum[e] : T(0);
-            out[e] = adam<T, amsgrad>(source[e], gradient[e], m, v, v_max, s);
-            exp_avg[e] = m;
-            exp_avg_sq[e] = v;
-            if (amsgrad) maximum[e] = v_max;
+            T state[kMaxStates] = {uses(0) ? state0[e] : T(0), uses(1) ? state1[e] : T(0), uses(2) ? state2[e] : T(0)};
+            out[e] = Base::template update<variant>(source[e], gradient[e], state, s);
+            if (uses(0)) state0[e] = state[0];
+            if (uses(1)) state1[e] = state[1];
+            if (uses(2)) state2[e] = state[2];
         }
         if (preview) return;
-        store(row.cells[kState], offset, n, exp_avg);
-        store(row.cells[kState + 1], offset, n, exp_avg_sq);
-        if (amsgrad) store(row.cells[kState + 2], offset, n, maximum);
+        if (uses(0)) store(row.cells[kState], offset, n, state0);
+        if (uses(1)) store(row.cells[kState + 1], offset, n, state1);
+        if (uses(2)) store(row.cells[kState + 2], offset, n, state2);
+    }
+
+private:
+    // To be changed: the tensor's own memory where possible, but a copy for a preview, which is thrown away.
+    template <int state>
+    T* load_state(const Row& row, int64_t offset, int n, T* buffer) const {
+        if (!uses(state)) return buffer;
+        T* tile = load_mutable(row.cells[kState + state], offset, n, buffer);
+        if (!preview || tile == buffer) return tile;
+        memcpy(buffer, tile, size_t(n) * sizeof(T));
+        return buffer;
     }
 };
 
@@ -384,24 +350,6 @@ inline void update_chunk(const Launch& launch, const Chunk& chunk) {
     }
 }
 
-template <class Update>
-struct Chosen {
-    using Type = Update;
-};
-
-// Calls f(Chosen<update>) with the update of a group's base optimizer.
-template <class T, class F>
-inline void with_update(const Launch& launch, int32_t group, F f) {
-    if (launch.base == BaseKind::Adam) {
-        if (launch.adam[group].amsgrad) return f(Chosen<AdamUpdate<T, true>>{});
-        return f(Chosen<AdamUpdate<T, false>>{});
-    }
-    const SgdSettings& sgd = launch.sgd[group];
-    if (sgd.momentum == 0.0) return f(Chosen<SgdUpdate<T, SgdKind::Plain>>{});
-    if (sgd.nesterov) return f(Chosen<SgdUpdate<T, SgdKind::Nesterov>>{});
-    f(Chosen<SgdUpdate<T, SgdKind::Momentum>>{});
-}
-
 template <class T>
 inline void descent_chunk(const Launch& launch, const Chunk& chunk) {
     const Row& row = launch.rows[chunk.row];
@@ -411,8 +359,12 @@ inline void descent_chunk(const Launch& launch, const Chunk& chunk) {
         return;
     }
     if (launch.preview && !held) return;
-    with_update<T>(launch, row.group,
-                   [&](auto chosen) { update_chunk<T, typename decltype(chosen)::Type>(launch, chunk); });
+    with_base(launch.base, [&](auto base) {
+        using Base = decltype(base);
+        with_variant<Base>(Base::variant(launch.settings[row.group].of<Base>()), [&](auto variant) {
+            update_chunk<T, Update<T, Base, decltype(variant)::value>>(launch, chunk);
+        });
+    });
 }
 
 inline void descent_chunks(const Launch& launch, int thread) {
@@ -429,7 +381,8 @@ inline void descent_chunks(const Launch& launch, int thread) {
 
 // Counts this step in the step tensors, which torch keeps as float32 (or float64) scalars, one for each parameter.
 inline void count_steps(Launch& launch) {
-    if (launch.base != BaseKind::Adam || launch.skip_update) return;
+    const bool counts = with_base(launch.base, [](auto base) { return base.kCountsSteps; });
+    if (!counts || launch.skip_update) return;
     const std::vector<uint8_t>& active = launch.schedule->active;
     for (size_t r = 0; r < active.size(); ++r) {
         const Row& row = launch.rows[r];

@@ -22,10 +22,13 @@ extern Kernel* const kAscentKernel;
 extern Kernel* const kPerturbKernel;
 extern Kernel* const kRestoreKernel;
 extern Kernel* const kCombineKernel;
-extern Kernel* const kDescentKernel_sgd;
-extern Kernel* const kDescentKernel_adam;
-extern Kernel* const kRuleDescentKernel_sgd;
-extern Kernel* const kRuleDescentKernel_adam;
+
+// Of each base in common/bases.h: descents whose coefficients are given, and with Gram matrix and rule in one launch.
+template <class Base>
+struct DescentKernels {
+    static Kernel* const alone;
+    static Kernel* const together;
+};
 
 // Makes a device current for the calling thread, and the one before it again at the end.
 class DeviceGuard {

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../common/bases.h"
 #include "../common/rules.h"
 #include "../common/table.h"
 
@@ -41,18 +42,11 @@ struct Scalar {
     Scalar(double number = 0.0) : value(number) {}
 };
 
-// A parameter group's settings; those of SGD and of Adam share their places.
 struct Group {
-    enum Flag : uint32_t { kNesterov = 1, kMaximize = 2, kDecoupled = 4, kAmsgrad = 8, kHasMomentum = 16 };
-
-    uint32_t flags;
     uint32_t kinds;  // ScalarKind of scale[i] in bits 2 i, of lr in bits 2 kMaxLists
     uint64_t scale[kMaxLists];
     uint64_t lr;
-    double momentum_or_beta1;
-    double dampening_or_beta2;
-    double weight_decay;
-    double epsilon;
+    BaseSettings settings;
 };
 
 // How the elements of a row are read: in vectors of 16 bytes where all of its columns have the types that mixed-precision
@@ -75,8 +69,7 @@ struct RowClass {
     Path path;
     DType dtype[kColumns];
     double eta;
-    double bias_correction1;       // Adam whose step counts are on the host: 1 - beta1^step,
-    double bias_correction2_sqrt;  // sqrt(1 - beta2^step)
+    double corrections[kMaxCorrections];  // where the step count is on the host
 };
 
 // First word of a row; its pointers follow.

@@ -120,11 +120,12 @@ private:
         if (row.has_gradient(operation_.lists)) result.flags |= RowClass::kHasGradient;
         result.path = path_of(operation_, row);
         result.eta = row.eta;
-        if (!operation_.adam.empty() && host_step > 0.0) {
-            const AdamSettings& settings = operation_.adam[size_t(row.group)];
-            result.bias_correction1 = 1.0 - std::pow(settings.beta1, host_step);
-            result.bias_correction2_sqrt = std::sqrt(1.0 - std::pow(settings.beta2, host_step));
-        }
+        if (!operation_.settings.empty() && host_step > 0.0)
+            with_base(operation_.base, [&](auto base) {
+                const auto power = [](double base, double exponent) { return std::pow(base, exponent); };
+                const auto& settings = operation_.settings[size_t(row.group)].of<decltype(base)>();
+                base.corrections(settings, host_step, power, result.corrections);
+            });
         return result;
     }
 
@@ -142,22 +143,7 @@ private:
             for (int i = 0; i < operation_.lists; ++i)
                 put(group, group.scale[i], i, operation_.scale[g * operation_.lists + i]);
         if (!operation_.lr.empty()) put(group, group.lr, kMaxLists, operation_.lr[g]);
-        if (!operation_.sgd.empty()) {
-            const SgdSettings& s = operation_.sgd[g];
-            group.flags = (s.nesterov ? Group::kNesterov : 0u) | (s.maximize ? Group::kMaximize : 0u) |
-                          (s.momentum != 0.0 ? Group::kHasMomentum : 0u);
-            group.momentum_or_beta1 = s.momentum;
-            group.dampening_or_beta2 = s.dampening;
-            group.weight_decay = s.weight_decay;
-        } else if (!operation_.adam.empty()) {
-            const AdamSettings& s = operation_.adam[g];
-            group.flags = (s.decoupled ? Group::kDecoupled : 0u) | (s.amsgrad ? Group::kAmsgrad : 0u) |
-                          (s.maximize ? Group::kMaximize : 0u);
-            group.momentum_or_beta1 = s.beta1;
-            group.dampening_or_beta2 = s.beta2;
-            group.weight_decay = s.weight_decay;
-            group.epsilon = s.epsilon;
-        }
+        if (!operation_.settings.empty()) group.settings = operation_.settings[g];
         return group;
     }
 

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "../common/settings.h"
 #include "packed.h"
 
 namespace samk {
@@ -15,7 +14,7 @@ struct Operation {
     const std::vector<Row>* rows = nullptr;
     const std::vector<uint8_t>* wanted = nullptr;     // rows that take part
     const uint8_t* taken = nullptr;                   // rows that hold a snapshot; may be null
-    const uint8_t* first = nullptr;                   // rows whose momentum buffer is unused; may be null
+    const uint8_t* first = nullptr;                   // rows whose state is new; may be null
     const std::vector<double>* host_steps = nullptr;  // row's step count after this step, 0 where it lies on
                                                       // the device
 
@@ -23,10 +22,10 @@ struct Operation {
     bool reads_weights = true;  // their type and the snapshot's decide how elements are read
     uint32_t chunk_size = 16384;
     int lists = 0;
-    std::vector<Scalar> scale;       // [group][list]; empty for operations without
-    std::vector<Scalar> lr;          // [group]; empty for operations without a base
-    std::vector<SgdSettings> sgd;    // [group], without lr; one of both may be filled
-    std::vector<AdamSettings> adam;  // [group], without lr
+    std::vector<Scalar> scale;           // [group][list]; empty for operations without
+    int base = 0;                        // its place in the list of bases
+    std::vector<Scalar> lr;              // [group]; empty for operations without a base
+    std::vector<BaseSettings> settings;  // [group]; the same
 };
 
 // Packs rows from `begin` on, as many as fit; fills in the header's table fields and leaves its others alone.

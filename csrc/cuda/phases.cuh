@@ -296,119 +296,56 @@ SAMK_DEVICE void combine_phase(const Packed& p, Shared& shared, const double* co
 
 // ---------------------------------------------------------------- base optimizers
 
-// Addresses and hyper-parameters are read from shared memory where they are used: kept in registers, they would leave
-// too few for the elements.
-template <class T, SgdKind kind>
-struct SgdUpdate {
-    template <class A>
-    struct State {
-        typename A::Own buffer;
-    };
-
-    template <class A>
-    static SAMK_DEVICE void load(const Work& work, int index, State<A>& state) {
-        if constexpr (kind != SgdKind::Plain) state.buffer = A::own(work.column(kState), index);
-    }
-    template <class A>
-    static SAMK_DEVICE T updated(const Work& work, T weight, T gradient, State<A>& state, int e) {
-        T buffer = T(0);
-        if constexpr (kind != SgdKind::Plain) buffer = T(state.buffer.get(e));
-        const T result = sgd<T, kind>(weight, gradient, buffer, work.sgd.template as<T>());
-        if constexpr (kind != SgdKind::Plain) state.buffer.set(e, buffer);
-        return result;
-    }
-    template <class A>
-    static SAMK_DEVICE void store(const Work& work, int index, const State<A>& state) {
-        if constexpr (kind != SgdKind::Plain) A::store(work.column(kState), index, state.buffer);
-    }
-};
-
-template <class T, bool amsgrad>
-struct AdamUpdate {
-    template <class A>
-    struct State {
-        typename A::Own m, v, v_max;
-    };
-
-    template <class A>
-    static SAMK_DEVICE void load(const Work& work, int index, State<A>& state) {
-        state.m = A::own(work.column(kState), index);
-        state.v = A::own(work.column(kState + 1), index);
-        if constexpr (amsgrad) state.v_max = A::own(work.column(kState + 2), index);
-    }
-    template <class A>
-    static SAMK_DEVICE T updated(const Work& work, T weight, T gradient, State<A>& state, int e) {
-        T m = T(state.m.get(e)), v = T(state.v.get(e)), v_max = T(0);
-        if constexpr (amsgrad) v_max = T(state.v_max.get(e));
-        const T result = adam<T, amsgrad>(weight, gradient, m, v, v_max, work.adam.template as<T>());
-        state.m.set(e, m);
-        state.v.set(e, v);
-        if constexpr (amsgrad) state.v_max.set(e, v_max);
-        return result;
-    }
-    template <class A>
-    static SAMK_DEVICE void store(const Work& work, int index, const State<A>& state) {
-        A::store(work.column(kState), index, state.m);
-        A::store(work.column(kState + 1), index, state.v);
-        if constexpr (amsgrad) A::store(work.column(kState + 2), index, state.v_max);
-    }
-};
-
-// w <- base(snapshot or w, combination of the lists), one pass; a master is updated and rounded to w.
-template <template <class> class Update>
+// w <- base(snapshot or w, combination of the lists), one pass; a master is updated and rounded to w. Addresses and
+// scalars are read from shared memory where they are used: kept in registers, they would leave too few for the elements.
+template <class Base, int variant>
 struct UpdateBody {
     bool preview;
 
     template <class A>
     SAMK_DEVICE void run(const Work& work, const Share& share) const {
         using T = typename A::T;
-        using U = Update<T>;
         const int lists = work.lists;
 #pragma unroll 1
         for (int i = share.first; i < share.end; i += share.stride) {
             typename A::Own w = A::own(work.unperturbed(), i);
-            typename U::template State<A> state;
-            U::template load<A>(work, i, state);
+            typename A::Own state[kMaxStates];
+#pragma unroll
+            for (int s = 0; s < kMaxStates; ++s)
+                if (uses(s)) state[s] = A::own(work.column(kState + s), i);
             T gradient[A::N];
             load_combination<A>(work, lists, i, gradient);
 #pragma unroll
-            for (int e = 0; e < A::N; ++e) w.set(e, U::template updated<A>(work, T(w.get(e)), gradient[e], state, e));
+            for (int e = 0; e < A::N; ++e) {
+                T own[kMaxStates];
+#pragma unroll
+                for (int s = 0; s < kMaxStates; ++s) own[s] = uses(s) ? T(state[s].get(e)) : T(0);
+                const auto& scalars = work.scalars.template of<Base>().template as<T>();
+                w.set(e, Base::template update<variant>(T(w.get(e)), gradient[e], own, scalars));
+#pragma unroll
+                for (int s = 0; s < kMaxStates; ++s)
+                    if (uses(s)) state[s].set(e, own[s]);
+            }
             A::store_weights(work.column(kWeight), i, w);
             if (!preview) {
                 if (work.has_master()) A::store(work.column(kSnapshot), i, w);
-                U::template store<A>(work, i, state);
+#pragma unroll
+                for (int s = 0; s < kMaxStates; ++s)
+                    if (uses(s)) A::store(work.column(kState + s), i, state[s]);
             }
         }
     }
+
+private:
+    static constexpr unsigned kStates = Base::states(variant);
+    static SAMK_DEVICE bool uses(int state) { return (kStates >> state) & 1; }
 };
 
-template <class T>
-using PlainSgd = SgdUpdate<T, SgdKind::Plain>;
-template <class T>
-using MomentumSgd = SgdUpdate<T, SgdKind::Momentum>;
-template <class T>
-using NesterovSgd = SgdUpdate<T, SgdKind::Nesterov>;
-template <class T>
-using PlainAdam = AdamUpdate<T, false>;
-template <class T>
-using AmsgradAdam = AdamUpdate<T, true>;
-
-// Runs Body<update>{arguments} with the update of the chunk's group.
-template <bool is_adam, template <template <class> class> class Body, class... Arguments>
-SAMK_DEVICE void on_base(const Work& work, Arguments... arguments) {
-    if constexpr (is_adam) {
-        if (work.group_flags & Group::kAmsgrad)
-            on_path(work, Body<AmsgradAdam>{arguments...});
-        else
-            on_path(work, Body<PlainAdam>{arguments...});
-    } else {
-        if (!(work.group_flags & Group::kHasMomentum))
-            on_path(work, Body<PlainSgd>{arguments...});
-        else if (work.group_flags & Group::kNesterov)
-            on_path(work, Body<NesterovSgd>{arguments...});
-        else
-            on_path(work, Body<MomentumSgd>{arguments...});
-    }
+template <class Base, int variant = 0>
+SAMK_DEVICE void update_chunk(const Work& work, bool preview) {
+    if constexpr (variant + 1 < Base::kVariants)
+        if (work.variant != variant) return update_chunk<Base, variant + 1>(work, preview);
+    on_path(work, UpdateBody<Base, variant>{preview});
 }
 
 // Whether a descent only restores. `finite` is that of the launch's own Gram matrix, null if it has none.
@@ -417,7 +354,7 @@ SAMK_DEVICE bool skips_update(const Packed& p, const bool* finite) {
            (p.header.finite && *p.header.finite == 0.0);
 }
 
-template <bool is_adam>
+template <class Base>
 SAMK_DEVICE void update_phase(const Packed& p, Shared& shared, const double* coefficients, const bool* finite) {
     if (threadIdx.x == 0) {
         shared.skip_update = skips_update(p, finite);
@@ -425,13 +362,13 @@ SAMK_DEVICE void update_phase(const Packed& p, Shared& shared, const double* coe
         shared.step = 0.0;  // of no step that is made
     }
     const bool preview = p.is(Header::kPreview);
-    for_chunks(p, shared, BaseScalars<is_adam>{{coefficients}}, [&](const Work& work) {
+    for_chunks(p, shared, BaseScalars<Base>{{coefficients}}, [&](const Work& work) {
         if (shared.skip_update || !work.has_gradient()) {
             if (work.held()) restore_chunk(work);
             return;
         }
         if (preview && !work.held()) return;
-        on_base<is_adam, UpdateBody>(work, preview);
+        update_chunk<Base>(work, preview);
     });
 }
 

@@ -9,6 +9,7 @@
 
 #include <cmath>
 
+#include "../common/bases.h"
 #include "../common/elementwise.h"
 #include "access.cuh"
 
@@ -33,12 +34,15 @@ struct InBoth {
     }
 };
 
+template <class Base>
+using ScalarsOf = InBoth<typename Base::template Scalars<double>, typename Base::template Scalars<float>>;
+
 struct Work {
     char* pointer[kColumns];  // of the chunk's first element
     DType dtype[kColumns];
     Path path;
     uint8_t flags;  // of the row's class
-    uint32_t group_flags;
+    int variant;    // of the base's update
     int count;
     double eta;
 
@@ -48,8 +52,7 @@ struct Work {
 
     // In both types of arithmetic, to be read where they are used: they would take more registers than there are.
     InBoth<double[kMaxLists], float[kMaxLists]> coefficient;
-    InBoth<SgdScalars<double>, SgdScalars<float>> sgd;
-    InBoth<AdamScalars<double>, AdamScalars<float>> adam;
+    OneOf<ScalarsOf> scalars;
 
     SAMK_DEVICE Source column(int which) const { return {pointer[which], dtype[which]}; }
     SAMK_DEVICE bool held() const { return (flags & RowClass::kHeld) != 0; }
@@ -69,8 +72,9 @@ struct Shared {
     bool is_last_block;
     bool skip_update;
     double inverse_grad_scale;
-    // Adam's bias corrections of the step count that was last looked at on the device.
-    double step, beta1, beta2, bias_correction1, bias_correction2_sqrt;
+    // What follows from the step count that was last looked at on the device, with that group's settings.
+    double step, corrections[kMaxCorrections];
+    int group;
 };
 
 struct Chunk {
@@ -115,15 +119,17 @@ SAMK_DEVICE double learning_rate_of(const Group& group) {
     return read_scalar((group.kinds >> (2 * kMaxLists)) & 3u, group.lr);
 }
 
-// By repeated squaring: step counts are whole numbers, and CUDA's pow() is a function call that costs every thread of the
-// kernel registers.
-SAMK_DEVICE double power(double base, uint32_t exponent) {
-    double result = 1.0;
+// By repeated squaring: step counts are whole numbers, and CUDA's pow() is a function call that costs every thread of
+// the kernel registers.
+struct Power {
+    SAMK_HOST_DEVICE double operator()(double base, double step) const {
+        double result = 1.0;
 #pragma unroll 1
-    for (; exponent > 0; exponent /= 2, base *= base)
-        if (exponent % 2 == 1) result *= base;
-    return result;
-}
+        for (uint32_t exponent = uint32_t(step); exponent > 0; exponent /= 2, base *= base)
+            if (exponent % 2 == 1) result *= base;
+        return result;
+    }
+};
 
 // What only some phases need to know of a chunk, computed by one thread.
 struct NothingMore {
@@ -162,7 +168,7 @@ struct Coefficients {
     }
 };
 
-template <bool is_adam>
+template <class Base>
 struct BaseScalars {
     Coefficients coefficients;
 
@@ -171,45 +177,29 @@ struct BaseScalars {
         if (!(c.flags & RowClass::kHasGradient)) return;
         coefficients.set(p, c, work, shared.inverse_grad_scale);
         const Group& group = p.group(c.group);
-        const double lr = learning_rate_of(group), decay = group.weight_decay;
-        const double sign = group.flags & Group::kMaximize ? -1.0 : 1.0;
-        work.group_flags = group.flags;
-        if constexpr (is_adam) {
-            double bias1 = c.bias_correction1, bias2_sqrt = c.bias_correction2_sqrt;
-            if (c.dtype[kStep] != DType::None) {
-                look_up_step(p, shared, chunk, c);
-                bias1 = shared.bias_correction1, bias2_sqrt = shared.bias_correction2_sqrt;
-            }
-            const bool decoupled = (group.flags & Group::kDecoupled) != 0;
-            const AdamScalars<double> adam = {lr / bias1,
-                                              bias2_sqrt,
-                                              1.0 - group.momentum_or_beta1,
-                                              group.dampening_or_beta2,
-                                              1.0 - group.dampening_or_beta2,
-                                              group.epsilon,
-                                              decoupled ? 0.0 : decay,
-                                              decoupled ? 1.0 - lr * decay : 1.0,
-                                              sign};
-            work.adam = {adam, rounded(adam)};
-        } else {
-            const bool first = (c.flags & RowClass::kFirst) != 0;
-            const double momentum = group.momentum_or_beta1;
-            const SgdScalars<double> sgd = {
-                lr, momentum, first ? 0.0 : momentum, first ? 1.0 : 1.0 - group.dampening_or_beta2, decay, sign};
-            work.sgd = {sgd, rounded(sgd)};
+        const auto& settings = group.settings.template of<Base>();
+        TensorFacts facts = {(c.flags & RowClass::kFirst) != 0, {}};
+        if constexpr (Base::kHasCorrections) {
+            const bool on_device = c.dtype[kStep] != DType::None;
+            if (on_device) look_up_step(p, shared, chunk, c, settings);
+            const double* corrections = on_device ? shared.corrections : c.corrections;
+            for (int i = 0; i < kMaxCorrections; ++i) facts.corrections[i] = corrections[i];
         }
+        const double lr = learning_rate_of(group);
+        work.variant = Base::variant(settings);
+        work.scalars.template of<Base>() = {Base::template scalars<double>(settings, lr, facts),
+                                            Base::template scalars<float>(settings, lr, facts)};
     }
 
     // Two powers, unless the step count is that of the chunk before.
-    static SAMK_DEVICE void look_up_step(const Packed& p, Shared& shared, const Chunk& chunk, const RowClass& c) {
+    static SAMK_DEVICE void look_up_step(const Packed& p, Shared& shared, const Chunk& chunk, const RowClass& c,
+                                         const typename Base::Settings& settings) {
         const uint64_t place = p.row(chunk.row)[1 + p.header.position[kStep]];
         const ScalarKind kind = c.dtype[kStep] == DType::Float64 ? ScalarKind::Float64 : ScalarKind::Float32;
         const double step = 1.0 + read_scalar(uint32_t(kind), place);
-        const double beta1 = p.group(c.group).momentum_or_beta1, beta2 = p.group(c.group).dampening_or_beta2;
-        if (step == shared.step && beta1 == shared.beta1 && beta2 == shared.beta2) return;
-        shared.step = step, shared.beta1 = beta1, shared.beta2 = beta2;
-        shared.bias_correction1 = 1.0 - power(beta1, uint32_t(step));
-        shared.bias_correction2_sqrt = sqrt(1.0 - power(beta2, uint32_t(step)));
+        if (step == shared.step && int(c.group) == shared.group) return;
+        shared.step = step, shared.group = int(c.group);
+        Base::corrections(settings, step, Power{}, shared.corrections);
     }
 };
 

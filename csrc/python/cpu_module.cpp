@@ -76,9 +76,9 @@ public:
     }
 
     py::tuple descent(int lists, int rule, double epsilon, double alpha, bool needs_gram, bool weighted,
-                      const std::vector<double>& scale, py::object taken, int base, const py::list& settings,
-                      const std::vector<double>& lr, py::object first, double inverse_grad_scale, bool skip_update,
-                      bool preview, int threads) {
+                      const std::vector<double>& scale, py::object taken, const std::string& base,
+                      const py::list& settings, const std::vector<double>& lr, py::object first,
+                      double inverse_grad_scale, bool skip_update, bool preview, int threads) {
         check_lists(lists);
         choose_with_gradient_or_copy(lists, flags(taken));
         Launch launch = prepare(lists, threads, 4 * lists + 16);
@@ -92,8 +92,13 @@ public:
         launch.preview = preview;
         launch.needs_gram = needs_gram && !skip_update;
         launch.weighted_gram = weighted;
-        const Settings groups = give_base(launch, base, settings, lr, first);
-        if (!skip_update) check_state(lists, groups.sgd, groups.adam, launch.first);
+        launch.base = base_number(base);
+        const std::vector<BaseSettings> own = read_settings(launch.base, settings);
+        launch.settings = own.data();
+        launch.lr = lr.data();
+        launch.first = flags(first);
+        launch.steps = steps_.data();
+        if (!skip_update) check_state(lists, launch.base, own);
         if (launch.needs_gram) {
             prepare_gram(launch);
         } else {
@@ -105,25 +110,6 @@ public:
     }
 
 private:
-    // Of each group; one of both is filled. A launch has pointers to them.
-    struct Settings {
-        std::vector<SgdSettings> sgd;
-        std::vector<AdamSettings> adam;
-    };
-
-    Settings give_base(Launch& launch, int base, const py::list& settings, const std::vector<double>& lr,
-                       const py::object& first) {
-        launch.base = BaseKind(base);
-        Settings groups{read_sgd(launch.base, settings), read_adam(launch.base, settings)};
-        for (size_t g = 0; g < groups.sgd.size() && g < lr.size(); ++g) groups.sgd[g].lr = lr[g];
-        for (size_t g = 0; g < groups.adam.size() && g < lr.size(); ++g) groups.adam[g].lr = lr[g];
-        launch.sgd = groups.sgd.data();
-        launch.adam = groups.adam.data();
-        launch.first = flags(first);
-        launch.steps = steps_.data();
-        return groups;
-    }
-
     Launch prepare(int lists, int threads, int bytes_per_element) {
         if (threads < 1) throw py::value_error("threads must be at least 1");
         schedule_.update(rows_, wanted_, threads);

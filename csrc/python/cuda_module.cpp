@@ -130,9 +130,9 @@ public:
     // With needs_gram the rule gives the coefficients; otherwise they are read from `coefficients`, ones if that is null.
     // The update is skipped if there is a nonzero at `found_inf`, which may be null.
     void descent(int lists, const RuleTuple& rule, bool needs_gram, bool weighted, const py::list& scale,
-                 py::object taken, int base, const py::list& settings, const py::list& lr, py::object first,
-                 py::handle grad_scale, uintptr_t found_inf, bool skip_update, bool preview, uintptr_t coefficients,
-                 uintptr_t report) {
+                 py::object taken, const std::string& base, const py::list& settings, const py::list& lr,
+                 py::object first, py::handle grad_scale, uintptr_t found_inf, bool skip_update, bool preview,
+                 uintptr_t coefficients, uintptr_t report) {
         check_lists(lists);
         uint8_t* holds = flags(taken);
         choose_with_gradient_or_copy(lists, holds);
@@ -141,9 +141,8 @@ public:
         operation.scale = read_scales(scale, lists);
         const Operation without_base = operation;
         give_base(operation, base, settings, lr, first);
-        if (!skip_update) check_state(lists, operation.sgd, operation.adam, operation.first);
-        const bool is_adam = BaseKind(base) == BaseKind::Adam;
-        const bool counts = is_adam && !skip_update;
+        if (!skip_update) check_state(lists, operation.base, operation.settings);
+        const bool counts = !skip_update && with_base(operation.base, [](auto known) { return known.kCountsSteps; });
 
         Header header = header_of(rule, report);
         const Scalar unscale = read_scalar(grad_scale);
@@ -155,8 +154,10 @@ public:
                        (skip_update ? Header::kSkipUpdate : 0u) | (needs_gram ? Header::kReverse : 0u) |
                        (counts && !preview && has_device_step() ? Header::kCountSteps : 0u);
         begin();
-        Kernel* const alone = is_adam ? kDescentKernel_adam : kDescentKernel_sgd;
-        Kernel* const together = is_adam ? kRuleDescentKernel_adam : kRuleDescentKernel_sgd;
+        const auto [alone, together] = with_base(operation.base, [](auto known) {
+            using Kernels = DescentKernels<decltype(known)>;
+            return std::make_pair(Kernels::alone, Kernels::together);
+        });
         if (!needs_gram) {
             launch_each(operation, header, alone);
         } else if (!launch_together(operation, header, together)) {
@@ -205,16 +206,16 @@ private:
 
     // A base optimizer's settings, state and step counts. A kernel must never be sent to a step count on the host, also
     // where nothing is counted.
-    void give_base(Operation& operation, int base, const py::list& settings, const py::list& lr,
+    void give_base(Operation& operation, const std::string& base, const py::list& settings, const py::list& lr,
                    const py::object& first) {
+        operation.base = base_number(base);
         operation.first = flags(first);
-        operation.sgd = read_sgd(BaseKind(base), settings);
-        operation.adam = read_adam(BaseKind(base), settings);
+        operation.settings = read_settings(operation.base, settings);
         for (const py::handle& entry : lr) operation.lr.push_back(read_scalar(entry));
         check_groups(operation.lr.size(), "learning rate");
         add_columns(operation, kState, kStep - kState);
         if (has_device_step()) operation.columns.push_back(kStep);
-        if (BaseKind(base) == BaseKind::Adam) count_on_host(operation.lists);
+        count_on_host(operation.lists);
         operation.host_steps = &host_steps_;
     }
 
@@ -303,8 +304,8 @@ private:
         } while (next < rows_.size());
     }
 
-    // A row with a class and a group of its own takes 20 words at most.
-    int64_t max_launches() const { return 1 + int64_t(rows_.size()) / (kCapacity / 20); }
+    // A row with a class and a group of its own takes 21 words at most.
+    int64_t max_launches() const { return 1 + int64_t(rows_.size()) / (kCapacity / 21); }
 
     Tuning tuning_{};
     double* scratch_ = nullptr;
@@ -312,7 +313,7 @@ private:
     int launches_ = 0;
 };
 
-static_assert(1 + 5 + sizeof(RowClass) / 8 + sizeof(Group) / 8 <= 20, "see max_launches()");
+static_assert(1 + 5 + sizeof(RowClass) / 8 + sizeof(Group) / 8 <= 21, "see max_launches()");
 
 // Launches of an operation over that many tensors of one group and type, with that many columns.
 int launch_count(int tensors, int columns) {

@@ -2,9 +2,9 @@
 // says what their words mean.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <string>
-#include <utility>
 
 #include "table_binding.h"
 
@@ -60,34 +60,39 @@ public:
         }
     }
 
-    // Writes Adam's bias corrections, two float64 numbers, of the rows whose step counts are on the host.
-    void fill_bias_corrections(uintptr_t address, int row_words, int word, int lists,
-                               const std::vector<std::pair<double, double>>& betas) {
+    // Writes the numbers that follow from step counts, float64, of the rows whose step counts are on the host.
+    void fill_corrections(uintptr_t address, int row_words, int word, int lists, const std::string& base,
+                          const py::list& settings) {
+        const int number = base_number(base);
+        const std::vector<BaseSettings> own = read_settings(number, settings);
         count_on_host(lists);
-        check_groups(betas.size(), "settings");
-        double last_step = 0.0, correction1 = 0.0, correction2_sqrt = 0.0;
-        int32_t last_group = -1;
-        for (size_t r = 0; r < rows_.size(); ++r) {
-            if (host_steps_[r] == 0.0) continue;
-            if (host_steps_[r] != last_step || rows_[r].group != last_group) {
-                last_step = host_steps_[r], last_group = rows_[r].group;
-                correction1 = 1.0 - std::pow(betas[size_t(last_group)].first, last_step);
-                correction2_sqrt = std::sqrt(1.0 - std::pow(betas[size_t(last_group)].second, last_step));
+        check_groups(own.size(), "settings");
+        with_base(number, [&](auto known) {
+            double last_step = 0.0, corrections[kMaxCorrections] = {};
+            int32_t last_group = -1;
+            const auto power = [](double base, double exponent) { return std::pow(base, exponent); };
+            for (size_t r = 0; r < rows_.size(); ++r) {
+                if (host_steps_[r] == 0.0) continue;
+                if (host_steps_[r] != last_step || rows_[r].group != last_group) {
+                    last_step = host_steps_[r], last_group = rows_[r].group;
+                    known.corrections(own[size_t(last_group)].of<decltype(known)>(), last_step, power, corrections);
+                }
+                double* numbers = reinterpret_cast<double*>(address) + r * size_t(row_words) + word;
+                std::copy(corrections, corrections + kMaxCorrections, numbers);
             }
-            double* numbers = reinterpret_cast<double*>(address) + r * size_t(row_words) + word;
-            numbers[0] = correction1, numbers[1] = correction2_sqrt;
-        }
+        });
     }
 
-    // Counts the step whose bias corrections were written last.
+    // Counts the step whose corrections were written last.
     void count_steps() const { store_host_steps(); }
 
     bool has_step_on_device() const { return has_device_step(); }
 
     void mark_rows(py::object taken, bool value) const { mark(flags(taken), value); }
 
-    void check_complete(int lists, int base, const py::list& settings, py::object first) const {
-        check_state(lists, read_sgd(BaseKind(base), settings), read_adam(BaseKind(base), settings), flags(first));
+    void check_complete(int lists, const std::string& base, const py::list& settings) const {
+        const int number = base_number(base);
+        check_state(lists, number, read_settings(number, settings));
     }
 
     static void define(py::module_& module) {
@@ -104,7 +109,7 @@ public:
             .def("select_all", &PointerTable::select_all)
             .def("dtypes", &PointerTable::dtypes)
             .def("fill", &PointerTable::fill)
-            .def("fill_bias_corrections", &PointerTable::fill_bias_corrections)
+            .def("fill_corrections", &PointerTable::fill_corrections)
             .def("count_steps", &PointerTable::count_steps)
             .def("has_step_on_device", &PointerTable::has_step_on_device)
             .def("mark_rows", &PointerTable::mark_rows)

@@ -218,25 +218,20 @@ uint8_t* TableBinding::flags(const py::object& bytes) const {
     return reinterpret_cast<uint8_t*>(PyByteArray_AS_STRING(bytes.ptr()));
 }
 
-std::vector<SgdSettings> TableBinding::read_sgd(BaseKind base, const py::list& settings) {
-    std::vector<SgdSettings> result;
-    if (base != BaseKind::Sgd) return result;
-    for (const py::handle& item : settings) {
-        const auto s = item.cast<py::tuple>();
-        result.push_back(
-            {0.0, s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>(), s[4].cast<bool>(), s[5].cast<bool>()});
-    }
-    return result;
-}
-
-std::vector<AdamSettings> TableBinding::read_adam(BaseKind base, const py::list& settings) {
-    std::vector<AdamSettings> result;
-    if (base != BaseKind::Adam) return result;
-    for (const py::handle& item : settings) {
-        const auto s = item.cast<py::tuple>();
-        result.push_back({0.0, s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>(), s[4].cast<double>(),
-                          s[5].cast<bool>(), s[6].cast<bool>(), s[7].cast<bool>()});
-    }
+std::vector<BaseSettings> TableBinding::read_settings(int base, const py::list& settings) {
+    std::vector<BaseSettings> result;
+    with_base(base, [&](auto known) {
+        for (const py::handle& item : settings) {
+            const auto entries = item.cast<py::tuple>();
+            size_t next = 1;
+            BaseSettings own = {};
+            known.each(own.of<decltype(known)>(), [&](auto& setting) {
+                setting = py::object(entries[next++]).cast<std::decay_t<decltype(setting)>>();
+            });
+            if (next != entries.size()) throw py::value_error("more settings than the base optimizer has");
+            result.push_back(own);
+        }
+    });
     return result;
 }
 
@@ -266,21 +261,19 @@ void TableBinding::check_masters(const uint8_t* holds) const {
             throw py::value_error("a snapshot's tensor is of another type than its weight, and no master");
 }
 
-void TableBinding::check_state(int lists, const std::vector<SgdSettings>& sgd, const std::vector<AdamSettings>& adam,
-                               const uint8_t* first) const {
-    check_groups(std::max(sgd.size(), adam.size()), "settings");
-    for (const Row& row : rows_) {
-        if (!row.has_gradient(lists)) continue;
-        bool complete = row.cells[kWeight].present();
-        if (!sgd.empty()) {
-            const bool has_buffer = sgd[row.group].momentum == 0.0 || row.cells[kState].present();
-            complete = complete && has_buffer && first;
-        } else {
-            complete = complete && row.cells[kState].present() && row.cells[kState + 1].present() &&
-                       row.cells[kStep].present() && (!adam[row.group].amsgrad || row.cells[kState + 2].present());
+void TableBinding::check_state(int lists, int base, const std::vector<BaseSettings>& settings) const {
+    check_groups(settings.size(), "settings");
+    with_base(base, [&](auto known) {
+        using Base = decltype(known);
+        for (const Row& row : rows_) {
+            if (!row.has_gradient(lists)) continue;
+            const unsigned states = Base::states(Base::variant(settings[size_t(row.group)].of<Base>()));
+            bool complete = row.cells[kWeight].present() && (!Base::kCountsSteps || row.cells[kStep].present());
+            for (int state = 0; state < kMaxStates; ++state)
+                complete = complete && (!((states >> state) & 1) || row.cells[kState + state].present());
+            if (!complete) throw py::value_error("a tensor with a gradient has no optimizer state");
         }
-        if (!complete) throw py::value_error("a tensor with a gradient has no optimizer state");
-    }
+    });
 }
 
 void define_columns(py::module_& module) {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../common/settings.h"
+#include "../common/bases.h"
 #include "../common/table.h"
 #include "tensor_reader.h"
 
@@ -71,9 +71,8 @@ protected:
     void count_on_host(int lists);
     void store_host_steps() const;
 
-    // Both return an empty list for a base of the other kind. `lr` is left out: it may lie on a device.
-    static std::vector<SgdSettings> read_sgd(BaseKind base, const py::list& settings);
-    static std::vector<AdamSettings> read_adam(BaseKind base, const py::list& settings);
+    // Of each group, from the tuples of sam_kernels/bases.py. `lr` is left out: it may lie on a device.
+    static std::vector<BaseSettings> read_settings(int base, const py::list& settings);
 
     void check_lists(int lists) const;
     void check_column(int column) const;
@@ -83,8 +82,7 @@ protected:
     // What is held of another type than its weight must be its master.
     void check_masters(const uint8_t* holds) const;
     // A missing pointer must never be walked over.
-    void check_state(int lists, const std::vector<SgdSettings>& sgd, const std::vector<AdamSettings>& adam,
-                     const uint8_t* first) const;
+    void check_state(int lists, int base, const std::vector<BaseSettings>& settings) const;
 
     dlpack::Device device_;
     bool is_bound_[kColumns] = {};  // whether some cell of the column may be filled

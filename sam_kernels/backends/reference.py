@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bases import SGD, Adam, AdamSettings, Base, SGDSettings, TensorList
+from ..bases import Base, TensorList
 from ..host import inverse_of, is_set
 from ..memory import shares_memory
 from ..plan import Plan
@@ -189,10 +190,7 @@ def descent_(
                 updated = snapshot.tensors[i].clone() if preview else snapshot.tensors[i]
             if gradient is None:
                 gradient = torch.zeros_like(widened(weight))
-            if isinstance(base, SGD):
-                _sgd(base, i, base.settings[plan.groups[i]], updated, gradient)
-            else:
-                _adam(base, i, base.settings[plan.groups[i]], updated, gradient)
+            _update(base, i, base.settings[plan.groups[i]], updated, gradient)
             if updated is not weight:
                 weight.copy_(updated)
             if not is_shared:
@@ -291,42 +289,20 @@ def _combination(
     return total
 
 
-def _sgd(base: SGD, index: int, s: SGDSettings, weight: Tensor, gradient: Tensor) -> None:
-    wide = widened(weight)
-    direction = (-gradient if s.maximize else gradient) + s.weight_decay * wide
-    if s.momentum != 0.0:
-        momentum_buffer = _real(base.momentum_buffer[index])
-        if base.first[index]:
-            buffer = direction
-        else:
-            buffer = s.momentum * widened(momentum_buffer) + (1.0 - s.dampening) * direction
-        momentum_buffer.copy_(buffer)
-        direction = direction + s.momentum * buffer if s.nesterov else buffer
-    lr = float(s.lr)
-    if lr != 0.0:
-        weight.copy_(wide - lr * direction)
-
-
-def _adam(base: Adam, index: int, s: AdamSettings, weight: Tensor, gradient: Tensor) -> None:
-    wide = widened(weight)
-    step_tensor = base.step[index]
-    assert step_tensor is not None
-    step_tensor += 1
-    step = float(step_tensor)
-    gradient = -gradient if s.maximize else gradient
-    if not s.decoupled:
-        gradient = gradient + s.weight_decay * wide
-    moments = [_real(column[index]) for column in base.columns[: 3 if s.amsgrad else 2]]
-    exp_avg, exp_avg_sq = widened(moments[0]), widened(moments[1])
-    exp_avg = exp_avg + (1.0 - s.beta1) * (gradient - exp_avg)
-    exp_avg_sq = exp_avg_sq * s.beta2 + (1.0 - s.beta2) * gradient * gradient
-    moments[0].copy_(exp_avg)
-    moments[1].copy_(exp_avg_sq)
-    if s.amsgrad:
-        exp_avg_sq = torch.maximum(widened(moments[2]), exp_avg_sq)
-        moments[2].copy_(exp_avg_sq)
-    denominator = exp_avg_sq.sqrt() / (1.0 - s.beta2**step) ** 0.5 + s.eps
-    lr = float(s.lr)
-    if lr != 0.0:
-        decayed = wide * (1.0 - lr * s.weight_decay) if s.decoupled else wide
-        weight.copy_(decayed - lr / (1.0 - s.beta1**step) * exp_avg / denominator)
+def _update(base: Base, index: int, settings: Any, weight: Tensor, gradient: Tensor) -> None:
+    """One tensor's weight, state and step count."""
+    columns = [_real(base.columns[number][index]) for number in base.states(settings)]
+    step = 0.0
+    if base.counts_steps:
+        counter = base.steps[index]
+        assert counter is not None
+        counter += 1
+        step = float(counter)
+    first = base.first is not None and bool(base.first[index])
+    updated, state = base.updated(
+        widened(weight), gradient, [widened(column) for column in columns], settings, step, first
+    )
+    for column, value in zip(columns, state, strict=True):
+        column.copy_(value)
+    if float(settings.lr) != 0.0:
+        weight.copy_(updated)

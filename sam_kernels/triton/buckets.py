@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..bases import AdamSettings, SGDSettings
 from ..graphs import refuse_capture
-from . import kernels
 from . import layout as at
 
 # Triton's types by the codes of csrc/common/scalar_types.h.
 _TYPES = (None, tl.float32, tl.float64, tl.bfloat16, tl.float16)
-# Tensors of state that a kind of update has.
-_STATES = {kernels.PLAIN: 0, kernels.MOMENTUM: 1, kernels.NESTEROV: 1, kernels.ADAM: 2, kernels.AMSGRAD: 3}
-_STATES = {kind.value: count for kind, count in _STATES.items()}
+
+
+class Form(NamedTuple):
+    """A form of a base optimizer's update, which kernels are compiled for.
+
+    Attributes:
+        variant: of the base.
+        states: the numbers of its state tensors.
+    """
+
+    variant: int = 0
+    states: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,8 @@ class Bucket:
 
     Attributes:
         weights, copies, lists, state: Triton's types of the columns; ``copies`` differs from ``weights`` where the
-            copies are masters, ``state`` is as long as the base optimizer's kind needs.
-        kind: of the base optimizer's update, 0 where there is none.
+            copies are masters, ``state`` is as long as the form of the update needs.
+        form: of the base optimizer's update, where there is one.
         places: a word for each chunk, on the device.
         chunks: their number.
     """
@@ -38,20 +45,9 @@ class Bucket:
     copies: Any
     lists: tuple[Any, ...]
     state: tuple[Any, ...]
-    kind: int
+    form: Form
     places: Tensor
     chunks: int
-
-
-def kind_of(settings: SGDSettings | AdamSettings) -> int:
-    """KIND of a base optimizer's update."""
-    if isinstance(settings, AdamSettings):
-        kind = kernels.AMSGRAD if settings.amsgrad else kernels.ADAM
-    elif settings.momentum == 0.0:
-        kind = kernels.PLAIN
-    else:
-        kind = kernels.NESTEROV if settings.nesterov else kernels.MOMENTUM
-    return int(kind.value)
 
 
 class Buckets:
@@ -80,7 +76,7 @@ class Buckets:
         lists: int,
         taken: bytearray | None,
         weights: bool = True,
-        kinds: tuple[int, ...] | None = None,
+        forms: tuple[Form, ...] | None = None,
     ) -> list[Bucket]:
         """The plan's tensors by what a launch is compiled for; at least one bucket.
 
@@ -88,16 +84,16 @@ class Buckets:
             codes: of the types of all cells of the table.
             taken: None for launches without a snapshot.
             weights: whether the launch reads them.
-            kinds: of the groups' updates, for launches that make them.
+            forms: of the groups' updates, for launches that make them.
         """
-        key = (lists, taken is None, weights, kinds)
+        key = (lists, taken is None, weights, forms)
         found = self._found.get(key)
         if found is None or found[0] != codes:
-            found = self._found[key] = (codes, self._make(codes, lists, taken is not None, weights, kinds))
+            found = self._found[key] = (codes, self._make(codes, lists, taken is not None, weights, forms))
         return found[1]
 
     def _make(
-        self, codes: bytes, lists: int, copies: bool, weights: bool, kinds: tuple[int, ...] | None
+        self, codes: bytes, lists: int, copies: bool, weights: bool, forms: tuple[Form, ...] | None
     ) -> list[Bucket]:
         # A cell that is empty takes the type that it has in other rows whose weights and copies are of the same types.
         usual: dict[tuple[int, int, int], int] = {}
@@ -106,30 +102,29 @@ class Buckets:
             cells = codes[row * at.COLUMNS : (row + 1) * at.COLUMNS]
             own = cells[at.WEIGHT] if weights else 1
             copy = (cells[at.SNAPSHOT] if weights and copies else 0) or own
-            kind = 0 if kinds is None else kinds[self._groups[row]]
-            columns = [*range(at.LIST, at.LIST + lists), *range(at.STATE, at.STATE + _STATES[kind])]
-            if kinds is None:
-                columns = columns[:lists]
+            form = Form() if forms is None else forms[self._groups[row]]
+            columns = [*range(at.LIST, at.LIST + lists), *(at.STATE + number for number in form.states)]
             for column in columns:
                 if cells[column]:
                     usual.setdefault((own, copy, column), cells[column])
-            signatures.append((own, copy, kind, cells, columns))
-        members: dict[tuple[int, ...], list[int]] = {}
-        for row, (own, copy, kind, cells, columns) in enumerate(signatures):
-            signature = (own, copy, kind, *(cells[c] or usual.get((own, copy, c), own) for c in columns))
-            members.setdefault(signature, []).append(row)
-        members = members or {(1, 1, kinds[0] if kinds else 0, *[1] * (lists + 3)): []}
+            signatures.append((own, copy, form, cells, columns))
+        members: dict[tuple[int, int, Form, tuple[int, ...]], list[int]] = {}
+        for row, (own, copy, form, cells, columns) in enumerate(signatures):
+            types = tuple(cells[c] or usual.get((own, copy, c), own) for c in columns)
+            members.setdefault((own, copy, form, types), []).append(row)
+        if not members:
+            form = forms[0] if forms else Form()
+            members = {(1, 1, form, (1,) * (lists + len(form.states))): []}
         buckets = []
-        for (own, copy, kind, *rest), rows in members.items():
+        for (own, copy, form, types), rows in members.items():
             places = self._places_of(tuple(rows))
-            of_state = rest[lists : lists + _STATES[kind]] if kinds is not None else []
             buckets.append(
                 Bucket(
                     _TYPES[own],
                     _TYPES[copy],
-                    tuple(_TYPES[c] for c in rest[:lists]),
-                    tuple(_TYPES[c] for c in of_state),
-                    kind,
+                    tuple(_TYPES[c] for c in types[:lists]),
+                    tuple(_TYPES[c] for c in types[lists:]),
+                    form,
                     places,
                     len(places),
                 )

@@ -17,14 +17,9 @@ from __future__ import annotations
 
 from .gram import deflected, fixed, gram_kernel, norm_matched, normalized, normalized_sum
 from .perturb import ascent_kernel, combine_kernel, perturb_kernel, restore_kernel
-from .updates import ADAM, AMSGRAD, MOMENTUM, NESTEROV, PLAIN, descent_kernel, rule_descent_kernel
+from .updates import descent_kernel, rule_descent_kernel
 
 __all__ = [
-    "ADAM",
-    "AMSGRAD",
-    "MOMENTUM",
-    "NESTEROV",
-    "PLAIN",
     "ascent_kernel",
     "combine_kernel",
     "deflected",

@@ -16,8 +16,9 @@ MAX_LISTS = 3
 
 # Columns of tensors. A row's addresses stand in this order.
 WEIGHT, SNAPSHOT, LIST = 0, 1, 2
-STATE = LIST + MAX_LISTS  # momentum_buffer | exp_avg, exp_avg_sq, max_exp_avg_sq
-STEP = STATE + 3
+STATE = LIST + MAX_LISTS  # the base optimizer's state tensors
+MAX_STATES = 3
+STEP = STATE + MAX_STATES
 COLUMNS = STEP + 1
 
 # The header.
@@ -34,22 +35,18 @@ VALUE, FLOAT32, FLOAT64 = 0, 1, 2
 GROUP_KINDS = 0  # of the scales, 2 bits each, then of lr
 SCALES = 1
 LR = SCALES + MAX_LISTS
-MOMENTUM = BETA1 = LR + 1
-DAMPENING = BETA2 = LR + 2
-WEIGHT_DECAY = LR + 3
-EPS = LR + 4
-GROUP_FLAGS = LR + 5
-GROUP_WORDS = LR + 6
-MAXIMIZE, DECOUPLED = 1, 2
+SETTINGS = LR + 1  # the base optimizer's others in their order, float64; flags are 0 or 1
+MAX_SETTINGS = 7
+GROUP_WORDS = SETTINGS + MAX_SETTINGS
 
 # A tensor's record.
 NUMEL = 0
 FLAGS = 1
 GROUP = 2
 ETA = 3  # geometry: T = |w| + eta, or T = 1 if negative
-BIAS_CORRECTION1 = 4  # Adam whose step counts are on the host: 1 - beta1^step,
-BIAS_CORRECTION2_SQRT = 5  # sqrt(1 - beta2^step)
-POINTERS = 6
+CORRECTIONS = 4  # what follows from a step count that is on the host, float64
+MAX_CORRECTIONS = 2
+POINTERS = CORRECTIONS + MAX_CORRECTIONS
 ROW_WORDS = POINTERS + COLUMNS
 HELD, FIRST, HAS_GRADIENT, STEP_ON_DEVICE, STEP_IS_DOUBLE = 1, 2, 4, 8, 16
 

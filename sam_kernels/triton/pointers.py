@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..backends.binding import dtype_code
-from ..bases import AdamSettings, SGDSettings, TensorList
+from ..bases import BASES, TensorList
 from ..layouts import SUPPORTED_DTYPES
 from ..plan import Plan
 from ..snapshot import TAKEN
 from . import layout as at
 
 _FLOAT64 = dtype_code(torch.float64)
+_BASES = {base.code: base for base in BASES}
 _STEP_DTYPES = (torch.float32, torch.float64)
 
 
@@ -128,18 +128,17 @@ class PointerTable:
             self._addresses, dtype=torch.int64, device="cpu"
         ).T
 
-    def fill_bias_corrections(
-        self, address: int, row_words: int, word: int, lists: int, betas: Sequence[tuple[float, float]]
+    def fill_corrections(
+        self, address: int, row_words: int, word: int, lists: int, base: str, settings: Sequence[Any]
     ) -> None:
+        known = _BASES[base]
         numbers = _words_at(address, len(self._layouts), row_words).view(torch.float64)
         self._counted = []
         for row, tensor in enumerate(self._host_steps):
             if tensor is None or not self._wanted[row] or not self._has_gradient(row, lists):
                 continue
             step = 1.0 + float(tensor)
-            beta1, beta2 = betas[self._groups[row]]
-            numbers[row, word] = 1.0 - beta1**step
-            numbers[row, word + 1] = math.sqrt(1.0 - beta2**step)
+            numbers[row, word], numbers[row, word + 1] = known.corrections(settings[self._groups[row]], step)
             self._counted.append((tensor, step))
 
     def count_steps(self) -> None:
@@ -154,20 +153,16 @@ class PointerTable:
             if wanted:
                 flags[row] = flags[row] | TAKEN if taken else flags[row] & ~TAKEN
 
-    def check_complete(self, lists: int, base: int, settings: Sequence[Any], first: bytearray | None) -> None:
+    def check_complete(self, lists: int, base: str, settings: Sequence[Any]) -> None:
+        known = _BASES[base]
         for row, group in enumerate(self._groups):
             if not self._has_gradient(row, lists):
                 continue
             if group >= len(settings):
                 raise ValueError("a tensor's group has no settings")
-            own: SGDSettings | AdamSettings = settings[group]
-            if isinstance(own, SGDSettings):
-                needed = [at.STATE] if own.momentum != 0.0 else []
-                complete = first is not None
-            else:
-                needed = [at.STATE, at.STATE + 1, at.STEP] + ([at.STATE + 2] if own.amsgrad else [])
-                complete = True
-            if not complete or any(self._dtypes[column][row] == 0 for column in needed):
+            needed = [at.STATE + number for number in known.states(settings[group])]
+            needed += [at.STEP] if known.counts_steps else []
+            if any(self._dtypes[column][row] == 0 for column in needed):
                 raise ValueError("a tensor with a gradient has no optimizer state")
 
     def _has_gradient(self, row: int, lists: int) -> bool:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..bases import AdamSettings, SGDSettings
+from .. import bases
 from ..graphs import is_capturing, keep, refuse_capture
 from ..plan import Plan
 from ..rules import Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule
 from . import kernels
 from . import layout as at
-from .buckets import Bucket, Buckets, kind_of
+from .bases import BASES
+from .buckets import Bucket, Buckets, Form
 from .rule import TritonRule
 
 _FUNCTIONS = {
@@ -27,6 +28,8 @@ _FUNCTIONS = {
     NormMatched: kernels.norm_matched,
     NormalizedSum: kernels.normalized_sum,
 }
+
+_BASES = {base.code: base for base in bases.BASES}
 
 # Of a multiprocessor, for cooperative launches: NVIDIA's all have as many.
 _REGISTERS = 65536
@@ -206,8 +209,8 @@ class Table:
         weighted: bool,
         scale: Sequence[float | Tensor],
         taken: bytearray | None,
-        base: int,
-        settings: Sequence[SGDSettings] | Sequence[AdamSettings],
+        base: str,
+        settings: Sequence[Any],
         lr: Sequence[float | Tensor],
         first: bytearray | None,
         grad_scale: float | Tensor,
@@ -220,8 +223,10 @@ class Table:
         self.launches = 0
         self._pointers.select_gradients(lists, taken)
         if not skip_update:
-            self._pointers.check_complete(lists, base, list(settings), first)
-        buckets = self._buckets_of(lists, taken, kinds=tuple(kind_of(own) for own in settings))
+            self._pointers.check_complete(lists, base, list(settings))
+        known = _BASES[base]
+        forms = tuple(Form(known.variant(own), known.states(own)) for own in settings)
+        buckets = self._buckets_of(lists, taken, forms=forms)
         together = needs_gram and self._fits_one_launch(buckets)
         own_gram = needs_gram and not together
         self._pack(
@@ -234,11 +239,19 @@ class Table:
             found_inf=found_inf,
             skip=skip_update,
         )
-        self._fill_bias_corrections(lists, settings)
-        counts = base == 1 and not skip_update and not preview
+        if known.counts_steps:
+            address = self._words.data_ptr() + 8 * self._rows_at
+            self._pointers.fill_corrections(address, at.ROW_WORDS, at.CORRECTIONS, lists, base, list(settings))
+        counts = known.counts_steps and not skip_update and not preview
         counts_here = counts and self._pointers.has_step_on_device()
         table = self._upload("descent", lists, taken, first)
-        constants: dict[str, Any] = {"COPIES": taken is not None, "PREVIEW": preview}
+        functions = BASES[base]
+        constants: dict[str, Any] = {
+            "COPIES": taken is not None,
+            "PREVIEW": preview,
+            "SCALARS": functions.scalars,
+            "UPDATE": functions.update,
+        }
         if together:
             b = buckets[0]
             self._launch_together(
@@ -247,7 +260,8 @@ class Table:
                 RULE=self._function(rule),
                 WEIGHTED=weighted,
                 COUNT=counts_here,
-                KIND=b.kind,
+                VARIANT=b.form.variant,
+                STATES=b.form.states,
                 W=b.weights,
                 S=b.copies,
                 X=b.lists,
@@ -275,7 +289,8 @@ class Table:
                     REVERSE=own_gram,
                     # Steps are counted when all launches have read them.
                     COUNT=counts_here and b is buckets[-1],
-                    KIND=b.kind,
+                    VARIANT=b.form.variant,
+                    STATES=b.form.states,
                     W=b.weights,
                     S=b.copies,
                     X=b.lists,
@@ -286,13 +301,6 @@ class Table:
             self._pointers.count_steps()
         if not preview:
             self._mark(taken, False)
-
-    def _fill_bias_corrections(self, lists: int, settings: Sequence[SGDSettings] | Sequence[AdamSettings]) -> None:
-        """Those of Adam, of rows whose step counts are on the host."""
-        betas = [(own.beta1, own.beta2) for own in settings if isinstance(own, AdamSettings)]
-        if betas:
-            address = self._words.data_ptr() + 8 * self._rows_at
-            self._pointers.fill_bias_corrections(address, at.ROW_WORDS, at.BIAS_CORRECTION1, lists, betas)
 
     def _launch_gram(
         self, table: Tensor, buckets: list[Bucket], lists: int, rule: Rule | TritonRule, weighted: bool, report: int
@@ -389,9 +397,9 @@ class Table:
         return self._one_launch and len(buckets) == 1 and torch.version.hip is None
 
     def _buckets_of(
-        self, lists: int, taken: bytearray | None, weights: bool = True, kinds: tuple[int, ...] | None = None
+        self, lists: int, taken: bytearray | None, weights: bool = True, forms: tuple[Form, ...] | None = None
     ) -> list[Bucket]:
-        return self._buckets.of(self._pointers.dtypes(), lists, taken, weights, kinds)
+        return self._buckets.of(self._pointers.dtypes(), lists, taken, weights, forms)
 
     def _device_guard(self) -> AbstractContextManager[Any]:
         if self._on_gpu and torch.cuda.current_device() != self._device.index:
@@ -422,7 +430,7 @@ class Table:
         *,
         lists: int = 0,
         rule: Rule | TritonRule | None = None,
-        settings: Sequence[SGDSettings] | Sequence[AdamSettings] = (),
+        settings: Sequence[Any] = (),
         lr: Sequence[float | Tensor] = (),
         grad_scale: float | Tensor = 1.0,
         found_inf: int = 0,
@@ -444,14 +452,9 @@ class Table:
                 forms += form
                 words.append(word)
                 kinds |= kind << (2 * i)
-            struct.pack_into(
-                f"=q{forms}4dq",
-                self._buffer,
-                8 * (at.HEADER_WORDS + number * at.GROUP_WORDS),
-                kinds,
-                *words,
-                *_settings(settings[number] if settings else None),
-            )
+            own = settings[number][1:] if settings else ()
+            place = 8 * (at.HEADER_WORDS + number * at.GROUP_WORDS)
+            struct.pack_into(f"=q{forms}{len(own)}d", self._buffer, place, kinds, *words, *own)
 
     def _upload(self, operation: str, lists: int, taken: bytearray | None, first: bytearray | None = None) -> Tensor:
         """Completes the table with the tensors' records and returns it as it lies on the device."""
@@ -490,14 +493,3 @@ def _scalar(value: float | Tensor) -> tuple[str, float | int, int]:
     if not isinstance(value, Tensor):
         return "d", float(value), at.VALUE
     return "q", value.data_ptr(), at.FLOAT64 if value.dtype == torch.float64 else at.FLOAT32
-
-
-def _settings(settings: SGDSettings | AdamSettings | None) -> tuple[float, float, float, float, int]:
-    """The part of a group's record that is the base optimizer's."""
-    if isinstance(settings, SGDSettings):
-        flags = at.MAXIMIZE if settings.maximize else 0
-        return settings.momentum, settings.dampening, settings.weight_decay, 0.0, flags
-    if isinstance(settings, AdamSettings):
-        flags = (at.MAXIMIZE if settings.maximize else 0) | (at.DECOUPLED if settings.decoupled else 0)
-        return settings.beta1, settings.beta2, settings.weight_decay, settings.eps, flags
-    return 0.0, 0.0, 0.0, 0.0, 0

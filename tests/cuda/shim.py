@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -23,8 +24,7 @@ import torch
 from sam_kernels.cuda import CudaBackend, Tuning
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [
-    *sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.name != "launch.cu"),
+HOST_SOURCES = [
     ROOT / "csrc/cuda/packing.cpp",
     *(ROOT / "csrc/python" / name for name in ("cuda_module.cpp", "table_binding.cpp", "tensor_reader.cpp")),
     ROOT / "tests/cuda_shim/shim.cpp",
@@ -45,10 +45,18 @@ TUNING = Tuning(chunk_size=512, threads=64)
 
 
 @cache
+def build_cuda() -> Any:
+    """The module that knows what is to be compiled; it is not part of the package."""
+    path = ROOT / "csrc/build_cuda.py"
+    if not path.exists():
+        pytest.skip("the sources of the kernels are not here")
+    return _module(path)
+
+
+@cache
 def native() -> Any:
     """The extension module, compiled once for each state of the sources."""
-    if not (ROOT / "csrc").exists():
-        pytest.skip("the sources of the kernels are not here")
+    build = build_cuda()
     if shutil.which(COMPILER.split()[0]) is None:
         pytest.skip("there is no C++ compiler")
     pybind11 = pytest.importorskip("pybind11")
@@ -68,18 +76,23 @@ def native() -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
 
-            def compile_one(source: Path) -> str:
-                built = f"{scratch}/{source.name}.o"
-                _run([*COMPILER.split(), *flags, "-x", "c++", "-c", str(source), "-o", built])
+            def compile_one(unit: Any) -> str:
+                built = f"{scratch}/{unit.name}.o"
+                _run([*COMPILER.split(), *flags, *unit.flags, "-x", "c++", "-c", str(unit.source), "-o", built])
                 return built
 
+            units = [*(u for u in build.units() if u.name != "launch"), *map(build.Unit, HOST_SOURCES)]
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                objects = list(pool.map(compile_one, SOURCES))
+                objects = list(pool.map(compile_one, units))
             _run([*COMPILER.split(), "-shared", *objects, "-o", f"{scratch}/library.so"])
             Path(f"{scratch}/library.so").rename(library)
-    specification = importlib.util.spec_from_file_location("_cuda_shim", library)
+    return _module(library)
+
+
+def _module(path: Path) -> Any:
+    specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from .shim import ROOT
+from .shim import build_cuda as load_build_cuda
 
 # 65,536 registers of a multiprocessor for two blocks of 512 threads.
 REGISTERS = 65536 // (2 * 512)
-KERNELS = {
-    "gram_kernel",
-    "ascent_kernel",
-    "perturb_kernel",
-    "restore_kernel",
-    "combine_kernel",
-    *(f"{kind}_kernel_{base}" for kind in ("descent", "rule_descent") for base in ("sgd", "adam")),
-}
+KERNELS = {"gram_kernel", "ascent_kernel", "perturb_kernel", "restore_kernel", "combine_kernel"}
+OF_EACH_BASE = {"descent_kernel", "rule_descent_kernel"}
 
 
 @pytest.fixture(scope="module")
 def build_cuda():
-    path = ROOT / "csrc/build_cuda.py"
-    if not path.exists():
-        pytest.skip("the sources of the kernels are not here")
-    specification = importlib.util.spec_from_file_location("build_cuda", path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["build_cuda"] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_build_cuda()
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +41,28 @@ def test_resources(build_cuda, toolkit, monkeypatch):
         report,
         re.DOTALL,
     )
+    bases = {unit.base for unit in build_cuda.units() if unit.base is not None}
+    assert bases
     seen = set()
     for name, arch, stack, stores, loads, registers in entries:
-        kernel = next(k for k in sorted(KERNELS, key=len, reverse=True) if k in name)
-        seen.add((kernel, arch))
-        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), f"{kernel} for sm_{arch} spills"
-        assert int(registers) <= REGISTERS, f"{kernel} for sm_{arch} takes {registers} registers"
-    assert seen == {(kernel, arch) for kernel in KERNELS for arch in archs}
+        kernel = max((k for k in KERNELS | OF_EACH_BASE if k in name), key=len)
+        base = next((b for b in bases if f"{len(b)}{b}E" in name), None)  # as names are mangled
+        seen.add((kernel, base, arch))
+        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), f"{kernel}<{base}> for sm_{arch} spills"
+        assert int(registers) <= REGISTERS, f"{kernel}<{base}> for sm_{arch} takes {registers} registers"
+    wanted = {(kernel, None) for kernel in KERNELS} | {(kernel, base) for kernel in OF_EACH_BASE for base in bases}
+    assert seen == {(*kernel, arch) for kernel in wanted for arch in archs}
 
 
-def test_vector_accesses(toolkit, tmp_path):
+def test_vector_accesses(build_cuda, toolkit, tmp_path):
     """The loops over vectors read and write 16 bytes at a time, past the first-level cache."""
-    for source, least in (("gram", 20), ("elementwise", 10), ("descent_sgd", 20), ("descent_adam", 20)):
+    for unit in build_cuda.units():
+        if unit.name == "launch":
+            continue
+        source, least = unit.name, 10 if unit.name == "elementwise" else 20
         ptx = tmp_path / f"{source}.ptx"
-        command = [toolkit.nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx"]
-        subprocess.run([*command, str(ROOT / f"csrc/cuda/{source}.cu"), "-o", str(ptx)], check=True)
+        command = [toolkit.nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx", *unit.flags]
+        subprocess.run([*command, str(unit.source), "-o", str(ptx)], check=True)
         text = ptx.read_text()
         assert len(re.findall(r"ld\.global\.c[sg]\.v4\.u32", text)) >= least
         assert source == "gram" or len(re.findall(r"st\.global\.cs\.v4\.u32", text)) >= 6

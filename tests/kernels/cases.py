@@ -7,11 +7,13 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import sam_kernels as sk
+from sam_kernels.bases import Base
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -23,6 +25,26 @@ DTYPE_PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
 ]
 
 NAN = float("nan")
+
+# Of each base settings for every form of its update, and for every setting.
+FORMS: dict[type[Base], list[Any]] = {
+    sk.SGD: [
+        sk.SGDSettings(0.1),
+        sk.SGDSettings(0.1, weight_decay=0.01, maximize=True),
+        sk.SGDSettings(0.1, momentum=0.9),
+        sk.SGDSettings(0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
+        sk.SGDSettings(0.1, momentum=0.8, nesterov=True, weight_decay=0.01),
+        sk.SGDSettings(0.0, momentum=0.9),
+    ],
+    sk.Adam: [
+        sk.AdamSettings(0.01),
+        sk.AdamSettings(0.01, weight_decay=0.1),
+        sk.AdamSettings(0.01, weight_decay=0.1, decoupled=True, maximize=True),
+        sk.AdamSettings(0.01, beta1=0.4, beta2=0.9, amsgrad=True),
+        sk.AdamSettings(0.01, eps=1e-3, weight_decay=0.2, decoupled=True, amsgrad=True),
+        sk.AdamSettings(0.0, weight_decay=0.1, decoupled=True),
+    ],
+}
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
@@ -63,14 +85,15 @@ class Problem:
     ) -> Problem:
         gradients = gradients or weights
         count = len(sizes)
-        # The second moments must not be negative, and their maximum not below them.
-        exp_avg_sq = [t.abs() for t in random_tensors(sizes, weights, 6)]
+        # Second moments are not below the squares of first ones, and their maximum not below them.
+        first = random_tensors(sizes, weights, 5)
+        second = [(m * m + v.abs()).to(weights) for m, v in zip(first, random_tensors(sizes, weights, 6), strict=True)]
         return Problem(
             params=random_tensors(sizes, weights, 1),
             xs=[random_tensors(sizes, gradients, 2 + i) for i in range(lists)],
             geometry=[0.01 * (i % 3) if adaptive and i % 4 != 3 else None for i in range(count)],
             groups=[i % group_count for i in range(count)],
-            states=[random_tensors(sizes, weights, 5), exp_avg_sq, [t * 1.5 for t in exp_avg_sq]],
+            states=[first, second, [t * 1.5 for t in second]],
             steps=[torch.tensor(float(i % 5)) for i in range(count)],
         )
 
@@ -93,6 +116,22 @@ class Problem:
 
     def plan(self) -> sk.Plan:
         return sk.Plan(self.params, self.groups, self.geometry)
+
+    def base(self, cls: type[Base], settings: Any, first: bool = False) -> Base:
+        """A base with these settings, and with a learning rate for each group.
+
+        Args:
+            first: whether its state is new.
+        """
+        per_group = [settings._replace(lr=settings.lr * (g + 1)) for g in range(max(self.groups) + 1)]
+        for number in range(len(cls.state_keys)) if first else ():
+            self.states[number] = [torch.zeros_like(t) for t in self.states[number]]
+        own: dict[str, Any] = dict(zip(cls.state_keys, self.states, strict=False))
+        if cls.counts_steps:
+            own["step"] = self.steps
+        if cls.marks_first:
+            own["first"] = bytearray([int(first)] * len(self.params))
+        return cls(per_group, **own)
 
     def sgd(self, first: bool = False, **settings: float) -> sk.SGD:
         per_group = [sk.SGDSettings(**{"lr": 0.1 * (g + 1), **settings}) for g in range(max(self.groups) + 1)]

@@ -8,8 +8,8 @@ import torch
 import sam_kernels as sk
 from sam_kernels.snapshot import MASTER, TAKEN
 
-from .cases import Problem, random_tensors, same_bits
-from .test_parity import ADAM_OPTIONS, SCALES, SGD_OPTIONS
+from .cases import FORMS, Problem, random_tensors, same_bits
+from .test_parity import SCALES
 
 LOW = [torch.bfloat16, torch.float16]
 by_dtype = pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -141,22 +141,15 @@ def test_in_one_launch_and_in_two(gpu_target, launches, dtype):
 
 
 @by_dtype
-@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
-def test_descent_sgd(target, dtype, options):
+@pytest.mark.parametrize(
+    ("base", "settings"), [(base, settings) for base in FORMS for settings in FORMS[base]], ids=str
+)
+def test_descent(target, dtype, base, settings):
     def run(problem, plan, snapshot, backend):
         sk.perturb_(plan, problem.xs, [1.0], snapshot=snapshot, backend=backend)
-        sk.descent_(plan, problem.xs, problem.sgd(**options), snapshot=snapshot, backend=backend)
+        update = problem.base(base, settings)
+        sk.descent_(plan, problem.xs, update, snapshot=snapshot, grad_scale=2.0, backend=backend)
         assert not snapshot.is_taken
-
-    got, snapshot = both(target, Trained.random(target.sizes, dtype), run)
-    assert_rounded(target, got, snapshot)
-
-
-@by_dtype
-@pytest.mark.parametrize("options", ADAM_OPTIONS, ids=str)
-def test_descent_adam(target, dtype, options):
-    def run(problem, plan, snapshot, backend):
-        sk.descent_(plan, problem.xs, problem.adam(**options), snapshot=snapshot, grad_scale=2.0, backend=backend)
 
     got, snapshot = both(target, Trained.random(target.sizes, dtype), run)
     assert_rounded(target, got, snapshot)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import sam_kernels as sk
 
 from ..targets import target_named
-from .cases import DTYPE_PAIRS, Problem, assert_backends_agree, poisoned_snapshot, same_bits
+from .cases import DTYPE_PAIRS, FORMS, Problem, assert_backends_agree, poisoned_snapshot, same_bits
 
 SCALES = {k: [[0.05 * (g + 1) * (-1) ** i for i in range(k)] for g in range(2)] for k in (1, 2, 3)}
 
@@ -92,24 +92,6 @@ def test_perturb_combine_restore(target, dtypes, lists):
     agree(target, Problem.random(target.sizes, *dtypes, lists=lists), combine)
 
 
-SGD_OPTIONS = [
-    {},
-    {"weight_decay": 0.1, "maximize": True},
-    {"momentum": 0.9, "weight_decay": 0.01},
-    {"momentum": 0.9, "dampening": 0.3, "maximize": True},
-    {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
-    {"momentum": 0.9, "lr": 0.0},
-]
-ADAM_OPTIONS = [
-    {},
-    {"weight_decay": 0.1},
-    {"weight_decay": 0.1, "decoupled": True, "maximize": True},
-    {"amsgrad": True, "beta1": 0.4, "beta2": 0.9},
-    {"amsgrad": True, "decoupled": True, "weight_decay": 0.2, "eps": 1e-3},
-    {"decoupled": True, "weight_decay": 0.1, "lr": 0.0},
-]
-
-
 def descent(problem, base, backend, **arguments):
     """Perturb with snapshot, then descend; both with the same backend."""
     plan = problem.plan()
@@ -121,20 +103,16 @@ def descent(problem, base, backend, **arguments):
 
 
 @by_dtypes
-@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
-def test_descent_sgd(target, dtypes, options):
-    for first in (False, True):
+@pytest.mark.parametrize(
+    ("base", "settings"), [(base, settings) for base in FORMS for settings in FORMS[base]], ids=str
+)
+def test_descent(target, dtypes, base, settings):
+    for first in (False, True) if base.marks_first else (False,):
         agree(
             target,
             Problem.random(target.sizes, *dtypes),
-            lambda p, b, first=first: descent(p, p.sgd(first, **options), b),
+            lambda p, b, first=first: descent(p, p.base(base, settings, first), b),
         )
-
-
-@by_dtypes
-@pytest.mark.parametrize("options", ADAM_OPTIONS, ids=str)
-def test_descent_adam(target, dtypes, options):
-    agree(target, Problem.random(target.sizes, *dtypes), lambda p, b: descent(p, p.adam(**options), b))
 
 
 @by_dtypes

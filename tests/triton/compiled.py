@@ -23,12 +23,25 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sam_kernels.bases import Base
 from sam_kernels.triton import Tuning, kernels
+from sam_kernels.triton.bases import BASES
+
+from ..kernels.cases import FORMS
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}
 POINTERS = {"table": "*i64", "places": "*i64", "scratch": "*i32"}
 NUMBERS = {"report": "i64", "given": "i64"}  # others are i32
+
+
+def forms() -> list[tuple[type[Base], Any]]:
+    """Of each base settings for every form of its update."""
+    found: dict[tuple[str, int], tuple[type[Base], Any]] = {}
+    for base, several in FORMS.items():
+        for settings in several:
+            found.setdefault((base.code, base.variant(settings)), (base, settings))
+    return list(found.values())
 
 
 def variants(full: bool) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -61,19 +74,23 @@ def variants(full: bool) -> list[tuple[str, Any, dict[str, Any]]]:
             ascent = {"TAKE": True, "W": w, "S": s, "X": xs, **rule, **lanes}
             found.append((f"ascent {name}", kernels.ascent_kernel, ascent))
         found.append((f"restore {own}" + (" masters" if has_master else ""), kernels.restore_kernel, {"W": w, "S": s}))
-        for kind, states in (("PLAIN", 0), ("MOMENTUM", 1), ("NESTEROV", 1), ("ADAM", 2), ("AMSGRAD", 3)):
-            lists = (1, 2) if full or kind in ("MOMENTUM", "ADAM") else (1,)
-            for count in lists:
-                name = f"{kind} {own}/{gradient} x{count}" + (f" {copy} masters" if has_master else "")
+        for number, (base, settings) in enumerate(forms()):
+            states = base.states(settings)
+            for count in (1, 2) if full or number % 2 else (1,):
+                name = f"{base.code} {base.variant(settings)} {own}/{gradient} x{count}"
+                name += f" {copy} masters" if has_master else ""
                 constants = {
                     "COPIES": True,
                     "PREVIEW": False,
-                    "COUNT": kind in ("ADAM", "AMSGRAD"),
-                    "KIND": getattr(kernels, kind).value,
+                    "COUNT": base.counts_steps,
+                    "SCALARS": BASES[base.code].scalars,
+                    "UPDATE": BASES[base.code].update,
+                    "VARIANT": base.variant(settings),
+                    "STATES": states,
                     "W": w,
                     "S": s,
                     "X": (x,) * count,
-                    "M": (s,) * states,
+                    "M": (s,) * len(states),
                 }
                 found.append((f"descent {name}", kernels.descent_kernel, {"SOURCE": 0, "REVERSE": False, **constants}))
                 if count == 2:

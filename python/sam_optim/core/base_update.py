@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import sam_kernels
-from sam_kernels import SGD, Adam, AdamSettings, LaunchReport, Plan, SGDSettings, Snapshot
+from sam_kernels import LaunchReport, Plan, Snapshot
+from sam_kernels.bases import Base, base_of, settings_of
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import inverse_of, is_set, lookup, missing, pick, same_objects
 from sam_kernels.layouts import wide_dtype
@@ -175,9 +176,9 @@ class BaseUpdate:
             backend=descent.backend,
         )
         outcome = Outcome(report, descent.found_inf)
-        # New state is all zeros. After a skipped update it is no different from none, but for dampening, which spares a
-        # buffer's first use; only then is the outcome waited for.
-        if created and ((not outcome.is_known and not _has_dampening(base)) or outcome.updated):
+        # New state is all zeros. After a skipped update it is no different from none, but for updates that tell the two
+        # apart, as SGD's dampening does; only then is the outcome waited for.
+        if created and ((not outcome.is_known and not self._fused_state.first_differs()) or outcome.updated):
             self._fused_state.commit(params, created)
         # A scheduler on the base asks whether the base has stepped; it has.
         base._opt_called = True  # type: ignore[attr-defined]
@@ -218,7 +219,7 @@ class BaseUpdate:
 
 
 class FusedState:
-    """The settings and state tensors of ``torch.optim.SGD``, ``Adam`` or ``AdamW``, as the kernels want them."""
+    """The settings and state tensors of a base optimizer that the kernels know, as they want them."""
 
     def __init__(self, base_optimizer: Optimizer, has_masters: bool = False) -> None:
         self.base_optimizer, self._has_masters = base_optimizer, has_masters
@@ -229,32 +230,52 @@ class FusedState:
     @staticmethod
     def supports(base_optimizer: Optimizer) -> bool:
         """Whether the base's class and present settings have a fused form; others take ``base_optimizer.step()``."""
-        if has_own_step(base_optimizer):
-            return False
-        if type(base_optimizer) is torch.optim.SGD:
-            tensors: Sequence[str] = ("momentum", "dampening", "weight_decay")
-        elif type(base_optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-            tensors = ("eps", "weight_decay")
-        else:
-            return False
-        for group in base_optimizer.param_groups:
-            if group.get("differentiable"):
-                return False
-            if any(isinstance(group[key], Tensor) for key in tensors):
-                return False
-            if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
-                return False
-        return True
+        return not has_own_step(base_optimizer) and settings_of(base_optimizer) is not None
 
-    def prepare(self, params: list[Tensor], gradients: Gradients) -> tuple[SGD | Adam, dict[int, dict[str, Any]]]:
+    def prepare(self, params: list[Tensor], gradients: Gradients) -> tuple[Base, dict[int, dict[str, Any]]]:
         """The base for one descent, and the state it creates for parameters that have none yet.
 
         The second result belongs into the base optimizer, by :meth:`commit`, once the update has been made.
         """
+        base, settings = base_of(type(self.base_optimizer)), settings_of(self.base_optimizer)
+        assert base is not None and settings is not None
         states = self._states_of(params)
-        if type(self.base_optimizer) is torch.optim.SGD:
-            return self._prepare_sgd(params, gradients, states)
-        return self._prepare_adam(params, gradients, states)
+        groups = self.base_optimizer.param_groups
+        keys_of = [{base.state_keys[number] for number in base.states(own)} for own in settings]
+        columns = {key: lookup(states, key) for key in base.state_keys if any(key in keys for keys in keys_of)}
+        if base.counts_steps:
+            columns["step"] = lookup(states, "step")
+            for keys in keys_of:
+                keys.add("step")
+        created: dict[int, dict[str, Any]] = {}
+        own: dict[int, dict[str, Any]] = {}  # a parameter that stands twice in the list has one state
+        group_of = None
+        for key, column in columns.items():
+            for index in missing(column):
+                if gradients[index] is None:
+                    continue
+                if group_of is None:
+                    group_of = [number for number, g in enumerate(groups) for _ in g["params"]]
+                if key not in keys_of[group_of[index]]:
+                    continue
+                entries = created[index] = own.setdefault(id(params[index]), {})
+                if key not in entries:
+                    new_step = key == "step"
+                    entries[key] = (
+                        _new_step(params[index], groups[group_of[index]]) if new_step else self._zeros(params[index])
+                    )
+                column[index] = entries[key]
+        more: dict[str, Any] = {}
+        if base.marks_first:
+            more["first"] = bytearray(len(params))
+            for index in created:
+                more["first"][index] = 1
+        return base(settings, **columns, **more), created  # type: ignore[call-arg]
+
+    def first_differs(self) -> bool:
+        """Whether state that is new is told apart from zeros by some group's updates."""
+        base, settings = base_of(type(self.base_optimizer)), settings_of(self.base_optimizer)
+        return base is not None and any(base.first_differs(own) for own in settings or ())
 
     def commit(self, params: list[Tensor], created: dict[int, dict[str, Any]]) -> None:
         for index, entries in created.items():
@@ -268,75 +289,6 @@ class FusedState:
             self._states = [state.get(p, {}) for p in params]
             self._values, self._params = values, list(params)
         return self._states
-
-    def _prepare_sgd(
-        self, params: list[Tensor], gradients: Gradients, states: list[dict[str, Any]]
-    ) -> tuple[SGD, dict[int, dict[str, Any]]]:
-        groups = self.base_optimizer.param_groups
-        settings = [
-            SGDSettings(g["lr"], g["momentum"], g["dampening"], g["weight_decay"], g["nesterov"], g["maximize"])
-            for g in groups
-        ]
-        first = bytearray(len(params))
-        created: dict[int, dict[str, Any]] = {}
-        buffers: list[Tensor | None] = []
-        if any(s.momentum != 0.0 for s in settings):
-            buffers = lookup(states, "momentum_buffer")
-            momentum_of = None
-            for index in missing(buffers):
-                if gradients[index] is None:
-                    continue
-                if momentum_of is None:
-                    momentum_of = [s.momentum for s, g in zip(settings, groups, strict=True) for _ in g["params"]]
-                if momentum_of[index] != 0.0:
-                    buffers[index] = self._zeros(params[index])
-                    first[index] = 1
-                    created[index] = {"momentum_buffer": buffers[index]}
-        return SGD(settings, buffers, first), created
-
-    def _prepare_adam(
-        self, params: list[Tensor], gradients: Gradients, states: list[dict[str, Any]]
-    ) -> tuple[Adam, dict[int, dict[str, Any]]]:
-        groups = self.base_optimizer.param_groups
-        # Adam with decoupled_weight_decay is AdamW, whatever the class.
-        adamw = isinstance(self.base_optimizer, torch.optim.AdamW)
-        settings = [
-            AdamSettings(
-                g["lr"],
-                g["betas"][0],
-                g["betas"][1],
-                g["eps"],
-                g["weight_decay"],
-                bool(g.get("decoupled_weight_decay", adamw)),
-                g["amsgrad"],
-                g["maximize"],
-            )
-            for g in groups
-        ]
-        keys = ["exp_avg", "exp_avg_sq"]
-        if any(s.amsgrad for s in settings):
-            keys.append("max_exp_avg_sq")
-        columns = {key: lookup(states, key) for key in (*keys, "step")}
-        created: dict[int, dict[str, Any]] = {}
-        own: dict[int, dict[str, Any]] = {}  # a parameter that stands twice in the list has one state
-        group_of = None
-        for key, column in columns.items():
-            for index in missing(column):
-                if gradients[index] is None:
-                    continue
-                if group_of is None:
-                    group_of = [number for number, g in enumerate(groups) for _ in g["params"]]
-                if key == "max_exp_avg_sq" and not settings[group_of[index]].amsgrad:
-                    continue
-                entries = created[index] = own.setdefault(id(params[index]), {})
-                if key not in entries:
-                    new_step = key == "step"
-                    entries[key] = (
-                        _new_step(params[index], groups[group_of[index]]) if new_step else self._zeros(params[index])
-                    )
-                column[index] = entries[key]
-        maxima = columns.get("max_exp_avg_sq", [])
-        return Adam(settings, columns["exp_avg"], columns["exp_avg_sq"], maxima, columns["step"]), created
 
     def _zeros(self, param: Tensor) -> Tensor:
         dtype = wide_dtype(param.dtype) if self._has_masters else param.dtype
@@ -356,10 +308,6 @@ class FusedState:
             for key, value in entries.items():
                 if key != "step" and isinstance(value, Tensor) and value.is_floating_point():
                     state[param][key] = value.detach().to(device=param.device, dtype=dtype, copy=saved is not None)
-
-
-def _has_dampening(base_optimizer: Optimizer) -> bool:
-    return any(group.get("dampening", 0.0) != 0.0 for group in base_optimizer.param_groups)
 
 
 def combined_gradient(

@@ -268,8 +268,9 @@ class TrainStep:
                 "not say is_capturable = True beside passes()"
             )
         base = self.optimizer.base_optimizer
-        needs_capturable = isinstance(base, (torch.optim.Adam, torch.optim.AdamW))
-        if needs_capturable and not all(group["capturable"] or group["fused"] for group in base.param_groups):
+        groups = base.param_groups
+        # Step counts on the host would stand still in a graph.
+        if any("capturable" in group and not (group["capturable"] or group.get("fused")) for group in groups):
             raise InvalidSettingError(
                 f"capture=True needs {type(base).__name__}'s step counts on the GPU: give it capturable=True"
             )
