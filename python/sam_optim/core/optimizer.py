@@ -276,7 +276,15 @@ class SharpnessAwareOptimizer(Primitives, Optimizer):
         Raises:
             StepOrderError: if there is no gradient (the weights are then restored).
         """
-        return self.stepper.advance(zero_grad)
+        stepper, state = self.stepper, self.stepper.step
+        if state.caller is not None or stepper.optimizer is self:
+            return stepper.advance(zero_grad)
+        # A wrapper that is of this class too, as Lightning's: the update goes through its step().
+        state.caller = self.step
+        try:
+            return stepper.advance(zero_grad)
+        finally:
+            state.caller = None
 
     def begin(self) -> Pass | None:
         """Begins a step, for drivers that hand each gradient over by :meth:`advance`. Clears the gradients.
