@@ -496,3 +496,24 @@ def test_no_hooks_no_cost():
     optimizer.second_step()
     assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
     assert_same(gradients, copies)
+
+
+@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("where", PLACES)
+def test_a_learning_rate_that_a_pre_hook_sets_is_that_updates(where, base):
+    """Schedulers that live in a hook; the same as setting it before the update."""
+
+    def halve(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * group["lr"]
+
+    (model, optimizer), (wanted, plain) = make(base), make(base)
+    for batch in batches(3):
+        with hooked(optimizer, where, halve):
+            step_by_hand(optimizer, model, batch)
+        loss_of(wanted, batch).backward()
+        plain.first_step(zero_grad=True)
+        loss_of(wanted, batch).backward()
+        halve(plain, (), {})
+        plain.second_step(zero_grad=True)
+        assert_same(weights_of(model), weights_of(wanted))

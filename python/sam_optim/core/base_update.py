@@ -30,6 +30,9 @@ from .step_hooks import has_own_step, without_global_hooks, without_hooks
 
 _FIXED = Fixed()
 
+# Of each group, as the base's class in sam_kernels.bases has them.
+Settings = list[Any]
+
 
 class Descent(NamedTuple):
     """The arguments of one descent; see :func:`sam_kernels.descent_`.
@@ -85,34 +88,43 @@ class BaseUpdate:
 
     def check_masters(self) -> None:
         """Raises :class:`InvalidSettingError` if there are masters and the base cannot update them."""
-        if self.has_masters and not FusedState.supports(self.base_optimizer):
+        if self.has_masters and self._fused_state.settings() is None:
             raise InvalidSettingError(
                 "master_weights needs torch.optim.SGD, Adam or AdamW as base_optimizer, not differentiable, with its "
                 "own step() and with betas, eps, momentum and weight_decay as numbers: other updates know nothing of "
                 "masters"
             )
 
-    def fuses(self, plan: Plan, backend: str | None, by_base_itself: bool) -> bool:
-        """Whether the update is made by the kernels, and not by the base's own ``step()``.
+    def settings(self) -> Settings | None:
+        """Of each group; None where the kernels do not know the base's class, or not with its present settings."""
+        return self._fused_state.settings()
+
+    def fused_settings(self, plan: Plan, backend: str | None, by_base_itself: bool) -> Settings | None:
+        """What the kernels need to make the update; None where the base's own ``step()`` makes it.
 
         Args:
             by_base_itself: never fuse, unless there are masters.
         """
         self.check_masters()
-        fuses = not by_base_itself and has_updates(plan, backend)
-        return self.has_masters or (fuses and FusedState.supports(self.base_optimizer))
+        if self.has_masters or not (by_base_itself or not has_updates(plan, backend)):
+            return self._fused_state.settings()
+        return None
 
-    def descend(self, descent: Descent, fused: bool) -> Outcome:
+    def descend(self, descent: Descent, settings: Settings | None) -> Outcome:
         """Restores the weights and updates them.
 
         The base's pre-hooks have been run before a fused update, and are run by its ``step()`` otherwise.
+
+        Args:
+            settings: of :meth:`fused_settings`.
         """
-        return self._fused(descent) if fused else self._by_base(descent)
+        return self._by_base(descent) if settings is None else self._fused(descent, settings)
 
     def make_state(self, params: list[Tensor]) -> None:
         """The state of parameters that have none yet, as it is before any update, where they have gradients."""
-        if FusedState.supports(self.base_optimizer):
-            _, created = self._fused_state.prepare(params, gradients_of(params))
+        settings = self._fused_state.settings()
+        if settings is not None:
+            _, created = self._fused_state.prepare(params, gradients_of(params), settings)
             self._fused_state.commit(params, created)
         else:
             self.base_optimizer.step()
@@ -138,8 +150,9 @@ class BaseUpdate:
         Args:
             params: whose state it is, for a fused base; the plan's own by default.
         """
-        if FusedState.supports(self.base_optimizer):
-            update, _ = self._fused_state.prepare(plan.params if params is None else params, gradients)
+        settings = self._fused_state.settings()
+        if settings is not None:
+            update, _ = self._fused_state.prepare(plan.params if params is None else params, gradients, settings)
             sam_kernels.look_ahead_(plan, [gradients], update, snapshot=snapshot, found_inf=overflow, backend=backend)
             return
         copies = bytes(snapshot.taken)
@@ -160,10 +173,10 @@ class BaseUpdate:
         before.put_back()
         draws.restore()
 
-    def _fused(self, descent: Descent) -> Outcome:
+    def _fused(self, descent: Descent, settings: Settings) -> Outcome:
         base = self.base_optimizer
         params = descent.plan.params
-        update, created = self._fused_state.prepare(params, _first_of(descent.lists))
+        update, created = self._fused_state.prepare(params, _first_of(descent.lists), settings)
         report = sam_kernels.descent_(
             descent.plan,
             descent.lists,
@@ -178,7 +191,7 @@ class BaseUpdate:
         outcome = Outcome(report, descent.found_inf)
         # New state is all zeros. After a skipped update it is no different from none, but for updates that tell the two
         # apart, as SGD's dampening does; only then is the outcome waited for.
-        if created and ((not outcome.is_known and not self._fused_state.first_differs()) or outcome.updated):
+        if created and ((not outcome.is_known and not self._fused_state.first_differs(settings)) or outcome.updated):
             self._fused_state.commit(params, created)
         # A scheduler on the base asks whether the base has stepped; it has.
         base._opt_called = True  # type: ignore[attr-defined]
@@ -223,30 +236,36 @@ class FusedState:
 
     def __init__(self, base_optimizer: Optimizer, has_masters: bool = False) -> None:
         self.base_optimizer, self._has_masters = base_optimizer, has_masters
+        self._base = base_of(type(base_optimizer))
+        self._needed: list[tuple[int, ...]] | None = None
+        self._keys_of: list[set[str]] = []
+        self._keys: list[str] = []
         self._params: list[Tensor] = []
         self._values: list[Any] = []
         self._states: list[dict[str, Any]] = []
 
-    @staticmethod
-    def supports(base_optimizer: Optimizer) -> bool:
-        """Whether the base's class and present settings have a fused form; others take ``base_optimizer.step()``."""
-        return not has_own_step(base_optimizer) and settings_of(base_optimizer) is not None
+    def settings(self) -> Settings | None:
+        """Of each group; None if the base's class or its present settings have no fused form."""
+        if self._base is None or has_own_step(self.base_optimizer):
+            return None
+        return settings_of(self.base_optimizer)
 
-    def prepare(self, params: list[Tensor], gradients: Gradients) -> tuple[Base, dict[int, dict[str, Any]]]:
+    def prepare(
+        self, params: list[Tensor], gradients: Gradients, settings: Settings
+    ) -> tuple[Base, dict[int, dict[str, Any]]]:
         """The base for one descent, and the state it creates for parameters that have none yet.
 
         The second result belongs into the base optimizer, by :meth:`commit`, once the update has been made.
         """
-        base, settings = base_of(type(self.base_optimizer)), settings_of(self.base_optimizer)
-        assert base is not None and settings is not None
+        base = self._base
+        assert base is not None
         states = self._states_of(params)
         groups = self.base_optimizer.param_groups
-        keys_of = [{base.state_keys[number] for number in base.states(own)} for own in settings]
-        columns = {key: lookup(states, key) for key in base.state_keys if any(key in keys for keys in keys_of)}
-        if base.counts_steps:
-            columns["step"] = lookup(states, "step")
-            for keys in keys_of:
-                keys.add("step")
+        needed = [base.states(own) for own in settings]
+        if needed != self._needed:
+            self._choose_keys(base, needed)
+        keys_of = self._keys_of
+        columns = {key: lookup(states, key) for key in self._keys}
         created: dict[int, dict[str, Any]] = {}
         own: dict[int, dict[str, Any]] = {}  # a parameter that stands twice in the list has one state
         group_of = None
@@ -272,10 +291,17 @@ class FusedState:
                 more["first"][index] = 1
         return base(settings, **columns, **more), created  # type: ignore[call-arg]
 
-    def first_differs(self) -> bool:
+    def _choose_keys(self, base: type[Base], needed: list[tuple[int, ...]]) -> None:
+        """The keys of the state that each group needs, and of all together."""
+        self._needed = needed
+        steps = ["step"] if base.counts_steps else []
+        self._keys_of = [{*(base.state_keys[number] for number in own), *steps} for own in needed]
+        self._keys = [key for key in (*base.state_keys, *steps) if any(key in own for own in self._keys_of)]
+
+    def first_differs(self, settings: Settings) -> bool:
         """Whether state that is new is told apart from zeros by some group's updates."""
-        base, settings = base_of(type(self.base_optimizer)), settings_of(self.base_optimizer)
-        return base is not None and any(base.first_differs(own) for own in settings or ())
+        base = self._base
+        return base is not None and any(base.first_differs(own) for own in settings)
 
     def commit(self, params: list[Tensor], created: dict[int, dict[str, Any]]) -> None:
         for index, entries in created.items():

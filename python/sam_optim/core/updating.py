@@ -57,12 +57,14 @@ def make(stepper: Stepper, update: Update) -> None:
         optimizer.backend,
         is_kept=run is not None and run.last[1],
     )
-    fused = base_update.fuses(plans.plan, optimizer.backend, optimizer._is_plain_step())
+    settings = base_update.fused_settings(plans.plan, optimizer.backend, optimizer._is_plain_step())
+    fused = settings is not None
     hooks = pre_hooks_of(optimizer)
     hooks_of_base = pre_hooks_of(optimizer._base, with_global=False) if fused else []
     if hooks or hooks_of_base:
         descent = _after_pre_hooks(stepper, descent, hooks, hooks_of_base, fused)
-    outcome = base_update.descend(descent, fused)
+        settings = base_update.settings() if fused else None  # hooks may have changed lr
+    outcome = base_update.descend(descent, settings)
     ascent = step.report.ascent
     if grad_scale is not None:
         # Norms of gradients that were scaled alike; those of a combination after the hooks are unscaled already.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
-from ..core.base_update import FusedState
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import PREVIOUS, Pass, Passes, Update
@@ -104,7 +103,7 @@ class SAMPa(SAM):
         self.set_method_state(_Y_GRADIENT, g_y_next)
 
     def obstacle_to_side_by_side(self) -> str | None:
-        if not FusedState.supports(self.base_optimizer):
+        if self._base_update.settings() is None:
             base = type(self.base_optimizer).__name__
             return f"SAMPa's passes cannot run side by side with {base}, which can look ahead in the model itself alone"
         return super().obstacle_to_side_by_side()
