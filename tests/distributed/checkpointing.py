@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sam_optim import AgnosticSAM, FriendlySAM, LookSAM, SharpnessAwareOptimizer, TrainStep, VaSSO
 
-from ..optim.cases import Base, Method
+from ..optim.bases import Base
+from ..optim.methods import Method
 from .programs import ADAMW, SGD, UNFUSED, loss_of, make_model, sharded, train, whole
 
 CASES = [

@@ -15,7 +15,7 @@ import sam_kernels as sk
 from sam_kernels import Peers
 from sam_optim import GSAM, SAM, InvalidSettingError, StepOrderError, TrainStep
 
-from ..optim.cases import Method
+from ..optim.methods import Method
 from .programs import ADAMW, METHODS, SGD, assert_close, data, loss_of, make_model, of_rank
 
 STEPS = 4

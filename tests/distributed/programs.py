@@ -35,7 +35,9 @@ from sam_optim import (
     TrainStep,
 )
 
-from ..optim.cases import Base, Method, batches
+from ..optim.bases import Base
+from ..optim.cases import batches
+from ..optim.methods import Method
 
 # Sizes that two ranks cannot share out evenly: 5 and 1, where a rank has nothing at all.
 SIZES = (7, 5, 1)

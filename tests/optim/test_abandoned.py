@@ -11,8 +11,9 @@ import torch
 from sam_optim import GSAM, MGSERSAM, SAM, AgnosticSAM, MomentumSAM, TrainStep
 from sam_optim.trainers.micro_batches import MicroBatch, WindowedPasses
 
-from .cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
-from .every import EVERY_METHOD
+from .bases import Base
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+from .methods import METHODS, Method
 
 SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
 
@@ -157,7 +158,7 @@ def train(method, drive, abandoned):
 
 
 @pytest.mark.parametrize("drive", ALL)
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_in_the_first_pass(method, drive):
     assert_same(train(method, drive, 1), train(method, drive, 0))
 
@@ -173,7 +174,7 @@ def test_in_the_first_pass_by_hand(drive):
     assert_same(train(Method(SAM, {"rho": 0.1}), drive, 1), train(Method(SAM, {"rho": 0.1}), drive, 0))
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_closures_that_clear_nothing(method):
     """Nor does anybody else: the last gradient of a step must not be in the next one."""
 

@@ -1,4 +1,4 @@
-"""Agnostic-SAM and Align-SAM: closed forms, reductions, drivers, state and safety."""
+"""Agnostic-SAM and Align-SAM: closed forms, reductions and safety. Their formula is in methods.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import nn
 
 from sam_optim import SAM, AgnosticSAM, InvalidSettingError, StepOrderError, freeze_in_perturbed_passes
 
-from .cases import BASES, Base, assert_same, batches, loss_of, make_net, weights_of
-
-SGD = BASES[1]
-SEVERAL = [BASES[0], BASES[1], BASES[6], BASES[8], BASES[10]]
+from .bases import KINDS, SGD, Base
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+from .drivers import by_closures
 
 # L_t = 1/2 (w-a)'A(w-a), L_v = 1/2 (w-b)'B(w-b): w after one step of plain SGD, rho_train .2, rho_val .1, lr .1.
 A, B = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
@@ -52,115 +51,8 @@ def by_passes(optimizer, model, train, validation):
         loss_of(model, train if p.data == "train" else validation).backward()
 
 
-def by_closures(optimizer, model, train, validation):
-    def closure(batch):
-        def run():
-            optimizer.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
-            return loss.item()
-
-        return run
-
-    return optimizer.step(closure(train), closure(validation))
-
-
-def by_hand(optimizer, model, train, validation):
-    """With gradients that are cleared in place, which must not touch those that the method has kept."""
-    wanted = optimizer.waiting
-    assert wanted is None
-    loss_of(model, train).backward()
-    wanted = optimizer.advance()
-    while wanted is not None:
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad.zero_()
-        loss_of(model, train if wanted.data == "train" else validation).backward()
-        wanted = optimizer.advance()
-    optimizer.zero_grad()
-
-
-VARIANTS = [
-    {},
-    {"variant": "align"},
-    {"normalizer": "first"},
-    {"smoothing": 0.9},
-    {"adaptive": True, "rho_train": 1.0},
-    {"adaptive": "weights", "rho_train": 0.5, "rho_val": 0.1},
-]
-
-
-def oracle(model, base, settings, pairs):
-    """The formulas, in plain torch."""
-    rho_train = settings.get("rho_train", 0.2)
-    rho_val = settings.get("rho_val", rho_train / 2)
-    named = dict(model.named_parameters())
-    average = {n: torch.zeros_like(w) for n, w in named.items()}
-
-    def gradient(weights, batch):
-        with torch.no_grad():
-            for n, w in named.items():
-                w.copy_(weights[n])
-        gradients = torch.autograd.grad(loss_of(model, batch), list(named.values()))
-        return dict(zip(named, gradients, strict=True))
-
-    for train, validation in pairs:
-        w = {n: p.detach().clone() for n, p in named.items()}
-        kind = settings.get("adaptive", False)
-        operator = {
-            n: v.abs() if kind is True else v.abs() + 0.01 if kind and "weight" in n else torch.ones_like(v)
-            for n, v in w.items()
-        }
-
-        def norm(g, operator=operator):
-            return torch.sqrt(sum(((operator[n] * v) ** 2).sum() for n, v in g.items()))
-
-        def moved(*terms, w=w, operator=operator):
-            return {n: v + sum(c * operator[n] ** 2 * g[n] for c, g in terms) for n, v in w.items()}
-
-        g_t, g_v = gradient(w, train), gradient(w, validation)
-        direction = g_v
-        if settings.get("variant") != "align":
-            direction = gradient(moved((rho_val / norm(g_v), g_v)), validation)
-        if beta := settings.get("smoothing"):
-            average = {n: beta * m + (1 - beta) * direction[n] for n, m in average.items()}
-            direction = average
-        length = norm(g_v) if settings.get("normalizer") == "first" else norm(direction)
-        g_plus = gradient(moved((rho_train / norm(g_t), g_t), (-rho_val / length, direction)), train)
-        with torch.no_grad():
-            for n, p in named.items():
-                p.copy_(w[n])
-                p.grad = g_plus[n]
-        base.step()
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("settings", VARIANTS, ids=str)
-@pytest.mark.parametrize("base", SEVERAL, ids=str)
-def test_trajectory(base, settings, backend):
-    model, optimizer = make(base, backend=backend, **settings)
-    for train, validation in data():
-        by_passes(optimizer, model, train, validation)
-    wanted = make_net()
-    oracle(wanted, base.cls(wanted.parameters(), **copy.deepcopy(base.settings)), settings, data())
-    for x, y in zip(weights_of(model), weights_of(wanted), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("settings", VARIANTS, ids=str)
-@pytest.mark.parametrize("drive", [by_closures, by_hand])
-def test_all_drivers_give_the_same_bits(settings, drive):
-    results = []
-    for driver in (by_passes, drive):
-        model, optimizer = make(**settings)
-        for train, validation in data():
-            driver(optimizer, model, train, validation)
-        results.append(weights_of(model))
-    assert_same(*results)
-
-
 @pytest.mark.parametrize("variant", ["agnostic", "align"])
-@pytest.mark.parametrize("base", SEVERAL, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 def test_without_validation_radius_it_is_sam(variant, base):
     model, optimizer = make(base, rho_val=0.0, variant=variant)
     other = make_net()
@@ -173,7 +65,7 @@ def test_without_validation_radius_it_is_sam(variant, base):
 
 
 @pytest.mark.parametrize("variant", ["agnostic", "align"])
-@pytest.mark.parametrize("base", SEVERAL, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 def test_without_any_radius_it_is_the_base(variant, base):
     model, optimizer = make(base, rho_train=0.0, variant=variant)
     other = make_net()
@@ -209,29 +101,6 @@ def test_align_does_not_depend_on_the_scale_of_the_validation_loss():
         results.append(weights_of(model))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("settings", VARIANTS, ids=str)
-@pytest.mark.parametrize("base", SEVERAL, ids=str)
-def test_resume_is_bit_exact(base, settings, tmp_path):
-    pairs = data()
-    model, optimizer = make(base, **settings)
-    for train, validation in pairs[:3]:
-        by_passes(optimizer, model, train, validation)
-    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint.pt")
-    clone_model, clone = copy.deepcopy((model, optimizer))
-    resumed_model, resumed = make(base, **settings)
-    weights, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    resumed_model.load_state_dict(weights)
-    resumed.load_state_dict(state)
-    for train, validation in pairs[3:]:
-        by_passes(optimizer, model, train, validation)
-        by_passes(resumed, resumed_model, train, validation)
-        by_passes(clone, clone_model, train, validation)
-    assert_same(weights_of(model), weights_of(resumed_model))
-    assert_same(weights_of(model), weights_of(clone_model))
-    # The plain base takes the checkpoint too.
-    base.cls(make_net().parameters(), **copy.deepcopy(base.settings)).load_state_dict(state)
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
@@ -291,7 +160,7 @@ def test_dropout_draws_and_statistics():
     draws = []
     model.layers[3].register_forward_hook(lambda module, args, output: draws.append((output == 0).clone()))
     for train, validation in data(2):
-        by_closures(optimizer, model, train, validation)
+        by_closures(optimizer, model, [{"train": train, "validation": validation}])
     for start in (0, 4):
         train, validation, validation_again, train_again = draws[start : start + 4]
         assert torch.equal(train, train_again)

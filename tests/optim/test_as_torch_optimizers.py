@@ -32,8 +32,9 @@ from sam_optim import (
     StepOrderError,
 )
 
-from .cases import Base, Method, assert_same, weights_of
-from .every import EVERY_METHOD
+from .bases import Base
+from .cases import assert_same, weights_of
+from .methods import METHODS, Method
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers", reason="torch's tests need expecttest")
 torch.backends.__allow_nonbracketed_mutation_flag = True  # which importing torch's tests has taken from everybody
@@ -46,9 +47,9 @@ ADAGRAD = Base(torch.optim.Adagrad, {"lr": 0.05})
 SOME_CLASSES = (SAM, WSAM, FriendlySAM, SAMPa, MomentumSAM)
 
 # With every base a few methods that differ in what they ask of one, with a few bases every method.
-SOME_METHODS = list({method.cls: method for method in EVERY_METHOD if method.cls in SOME_CLASSES}.values())
+SOME_METHODS = list({method.cls: method for method in METHODS if method.cls in SOME_CLASSES}.values())
 
-by_method = pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+by_method = pytest.mark.parametrize("method", METHODS, ids=str)
 by_some_methods = pytest.mark.parametrize("method", SOME_METHODS, ids=str)
 by_info = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 by_base = pytest.mark.parametrize("base", [SGD, ADAM, ADAGRAD], ids=str)

@@ -10,17 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from per_tensor_sam import PerTensorSAM
-from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
+from sam_optim import SAM, TrainStep
 
 from ..little_device import little_device, moved
-from .cases import BASES, METHODS, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
-
-ALL_METHODS = [
-    *METHODS,
-    Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5}),
-    Method(AgnosticSAM, {"rho_train": 0.1, "variant": "align", "normalizer": "first"}),
-    Method(SAMPa, {"rho": 0.1}),
-]
+from .bases import ADAMW, BASES, FUSED, PLAIN_SGD, SGD
+from .cases import assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+from .methods import METHODS, named
 
 
 def on(device, batch):
@@ -38,10 +33,12 @@ def train(method, base, backend, device, steps=4, **options):
     return model, optimizer, [t.cpu() for t in (*weights_of(model), *state)]
 
 
-# Kernels know bases and rules, not methods: every base with two methods, and every method with two bases.
+# Kernels know bases and rules, not methods: every base with one that looks ahead, every method with a base, and both
+# kinds of update after a rule.
 PAIRS = [
-    *((method, base) for method in (METHODS[0], ALL_METHODS[-1]) for base in BASES),
-    *((method, base) for method in ALL_METHODS[1:-1] for base in (BASES[1], BASES[8])),
+    *((named("SAMPa"), base) for base in BASES),
+    *((method, SGD) for method in METHODS if method is not named("SAMPa")),
+    (named("GSAM"), ADAMW),
 ]
 
 
@@ -54,11 +51,11 @@ def test_steps(gpu_target, method, base):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("base", [b for b in BASES if b.fused], ids=str)
+@pytest.mark.parametrize("base", FUSED, ids=str)
 @pytest.mark.parametrize("when", [0, 2])
 def test_an_overflow_under_grad_scaler(gpu_target, base, when):
     """In the very first step too, where the state is new; with dampening a buffer's first use must stay first."""
-    method = METHODS[0]
+    method = named("SAM")
 
     def run(backend, device):
         scaler = torch.amp.GradScaler(device.type, init_scale=16.0)
@@ -82,10 +79,10 @@ def test_an_overflow_under_grad_scaler(gpu_target, base, when):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("base", [b for b in BASES if b.fused], ids=str)
+@pytest.mark.parametrize("base", FUSED, ids=str)
 def test_checkpoints_move_between_devices(gpu_target, base):
     """Half of the steps on the reference, the others here."""
-    method = METHODS[0]
+    method = named("SAM")
     _, _, wanted = train(method, base, "reference", "cpu", steps=4)
     model, optimizer, _ = train(method, base, "reference", "cpu", steps=2)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -118,7 +115,7 @@ class CountedCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("base", [BASES[1], BASES[8]], ids=str)
+@pytest.mark.parametrize("base", [SGD, ADAMW], ids=str)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_without_kernels_a_step_takes_fewer_calls_than_the_common_sam(adaptive, base):
     """Where each call is a launch, as on Apple's GPUs."""
@@ -142,7 +139,7 @@ def test_without_kernels_a_step_takes_fewer_calls_than_the_common_sam(adaptive, 
 def test_parameters_that_change_between_steps(backend):
     """Their type, here, where no table of a native backend would notice: copies are of the new one."""
     model = make_net(torch.float32)
-    optimizer = METHODS[0].make(model, BASES[0], backend=backend, lr=0.0)
+    optimizer = named("SAM").make(model, PLAIN_SGD, backend=backend, lr=0.0)
     for dtype in (torch.float32, torch.float64, torch.float32):
         model.to(dtype)
         with torch.no_grad():

@@ -5,44 +5,24 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import UserDict
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from sam_kernels import graphs
-from sam_optim import SAM, AgnosticSAM, InvalidSettingError, SAMPa, TrainStep
+from sam_optim import SAM, InvalidSettingError, TrainStep
 from sam_optim.training.capture import _MAX_GRAPHS, WARMUP_STEPS, Recorder
 from sam_optim.training.streams import OneLane
 
-from .cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
+from .bases import SGD, Base
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+from .drivers import data_of_steps
+from .methods import ALL_SETTINGS, methods_with, named
+from .stand_ins import Replayed
 
-SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
-METHODS = [
-    Method(SAM, {"rho": 0.1}),
-    Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5}),
-    Method(SAMPa, {"rho": 0.1}),
-    Method(SAMPa, {"rho": 0.1, "warm_start": "zero"}),
-]
-
-
-class Replayed:
-    """Records nothing; a replay calls again, with the inputs where they were when it was recorded."""
-
-    def __init__(self):
-        self.recorded = self.warm = self.waited = 0
-
-    @contextmanager
-    def warming_up(self):
-        self.warm += 1
-        yield
-
-    def record(self, call, generators):
-        self.recorded += 1
-        return call
-
-    def wait(self):
-        self.waited += 1
+CAPTURABLE = methods_with(ALL_SETTINGS, is_capturable=True)
+SAMPA = named("SAMPa")
 
 
 @pytest.fixture
@@ -56,12 +36,11 @@ def train(method, base=SGD, steps=8, data=None, **options):
     model = make_net()
     optimizer = method.make(model, base)
     step = TrainStep(model, optimizer, loss_of, **options)
-    data = data or list(zip(batches(steps), batches(steps, size=5), strict=True))
-    losses = [step(a, b) for a, b in data]
+    losses = [step(d["train"], d["validation"], memory_batch=d["memory"]) for d in data or data_of_steps(steps)]
     return [*weights_of(model), *(loss for loss in losses if loss is not None)], optimizer, step
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", CAPTURABLE, ids=str)
 @pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, {"max_grad_norm": 0.1}], ids=str)
 def test_same_steps(recorder, method, options):
     """State stays where it was: a replay finds it there."""
@@ -73,15 +52,15 @@ def test_same_steps(recorder, method, options):
 
 def test_streams_and_capture(recorder, monkeypatch):
     monkeypatch.setattr(TrainStep, "_make_lanes", lambda self: OneLane())
-    wanted, *_ = train(METHODS[2])
-    got, _, step = train(METHODS[2], capture=True, passes="streams")
+    wanted, *_ = train(SAMPA)
+    got, _, step = train(SAMPA, capture=True, passes="streams")
     assert step.passes == "streams"
     assert_same(got, wanted)
 
 
 def test_the_methods_state_stays_in_place(recorder):
     model = make_net()
-    optimizer = METHODS[2].make(model, SGD)
+    optimizer = SAMPA.make(model, SGD)
     step = TrainStep(model, optimizer, loss_of, capture=True)
     places = []
     for batch in batches(5):
@@ -92,15 +71,15 @@ def test_the_methods_state_stays_in_place(recorder):
 
 def test_each_shape_of_batches_has_a_graph(recorder):
     sizes = [12] * (WARMUP_STEPS + 2) + [7, 12, 7]
-    data = [(batches(1, size=size)[0], None) for size in sizes]
-    wanted, *_ = train(METHODS[0], data=data)
-    got, _, step = train(METHODS[0], data=data, capture=True)
+    data = [{"train": batches(1, size=size)[0], "validation": None, "memory": None} for size in sizes]
+    wanted, *_ = train(named("SAM"), data=data)
+    got, _, step = train(named("SAM"), data=data, capture=True)
     assert recorder.recorded == step._captured.count == 2
     assert_same(got, wanted)
 
 
 def test_results_are_not_overwritten_by_the_next_replay(recorder):
-    losses = train(METHODS[0], capture=True)[0][-8:]
+    losses = train(named("SAM"), capture=True)[0][-8:]
     assert len({float(loss) for loss in losses}) == 8
 
 
@@ -121,25 +100,23 @@ def test_numbers_that_change_are_recorded_anew_and_tensors_are_not(recorder):
     assert step._captured.count == _MAX_GRAPHS
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", CAPTURABLE, ids=str)
 def test_loaded_state_is_recorded_anew(recorder, method):
     """The state then lies elsewhere; a graph of before would go on with what was thrown away."""
     model = make_net()
     optimizer = method.make(model, SGD)
     step = TrainStep(model, optimizer, loss_of, capture=True)
-    data = list(zip(batches(7), batches(7, size=5), strict=True))
-    for pair in data[:5]:
-        step(*pair)
-    assert recorder.recorded == 1
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for pair in data[5:]:
-        step(*pair)
+    for number, d in enumerate(data_of_steps(7)):
+        if number == 5:
+            assert recorder.recorded == 1
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        step(d["train"], d["validation"], memory_batch=d["memory"])
     assert (recorder.warm, recorder.recorded, step._captured.count) == (WARMUP_STEPS + 1, 2, 1)
 
 
 def test_a_step_that_raises(recorder):
     model = make_net(batch_norm=True)
-    optimizer = METHODS[0].make(model, SGD)
+    optimizer = named("SAM").make(model, SGD)
     fails = []
 
     def loss_fn(model, batch):
@@ -166,7 +143,7 @@ def test_what_cannot_be_captured_says_so():
     model = make_net()
 
     def step_of(base=SGD, **options):
-        return TrainStep(model, METHODS[0].make(model, base), loss_of, capture=True, **options)
+        return TrainStep(model, named("SAM").make(model, base), loss_of, capture=True, **options)
 
     with pytest.raises(InvalidSettingError, match="one CUDA device; they are on cpu"):
         step_of()
@@ -177,7 +154,7 @@ def test_what_cannot_be_captured_says_so():
     wrapped = make_net()
     wrapped.no_sync = lambda: None
     with pytest.raises(InvalidSettingError, match="capture=True cannot be used with Net"):
-        TrainStep(wrapped, METHODS[0].make(wrapped, SGD), loss_of, capture=True)
+        TrainStep(wrapped, named("SAM").make(wrapped, SGD), loss_of, capture=True)
 
 
 def test_an_autocast_around_replays_sees_new_weights(monkeypatch):
@@ -196,7 +173,7 @@ def test_an_autocast_around_replays_sees_new_weights(monkeypatch):
             return replay
 
     monkeypatch.setattr(TrainStep, "_make_recorder", lambda self: Silent())
-    step = TrainStep(model, Method(SAM, {"rho": 0.1}).make(model, SGD), loss_of, capture=True)
+    step = TrainStep(model, named("SAM").make(model, SGD), loss_of, capture=True)
     data = batches(WARMUP_STEPS + 2, torch.float32)
     for batch in data[:-1]:
         step(batch)
@@ -210,7 +187,7 @@ def test_an_autocast_around_replays_sees_new_weights(monkeypatch):
 def test_what_a_graph_cannot_read_is_refused(recorder, batch):
     """What lies in it would be that of the recorded step for ever."""
     model = make_net()
-    step = TrainStep(model, METHODS[0].make(model, SGD), lambda m, b: loss_of(m, batches(1)[0]), capture=True)
+    step = TrainStep(model, named("SAM").make(model, SGD), lambda m, b: loss_of(m, batches(1)[0]), capture=True)
     for _ in range(WARMUP_STEPS):
         step(batch)
     with pytest.raises(InvalidSettingError, match="capture=True reads batches of tensors"):
@@ -230,7 +207,7 @@ def test_labels_are_counted_in_the_graph(monkeypatch, perturbation, weight):
         monkeypatch.setattr(TrainStep, "is_recording", records)
         model = make_net()
         more = {"micro_batches": 3, "perturbation": perturbation, "weight": weight}
-        step = TrainStep(model, METHODS[0].make(model, SGD), loss_of, **more)
+        step = TrainStep(model, named("SAM").make(model, SGD), loss_of, **more)
         results.append([*[step(batch) for batch in data], *weights_of(model)])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)

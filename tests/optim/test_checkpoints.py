@@ -20,18 +20,16 @@ from torch.distributed.checkpoint.state_dict import (
 
 import sam_optim
 from sam_optim import (
-    MGSERSAM,
     SAM,
-    FriendlySAM,
     LookSAM,
     SAMPa,
     StepOrderError,
-    TrainStep,
-    VaSSO,
 )
 
-from .cases import BASES, Method, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
-from .every import EVERY_METHOD
+from .bases import ADAMW, AMSGRAD, KINDS, PLAIN_SGD, SGD, SGD_OF_A_TENSOR, UNFUSED
+from .cases import assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+from .drivers import by_train_step, data_of_steps
+from .methods import METHODS, methods_with, named
 
 # dcp says so where it saves or loads without ranks.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -41,18 +39,14 @@ OPTIONS = {
     "flat": StateDictOptions(flatten_optimizer_state_dict=True),
     "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
 }
-WITH_AVERAGE = Method(FriendlySAM, {"rho": 0.1})
-STATEFUL = [method for method in EVERY_METHOD if method.cls in (FriendlySAM, VaSSO, LookSAM, SAMPa)]
+WITH_AVERAGE = named("FriendlySAM")
+STATEFUL = methods_with(keeps_state=True)
 
 
 def train(optimizer, model, steps=3, previous=None):
     """Steps of any method; they depend on the optimizer's state, the weights and nothing else."""
-    step = TrainStep(model, optimizer, loss_of)
-    dtype = next(model.parameters()).dtype
-    kind = "memory_batch" if isinstance(optimizer, MGSERSAM) else "validation_batch"
-    for batch, other in zip(batches(steps, dtype), batches(2 * steps, dtype)[steps:], strict=True):
-        step(batch, **{kind: other}, **({} if previous is None else {"previous_batch": previous}))
-        previous = None
+    data = data_of_steps(steps, next(model.parameters()).dtype)
+    by_train_step(optimizer, model, [{**data[0], "previous": previous}, *data[1:]] if steps else [])
 
 
 def resumed(make, save, load, steps=3):
@@ -105,50 +99,59 @@ def in_memory(options, of=lambda optimizer: optimizer):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_distributed_checkpoint_of_every_method(method, options, tmp_path):
-    assert_same(*resumed(maker(method, BASES[8]), *by_files(OPTIONS[options], tmp_path)))
-    assert_same(*resumed(maker(method, BASES[8]), *in_memory(OPTIONS[options])))
+    assert_same(*resumed(maker(method, ADAMW), *by_files(OPTIONS[options], tmp_path)))
+    assert_same(*resumed(maker(method, ADAMW), *in_memory(OPTIONS[options])))
 
 
 @pytest.mark.parametrize(
-    ("base", "options"), [(0, "nested"), (0, "flat"), (1, "flat"), (4, "full"), (6, "nested"), (10, "full")]
+    ("base", "options"),
+    [
+        (PLAIN_SGD, "nested"),
+        (PLAIN_SGD, "flat"),
+        (SGD, "flat"),
+        (SGD_OF_A_TENSOR, "full"),
+        (AMSGRAD, "nested"),
+        (UNFUSED, "full"),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("method", STATEFUL, ids=str)
 def test_distributed_checkpoint_of_every_kind_of_base(method, base, options, tmp_path):
-    assert_same(*resumed(maker(method, BASES[base]), *by_files(OPTIONS[options], tmp_path)))
+    assert_same(*resumed(maker(method, base), *by_files(OPTIONS[options], tmp_path)))
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-@pytest.mark.parametrize("method", [*STATEFUL, EVERY_METHOD[0]], ids=str)
+@pytest.mark.parametrize("method", [*STATEFUL, named("SAM")], ids=str)
 def test_distributed_checkpoint_before_there_is_state(method, steps, tmp_path):
     """SAMPa has no state of the base after its first step, the others have none before it."""
-    assert_same(*resumed(maker(method, BASES[8]), *by_files(OPTIONS["nested"], tmp_path), steps=steps))
+    assert_same(*resumed(maker(method, ADAMW), *by_files(OPTIONS["nested"], tmp_path), steps=steps))
 
 
 @pytest.mark.parametrize("options", ["nested", "flat"])
-@pytest.mark.parametrize("base", [BASES[0], BASES[1], BASES[8]], ids=str)
-@pytest.mark.parametrize("method", [EVERY_METHOD[0], WITH_AVERAGE], ids=str)
+@pytest.mark.parametrize("base", [PLAIN_SGD, SGD, ADAMW], ids=str)
+@pytest.mark.parametrize("method", [named("SAM"), WITH_AVERAGE], ids=str)
 def test_distributed_checkpoint_of_masters(method, base, options, tmp_path):
     make = maker(method, base, torch.bfloat16, master_weights=True)
     assert_same(*resumed(make, *by_files(OPTIONS[options], tmp_path)))
 
 
-@pytest.mark.parametrize("method", [*STATEFUL, EVERY_METHOD[0]], ids=str)
+@pytest.mark.parametrize("method", [*STATEFUL, named("SAM")], ids=str)
 def test_the_base_alone_is_enough(method):
     """As these docs once said: its state dict has everything."""
     save, load = in_memory(OPTIONS["nested"], lambda optimizer: optimizer.base_optimizer)
-    assert_same(*resumed(maker(method, BASES[8]), save, load))
+    assert_same(*resumed(maker(method, ADAMW), save, load))
     if method.cls is not LookSAM:
-        assert_same(*resumed(maker(method, BASES[8], torch.bfloat16, master_weights=True), save, load))
+        assert_same(*resumed(maker(method, ADAMW, torch.bfloat16, master_weights=True), save, load))
 
 
 def test_making_state_changes_nothing():
     """torch makes state by a step with zeros as gradients and lr 0. Adam's step count stays where it was, too."""
-    for method in EVERY_METHOD:
+    for method in METHODS:
         found = []
         for asks in (False, True):
-            model, optimizer = maker(method, BASES[8])()
+            model, optimizer = maker(method, ADAMW)()
             before = weights_of(model)
             if asks:
                 get_optimizer_state_dict(model, optimizer)
@@ -182,8 +185,8 @@ def test_a_step_without_a_pass_is_still_refused(lr):
 @pytest.mark.parametrize(
     ("method", "base"),
     [
-        *((method, BASES[8]) for method in EVERY_METHOD),
-        *((method, base) for method in STATEFUL for base in (BASES[0], BASES[1], BASES[10])),
+        *((method, ADAMW) for method in METHODS),
+        *((method, base) for method in STATEFUL for base in (PLAIN_SGD, SGD, UNFUSED)),
     ],
     ids=str,
 )
@@ -231,7 +234,7 @@ def test_the_layout_of_before(method, more):
     def load(model, optimizer, saved):
         optimizer.load_state_dict(saved)
 
-    assert_same(*resumed(maker(method, BASES[8], torch.bfloat16 if more else torch.float64, **more), save, load))
+    assert_same(*resumed(maker(method, ADAMW, torch.bfloat16 if more else torch.float64, **more), save, load))
 
 
 def spoilt(saved, how):
@@ -252,7 +255,7 @@ def test_all_or_nothing(how):
     """What cannot be loaded changes nothing: the run goes on as if nobody had tried."""
     found = []
     for tries in (False, True):
-        model, optimizer = maker(Method(FriendlySAM, {"rho": 0.1}), BASES[8], torch.bfloat16, master_weights=True)()
+        model, optimizer = maker(WITH_AVERAGE, ADAMW, torch.bfloat16, master_weights=True)()
         train(optimizer, model)
         if tries:
             with pytest.raises(ValueError, match=r"different number|doesn't match the size|average"):
@@ -291,7 +294,7 @@ class Common(torch.optim.Optimizer):
         self.zero_grad()
 
 
-@pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 def test_copies_of_weights_are_left_out(base):
     """Weights and settings go on, the base's state was never in that checkpoint: a fresh optimizer with lr and rho."""
     model = make_net()
@@ -313,7 +316,7 @@ def test_copies_of_weights_are_left_out(base):
 
 def test_copies_beside_the_bases_state():
     """Classes that share the base's state leave copies in it, if they are saved between their two steps."""
-    model, optimizer = maker(Method(SAM, {"rho": 0.1}), BASES[8])()
+    model, optimizer = maker(named("SAM"), ADAMW)()
     train(optimizer, model)
     saved = copy.deepcopy(optimizer.state_dict())
     for entries in saved["state"].values():
@@ -355,7 +358,7 @@ def of_pytorch_optimizer(theirs, name, model, base):
     return other, step
 
 
-@pytest.mark.parametrize("base", [BASES[1], BASES[8]], ids=str)
+@pytest.mark.parametrize("base", [SGD, ADAMW], ids=str)
 @pytest.mark.parametrize("name", ["SAM", "GSAM", "WSAM", "LookSAM", "FriendlySAM"])
 def test_checkpoints_of_pytorch_optimizer(name, base):
     """They hold the base's state, in the wrapper's or beside it. The same steps follow where methods are the same."""
@@ -388,7 +391,7 @@ def test_checkpoints_of_pytorch_optimizer(name, base):
 
 def hooked(method):
     """After some steps, with a hook of each kind on the optimizer and its base; and the hooks' calls."""
-    model, optimizer = maker(method, BASES[8])()
+    model, optimizer = maker(method, ADAMW)()
     train(optimizer, model)
     optimizer.zero_grad()
     calls = []
@@ -403,7 +406,7 @@ def hooked(method):
 
 
 @pytest.mark.parametrize("by", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_copies_have_state_and_no_hooks(method, by):
     model, optimizer, calls = hooked(method)
     other, twin = by((model, optimizer))
@@ -420,7 +423,7 @@ def test_copies_have_state_and_no_hooks(method, by):
 
 
 def test_a_copy_keeps_masters():
-    model, optimizer = maker(Method(VaSSO, {"rho": 0.1}), BASES[8], torch.bfloat16, master_weights=True)()
+    model, optimizer = maker(named("VaSSO"), ADAMW, torch.bfloat16, master_weights=True)()
     train(optimizer, model)
     optimizer.zero_grad()
     other, twin = copy.deepcopy((model, optimizer))

@@ -11,7 +11,9 @@ import torch
 
 from sam_optim import GSAM, SAM, AgnosticSAM, SAMPa, TrainStep
 
-from .cases import Base, Method, assert_same, batches, by_every_pass_closure, loss_of, make_net, weights_of
+from .bases import Base
+from .cases import assert_same, batches, by_every_pass_closure, loss_of, make_net, weights_of
+from .methods import Method
 
 SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
 ADAMW = Base(torch.optim.AdamW, {"lr": 0.01})

@@ -7,23 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sam_optim import (
-    AESAM,
-    SAM,
-    IntervalSAM,
-    RandomizedSAM,
-    ReservoirMemory,
-    SAMPa,
-    StabilityMonitor,
-    TrainStep,
-)
+from sam_optim import SAM, ReservoirMemory, StabilityMonitor, TrainStep
 
-from .cases import BASES, METHODS, Method, assert_same, batches, loss_of, make_net, weights_of
-from .every import EVERY_METHOD, take_steps
-from .test_variants import METHODS as VARIANTS
-
-# The base itself makes the other steps.
-IN_SOME_STEPS = (IntervalSAM, RandomizedSAM, AESAM)
+from .bases import ADAMW, KINDS, SGD
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+from .drivers import take_steps
+from .methods import METHODS, named
 
 
 @contextmanager
@@ -60,10 +49,10 @@ def train(within, method, base, dtype=torch.float64, **more):
 
 
 @pytest.mark.parametrize("within", [default_device, default_dtype])
-@pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_methods(method, base, within):
-    if within is default_device and (not base.fused or (method.cls in IN_SOME_STEPS and base.cls is torch.optim.AdamW)):
+    if within is default_device and (not base.fused or (method.has_plain_steps and base.cls is torch.optim.AdamW)):
         pytest.skip("the base's own steps, whose step counts torch 2.11 puts on the default device")
     assert_same(train(within, method, base), train(as_it_is, method, base))
 
@@ -76,21 +65,21 @@ def test_methods(method, base, within):
         *((default_dtype, backend) for backend in ("reference", "foreach", "cuda-shim")),
     ],
 )
-@pytest.mark.parametrize("method", [METHODS[0], VARIANTS[0], Method(SAMPa, {"rho": 0.1})], ids=str)
+@pytest.mark.parametrize("method", [named("GSAM"), named("SAMPa")], ids=str)
 def test_backends(request, backend, method, within):
     stand_ins = {"cuda-shim": "shim", "triton": "interpreter"}
     if backend in stand_ins:
         request.getfixturevalue(stand_ins[backend])
     # The base's own steps, whose step counts torch 2.11 puts on the default device.
-    base = BASES[1] if backend == "foreach" else BASES[8]
+    base = SGD if backend == "foreach" else ADAMW
     assert_same(train(within, method, base, backend=backend), train(as_it_is, method, base, backend=backend))
 
 
 @pytest.mark.parametrize("within", [default_device, default_dtype])
 def test_master_weights(within):
     settings = {"dtype": torch.bfloat16, "master_weights": True}
-    base = BASES[1]
-    assert_same(train(within, METHODS[0], base, **settings), train(as_it_is, METHODS[0], base, **settings))
+    base = SGD
+    assert_same(train(within, named("SAM"), base, **settings), train(as_it_is, named("SAM"), base, **settings))
 
 
 @pytest.mark.parametrize("within", [default_device, default_dtype])

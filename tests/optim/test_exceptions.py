@@ -14,19 +14,20 @@ from torch import nn
 
 from sam_optim import SAM, Pass, SharpnessAwareOptimizer, StepOrderError
 
+from .bases import KINDS
 from .cases import assert_same, batches, by_every_pass_closure, loss_of, make_net, step_by_hand, weights_of
-from .test_drivers import BOTH_KINDS, make
+from .methods import make_sam
 
 
 class _Boom(BaseException):
     """Not an Exception, as KeyboardInterrupt."""
 
 
-@pytest.mark.parametrize("base", BOTH_KINDS, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("failing", [1, 2])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, _Boom])
 def test_exceptions_in_a_pass_restore_the_weights(base, failing, error):
-    model, optimizer = make(base, closure_runs="every_pass", adaptive=True)
+    model, optimizer = make_sam(base, closure_runs="every_pass", adaptive=True)
     data = batches(4)
     by_every_pass_closure(optimizer, model, data[0])
     before, state = weights_of(model), copy.deepcopy(optimizer.state_dict())
@@ -48,7 +49,7 @@ def test_exceptions_in_a_pass_restore_the_weights(base, failing, error):
     assert not optimizer.is_step_begun
     # And the run goes on as if the step had never begun.
     by_every_pass_closure(optimizer, model, data[2])
-    other, fresh = make(base, closure_runs="every_pass", adaptive=True)
+    other, fresh = make_sam(base, closure_runs="every_pass", adaptive=True)
     with torch.no_grad():
         for p, w in zip(other.parameters(), before, strict=True):
             p.copy_(w)
@@ -98,7 +99,7 @@ def test_interrupts_at_any_moment(backend):
 @pytest.mark.parametrize("drive", ["hand", "closure"])
 def test_an_interrupt_that_gets_stuck_in_no_grad(monkeypatch, drive):
     """What is left when a signal strikes after no_grad() was entered and before its block can leave it."""
-    model, optimizer = make()
+    model, optimizer = make_sam()
     before = weights_of(model)
     batch = batches(1)[0]
 
@@ -121,7 +122,7 @@ def test_an_interrupt_that_gets_stuck_in_no_grad(monkeypatch, drive):
 
 
 def test_arguments_that_step_does_not_take():
-    model, optimizer = make()
+    model, optimizer = make_sam()
     before = weights_of(model)
     loss_of(model, batches(1)[0]).backward()
     optimizer.first_step(zero_grad=True)
@@ -132,7 +133,7 @@ def test_arguments_that_step_does_not_take():
 
 
 def test_restore_on_error_for_hand_driven_passes():
-    model, optimizer = make()
+    model, optimizer = make_sam()
     before = weights_of(model)
     loss_of(model, batches(1)[0]).backward()
     optimizer.first_step(zero_grad=True)
@@ -186,7 +187,7 @@ def test_a_checkpoint_in_the_middle_of_a_step_holds_the_weights(settings):
 
 
 def test_a_watched_model_can_be_copied_and_pickled():
-    model, optimizer = make()
+    model, optimizer = make_sam()
     optimizer.watch(model)
     loss_of(model, batches(1)[0]).backward()
     optimizer.first_step()
@@ -201,7 +202,7 @@ def test_a_watched_model_can_be_copied_and_pickled():
 
 def test_a_checkpoint_in_the_handler_of_an_exception():
     """The loop that everybody writes, with the one line that makes its handler right."""
-    model, optimizer = make()
+    model, optimizer = make_sam()
     optimizer.watch(model)
     before = {name: entry.clone() for name, entry in model.state_dict().items()}
     try:
@@ -249,7 +250,7 @@ def test_a_gradient_that_no_kernel_takes_leaves_the_weights():
 
 
 def test_a_loop_that_was_left_does_not_disturb_a_later_step():
-    model, optimizer = make()
+    model, optimizer = make_sam()
     batch = batches(1)[0]
     left = optimizer.each_pass()
     next(left)

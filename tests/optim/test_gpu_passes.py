@@ -10,7 +10,9 @@ from torch import nn
 
 from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
 
-from .cases import Base, Method, batches, loss_of, make_net, weights_of
+from .bases import Base
+from .cases import batches, loss_of, make_net, weights_of
+from .methods import Method
 
 pytestmark = pytest.mark.gpu
 

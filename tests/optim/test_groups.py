@@ -10,9 +10,10 @@ from torch import nn
 
 from sam_optim import SAM, InvalidSettingError, LookSAM, MomentumSAM, StepOrderError
 
-from .cases import BASES, assert_same, batches, by_every_pass_closure, loss_of, make_net, step_by_hand, weights_of
+from .bases import KINDS
+from .cases import assert_same, batches, by_every_pass_closure, loss_of, make_net, step_by_hand, weights_of
 
-SOME_BASES = [BASES[1], BASES[8], BASES[10]]
+SOME_BASES = KINDS
 
 
 def parts_of(model):

@@ -11,14 +11,15 @@ import torch
 
 from sam_optim import TrainStep
 
-from .cases import BASES, METHODS, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
-from .every import EVERY_METHOD
+from .bases import ADAMW, KINDS, SGD
+from .cases import assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+from .methods import METHODS, named
 
 
 @pytest.fixture(scope="module")
 def collected():
     # torch's compiler, imported with the first optimizer, leaves a traceback with frames behind.
-    METHODS[0].make(make_net(), BASES[1])
+    named("SAM").make(make_net(), SGD)
     gc.collect()
 
 
@@ -49,27 +50,27 @@ def train(method, base, by_hand, **more):
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-@pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_everything_is_freed_at_once(no_collector, method, base, by_hand):
     assert [reference() for reference in train(method, base, by_hand)] == [None] * 3
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_masters_are_freed_at_once(no_collector, by_hand):
-    assert [reference() for reference in train(METHODS[0], BASES[1], by_hand, master_weights=True)] == [None] * 3
+    assert [reference() for reference in train(named("SAM"), SGD, by_hand, master_weights=True)] == [None] * 3
 
 
 @pytest.mark.parametrize("backend", ["cuda-shim", "triton"])
 def test_tables_of_device_backends_are_freed_at_once(request, no_collector, backend):
     request.getfixturevalue({"cuda-shim": "shim", "triton": "interpreter"}[backend])
-    assert [reference() for reference in train(METHODS[0], BASES[8], True, backend=backend)] == [None] * 3
+    assert [reference() for reference in train(named("SAM"), ADAMW, True, backend=backend)] == [None] * 3
 
 
 def test_threads_with_optimizers_of_their_own():
     def train_with(rho):
         model = models[rho]
-        optimizer = METHODS[0].cls(model.parameters(), torch.optim.SGD, rho=rho, lr=0.05, momentum=0.9)
+        optimizer = named("SAM").cls(model.parameters(), torch.optim.SGD, rho=rho, lr=0.05, momentum=0.9)
         for batch in batches(30):
             step_by_hand(optimizer, model, batch)
         found[rho] = weights_of(model)

@@ -9,8 +9,10 @@ import sam_kernels as sk
 from sam_optim import SAM, RandomState, ReservoirMemory, StabilityMonitor, TrainStep
 
 from ..little_device import DEVICE, brought_back, little_device, moved, moved_module
-from .cases import BASES, METHODS, batches, loss_of, make_net
-from .every import EVERY_METHOD, take_steps
+from .bases import KINDS, SGD
+from .cases import batches, loss_of, make_net
+from .drivers import take_steps
+from .methods import METHODS, named
 
 
 def train(method, base, on_device, backend):
@@ -25,8 +27,8 @@ def train(method, base, on_device, backend):
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_methods(method, base, backend):
     with little_device():
         found = train(method, base, True, backend)
@@ -42,7 +44,7 @@ def test_master_weights(backend):
         if on_device:
             model = moved_module(model)
             data = [tuple(moved(t) for t in batch) for batch in data]
-        optimizer = METHODS[0].make(model, BASES[1], backend=backend, master_weights=True)
+        optimizer = named("SAM").make(model, SGD, backend=backend, master_weights=True)
         step = TrainStep(model, optimizer, loss_of)
         for batch in data:
             step(batch)

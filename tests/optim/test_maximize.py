@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,16 +11,10 @@ from torch import nn
 
 from sam_kernels import Normalized
 from sam_optim import (
-    AESAM,
-    CRSAM,
-    MGSERSAM,
     SAM,
     WSAM,
-    AgnosticSAM,
-    InvalidSettingError,
     MomentumSAM,
     Pass,
-    SAMPa,
     SharpnessAwareOptimizer,
     StableSAM,
     TrainStep,
@@ -27,17 +22,16 @@ from sam_optim import (
 )
 from sam_optim.training.streams import OneLane
 
-from .cases import Base, Method, Net, assert_same, batches, loss_of, weights_of
-from .every import EVERY_METHOD
-from .test_streams import METHODS as SIDE_BY_SIDE
+from .bases import UNFUSED, Base
+from .cases import Net, assert_same, batches, loss_of, weights_of
+from .drivers import by_each_pass, by_train_step, by_two_calls, data_of_steps
+from .methods import ALL_SETTINGS, METHODS, Method, methods_with, named
 
 BASES = [
     Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}),
     Base(torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
-    Base(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}, fused=False),
+    UNFUSED,
 ]
-# Their passes are not two on one batch.
-NOT_BY_TWO_CALLS = (AESAM, CRSAM, AgnosticSAM, MGSERSAM, SAMPa)
 
 
 class Turned(Net):
@@ -73,120 +67,81 @@ def cases(method, base, which, dtype=torch.float64, **more):
             yield model, optimizer, loss_of if maximizes else negative_loss
 
 
-def by_train_step(model, optimizer, loss, data, others, **options):
-    step = TrainStep(model, optimizer, loss, **options)
-    kind = "memory_batch" if isinstance(optimizer, MGSERSAM) else "validation_batch"
-    for batch, other in zip(data, others, strict=True):
-        step(batch, **{kind: other})
-
-
-def by_passes(model, optimizer, loss, data, others):
-    previous = None
-    for batch, other in zip(data, others, strict=True):
-        chosen = {"train": batch, "previous": previous, "validation": other, "memory": other}
-        for p in optimizer.each_pass():
-            loss(model, chosen[p.data]).backward()
-        previous = batch
-
-
-def by_two_calls(model, optimizer, loss, data, others):
-    for batch in data:
-        loss(model, batch).backward()
-        optimizer.first_step(zero_grad=True)
-        loss(model, batch).backward()
-        optimizer.second_step(zero_grad=True)
+def assert_maximizes_as_it_minimizes(drive, method, base, which, **more):
+    results = []
+    for model, optimizer, loss in cases(method, base, which, **more):
+        before = weights_of(model)
+        drive(optimizer, model, data_of_steps(4), loss)
+        results.append(weights_of(model))
+        assert not any(torch.equal(a, b) for a, b in zip(before, results[-1], strict=True))
+    if base.fused:
+        assert_same(*results)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("which", ["all groups", "one group"])
 @pytest.mark.parametrize("base", BASES, ids=str)
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_method(method, base, which):
-    data, others = batches(4), batches(4, size=5)
-    for drive in (by_train_step, by_passes, by_two_calls):
-        if drive is by_two_calls and method.cls in NOT_BY_TWO_CALLS:
-            continue
-        results = []
-        for model, optimizer, loss in cases(method, base, which):
-            before = weights_of(model)
-            drive(model, optimizer, loss, data, others)
-            results.append(weights_of(model))
-            assert not any(torch.equal(a, b) for a, b in zip(before, results[-1], strict=True))
-        if base.fused:
-            assert_same(*results)
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert_maximizes_as_it_minimizes(by_each_pass, method, base, which)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_driver(method):
+    for drive in (by_train_step, *([by_two_calls] if method.by_two_calls and not method.needs else [])):
+        assert_maximizes_as_it_minimizes(drive, method, BASES[0], "one group")
 
 
 @pytest.mark.parametrize("backend", ["reference", "foreach"])
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_backends(method, backend):
-    data, others = batches(4), batches(4, size=5)
-    results = []
-    for model, optimizer, loss in cases(method, BASES[0], "one group", backend=backend):
-        by_passes(model, optimizer, loss, data, others)
-        results.append(weights_of(model))
-    assert_same(*results)
+    assert_maximizes_as_it_minimizes(by_each_pass, method, BASES[0], "one group", backend=backend)
 
 
 @pytest.mark.parametrize("which", ["all groups", "one group"])
-@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
+@pytest.mark.parametrize("method", methods_with(ALL_SETTINGS, yields_passes_together=True), ids=str)
 def test_side_by_side(monkeypatch, method, which):
     monkeypatch.setattr(TrainStep, "_make_lanes", lambda self: OneLane())
-    data, others = batches(4), batches(4, size=5)
-    results = []
     for base in BASES[:2]:
-        for model, optimizer, loss in cases(method, base, which):
-            by_train_step(model, optimizer, loss, data, others, passes="streams")
-            results.append(weights_of(model))
-    assert_same(results[0], results[1])
-    assert_same(results[2], results[3])
+        assert_maximizes_as_it_minimizes(partial(by_train_step, passes="streams"), method, base, which)
 
 
 @pytest.mark.parametrize("which", ["all groups", "one group"])
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", methods_with(takes_scaled_gradients=True), ids=str)
 def test_grad_scaler(method, which):
-    data, others = batches(4), batches(4, size=5)
-    results = []
-    for model, optimizer, loss in cases(method, BASES[0], which):
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-        if not optimizer.takes_scaled_gradients:
-            with pytest.raises(InvalidSettingError, match="GradScaler"):
-                TrainStep(model, optimizer, loss, scaler=scaler)
-            return
-        by_train_step(model, optimizer, loss, data, others, scaler=scaler)
-        results.append(weights_of(model))
-    assert_same(*results)
+    def drive(*arguments):
+        by_train_step(*arguments, scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+
+    assert_maximizes_as_it_minimizes(drive, method, BASES[0], which)
 
 
 @pytest.mark.parametrize("which", ["all groups", "one group"])
 def test_micro_batches_perturbed_each_by_itself(which):
     results = []
-    for model, optimizer, loss in cases(EVERY_METHOD[0], BASES[0], which):
-        data = batches(3)
-        by_train_step(model, optimizer, loss, data, data, micro_batches=2, perturbation="micro_batch")
+    for model, optimizer, loss in cases(named("SAM"), BASES[0], which):
+        by_train_step(optimizer, model, data_of_steps(3), loss, micro_batches=2, perturbation="micro_batch")
         results.append(weights_of(model))
     assert_same(*results)
 
 
-@pytest.mark.parametrize("method", [EVERY_METHOD[0], Method(WSAM, {"rho": 0.1})], ids=str)
+@pytest.mark.parametrize("method", [named("SAM"), named("WSAM")], ids=str)
 def test_master_weights(method):
-    data, others = batches(4, torch.bfloat16), batches(4, torch.bfloat16, size=5)
     results = []
     for model, optimizer, loss in cases(method, BASES[0], "one group", torch.bfloat16, master_weights=True):
-        by_passes(model, optimizer, loss, data, others)
+        by_each_pass(optimizer, model, data_of_steps(4, torch.bfloat16), loss)
         results.append(weights_of(model))
     assert_same(*results)
 
 
-@pytest.mark.parametrize("method", [m for m in EVERY_METHOD if m.cls in (SAM, StableSAM, WSAM, MomentumSAM)], ids=str)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.cls in (SAM, StableSAM, WSAM, MomentumSAM)], ids=str)
 def test_a_base_that_keeps_it_as_an_attribute(method):
     """And turns gradients in place."""
     base = Base(pytest.importorskip("pytorch_optimizer").AdaBelief, {"lr": 0.01}, fused=False)
-    data, others = batches(4), batches(4, size=5)
     results = []
     for model, optimizer, loss in cases(method, base, "all groups"):
         assert "maximize" not in optimizer.param_groups[0]
-        by_passes(model, optimizer, loss, data, others)
+        by_each_pass(optimizer, model, data_of_steps(4), loss)
         results.append(weights_of(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -204,17 +159,16 @@ class Own(SharpnessAwareOptimizer):
 
 @pytest.mark.parametrize("which", ["all groups", "one group"])
 def test_a_method_from_elsewhere(which):
-    data, others = batches(4), batches(4, size=5)
     results = []
     for model, optimizer, loss in cases(Method(Own, {"method_defaults": {}}), BASES[0], which):
-        by_passes(model, optimizer, loss, data, others)
+        by_each_pass(optimizer, model, data_of_steps(4), loss)
         results.append(weights_of(model))
     assert_same(*results)
 
 
 def test_a_radius_on_a_device_stays_there():
     """Nobody waits for it: a tensor of the meta device has no value that could be read."""
-    [(_, optimizer, _), _] = cases(EVERY_METHOD[0], BASES[0], "one group")
+    [(_, optimizer, _), _] = cases(named("SAM"), BASES[0], "one group")
     rho = torch.ones((), device="meta")
     first, second = optimizer._uphill([[rho], [rho]], 1)
     assert first[0].device.type == "meta" and first[0] is not rho
@@ -225,7 +179,7 @@ def test_the_flag_may_change_between_steps():
     """As for torch's optimizers, which look at it in each step."""
     data = batches(2)
     results = []
-    for model, optimizer, loss in cases(EVERY_METHOD[0], BASES[0], "all groups"):
+    for model, optimizer, loss in cases(named("SAM"), BASES[0], "all groups"):
         for batch in data:
             for _ in optimizer.each_pass():
                 loss(model, batch).backward()

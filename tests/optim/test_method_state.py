@@ -14,7 +14,9 @@ from torch import nn
 
 from sam_optim import AgnosticSAM, FriendlySAM, LookSAM, SAMPa, VaSSO
 
-from .cases import BASES, Method, weights_of
+from .bases import ADAMW, PLAIN_SGD, SGD, UNFUSED
+from .cases import weights_of
+from .methods import Method
 
 BY_PARAMETER = [
     Method(FriendlySAM, {"rho": 0.1}),
@@ -45,7 +47,7 @@ def a_step(optimizer, model, number):
 
 
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("base", [BASES[0], BASES[1], BASES[8], BASES[10]], ids=str)
+@pytest.mark.parametrize("base", [PLAIN_SGD, SGD, ADAMW, UNFUSED], ids=str)
 @pytest.mark.parametrize("method", BY_PARAMETER, ids=str)
 def test_changed_lists_are_as_parameters_without_gradients(method, base, named):
     """An optimizer that knows all layers from the beginning, and one that is told which are in use, in any order."""
@@ -111,7 +113,7 @@ def test_a_changed_shape_starts_anew(method):
     assert torch.equal(weight, other)
 
 
-@pytest.mark.parametrize("base", [BASES[0], BASES[1], BASES[8]], ids=str)
+@pytest.mark.parametrize("base", [PLAIN_SGD, SGD, ADAMW], ids=str)
 def test_sampa_moves_along_gradients_of_the_step_before_alone(base):
     """As an optimizer made anew for each step, whose state is carried by name."""
     model = Parts()

@@ -1,4 +1,4 @@
-"""MGSER-SAM: its formula, reductions, drivers and state."""
+"""MGSER-SAM: a closed form, reductions, drivers and state. Its formula is in methods.py."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ import torch
 from sam_optim import MGSERSAM, SAM, InvalidSettingError, StepOrderError, TrainStep
 from sam_optim.training.streams import OneLane
 
-from .cases import BASES, Base, Method, assert_same, batches, loss_of, make_net, weights_of
-from .test_capture import Replayed
-from .test_streams import Reversed
+from .bases import KINDS, PLAIN_SGD, SGD
+from .cases import assert_same, batches, loss_of, make_net, memory_loss, weights_of
+from .methods import Method, named
+from .stand_ins import Replayed, Reversed
 
-MOMENTUM = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
-METHOD = Method(MGSERSAM, {"rho": 0.1, "mu": 0.7})
-
-
-def memory_loss(model, batch):
-    """Soft labels and hard ones, as in dark experience replay."""
-    logits = model(batch[0])
-    return 0.5 * (logits - batch[0][:, :3]).pow(2).mean() + 0.3 * torch.nn.functional.cross_entropy(logits, batch[1])
+METHOD = named("MGSERSAM")
 
 
 def pairs(count):
@@ -58,37 +52,6 @@ def by_train_step(optimizer, model, batch, memory_batch):
 DRIVERS = [by_passes, by_closures, by_train_step]
 
 
-def gradient(model, at, loss, batch):
-    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    torch.nn.utils.vector_to_parameters(at, model.parameters())
-    gradients = torch.autograd.grad(loss(model, batch), list(model.parameters()))
-    torch.nn.utils.vector_to_parameters(before, model.parameters())
-    return torch.cat([g.reshape(-1) for g in gradients])
-
-
-@pytest.mark.parametrize("base", BASES, ids=str)
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_trajectory(base, adaptive):
-    """Against the formula on one long vector, with torch's own base optimizer, which minimises, in float64."""
-    wanted, model = make_net(), make_net()
-    optimizer = METHOD.make(model, base, adaptive=adaptive)
-    oracle = base.minimizing(wanted.parameters())
-    sizes = [p.numel() for p in wanted.parameters()]
-    for batch, memory_batch in pairs(6):
-        by_passes(optimizer, model, batch, memory_batch)
-        w = torch.nn.utils.parameters_to_vector(wanted.parameters()).detach().clone()
-        g_m = base.sign * gradient(wanted, w, memory_loss, memory_batch)
-        g = base.sign * gradient(wanted, w, loss_of, batch) + g_m
-        t = w.abs() if adaptive else torch.ones_like(w)
-        e = 0.1 * t**2 * g / (t * g).norm()
-        g_plus = gradient(wanted, w + e, loss_of, batch) + gradient(wanted, w + e, memory_loss, memory_batch)
-        for p, own in zip(wanted.parameters(), (base.sign * g_plus + 0.7 * g_m).split(sizes), strict=True):
-            p.grad = own.view_as(p).clone()
-        oracle.step()
-        for a, b in zip(model.parameters(), wanted.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_closed_form(backend):
     """L_t = 1/2 (w - a)' A (w - a), L_s = 1/2 (w - b)' B (w - b); plain SGD."""
@@ -107,7 +70,7 @@ def test_closed_form(backend):
     torch.testing.assert_close(w.detach(), wanted, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_an_empty_memory_is_sam(base, driver):
     """Bit for bit, in the weights and in the base optimizer's state."""
@@ -126,7 +89,7 @@ def test_an_empty_memory_is_sam(base, driver):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_without_rho_and_mu_it_is_replay(base, driver):
     """The plain base optimizer on L_t + L_s, bit for bit: DER++ if L_s is that of DER++."""
@@ -146,7 +109,7 @@ def test_however_it_is_driven():
     results = []
     for driver in DRIVERS:
         model = make_net()
-        optimizer = METHOD.make(model, MOMENTUM)
+        optimizer = METHOD.make(model, SGD)
         for number, (batch, memory_batch) in enumerate(pairs(5)):
             driver(optimizer, model, batch, memory_batch if number > 1 else None)
         results.append(weights_of(model))
@@ -162,7 +125,7 @@ def test_side_by_side(monkeypatch, lanes, batch_norm):
     results = []
     for passes in ("streams", "sequential"):
         model = make_net(batch_norm=batch_norm)
-        optimizer = METHOD.make(model, MOMENTUM)
+        optimizer = METHOD.make(model, SGD)
         step = TrainStep(model, optimizer, loss_of, memory_loss=memory_loss, passes=passes)
         for number, (batch, memory_batch) in enumerate(pairs(4)):
             step(batch, memory_batch=memory_batch if number > 0 else None)
@@ -177,7 +140,7 @@ def test_captured(monkeypatch):
     results = []
     for capture in (False, True):
         model = make_net()
-        optimizer = METHOD.make(model, MOMENTUM)
+        optimizer = METHOD.make(model, SGD)
         step = TrainStep(model, optimizer, loss_of, memory_loss=memory_loss, capture=capture)
         for number, (batch, memory_batch) in enumerate(pairs(9)):
             step(batch, memory_batch=memory_batch if number > 5 else None)
@@ -188,7 +151,7 @@ def test_captured(monkeypatch):
 
 def test_running_statistics_learn_from_batch_and_memory_once():
     model = make_net(batch_norm=True)
-    step = TrainStep(model, METHOD.make(model, MOMENTUM), loss_of, memory_loss=memory_loss)
+    step = TrainStep(model, METHOD.make(model, SGD), loss_of, memory_loss=memory_loss)
     seen = []
     model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.detach().mean(0)))
     for batch, memory_batch in pairs(1):
@@ -202,7 +165,7 @@ def test_dropout_draws_alike_in_the_passes_of_one_batch():
     model = make_net(dropout=0.5)
     seen = []
     model.layers[2].register_forward_hook(lambda module, args, out: seen.append(out == 0))
-    step = TrainStep(model, METHOD.make(model, MOMENTUM), loss_of, memory_loss=memory_loss)
+    step = TrainStep(model, METHOD.make(model, SGD), loss_of, memory_loss=memory_loss)
     for batch, memory_batch in pairs(1):
         step(batch, memory_batch=memory_batch)
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
@@ -212,8 +175,8 @@ def test_dropout_draws_alike_in_the_passes_of_one_batch():
 def test_options_of_the_driver(options):
     """Micro-batches make the step of the whole batch; a clipped update has the norm that was asked for."""
     model, whole = make_net(), make_net()
-    step = TrainStep(model, METHOD.make(model, BASES[0]), loss_of, memory_loss=memory_loss, **options)
-    other = TrainStep(whole, METHOD.make(whole, BASES[0]), loss_of, memory_loss=memory_loss)
+    step = TrainStep(model, METHOD.make(model, PLAIN_SGD), loss_of, memory_loss=memory_loss, **options)
+    other = TrainStep(whole, METHOD.make(whole, PLAIN_SGD), loss_of, memory_loss=memory_loss)
     before = torch.cat([w.reshape(-1) for w in weights_of(model)])
     [(batch, memory_batch)] = pairs(1)
     step(batch, memory_batch=memory_batch)
@@ -224,19 +187,6 @@ def test_options_of_the_driver(options):
     else:
         moved = torch.cat([w.reshape(-1) for w in weights_of(model)]) - before
         assert moved.norm().item() == pytest.approx(0.05 * 0.1, rel=1e-4)
-
-
-def test_resuming():
-    wanted, model = make_net(), make_net()
-    for name, own in (("wanted", wanted), ("model", model)):
-        optimizer = METHOD.make(own, MOMENTUM)
-        for number, (batch, memory_batch) in enumerate(pairs(6)):
-            if name == "model" and number == 3:
-                saved = copy.deepcopy(optimizer.state_dict())
-                optimizer = METHOD.make(own, MOMENTUM)
-                optimizer.load_state_dict(saved)
-            by_passes(optimizer, own, batch, memory_batch)
-    assert_same(weights_of(model), weights_of(wanted))
 
 
 def test_exceptions_leave_everything_as_it_was():
@@ -250,7 +200,7 @@ def test_exceptions_leave_everything_as_it_was():
                 raise KeyError("in a pass")
             return loss_of(model, batch)
 
-        step = TrainStep(model, METHOD.make(model, MOMENTUM), loss)
+        step = TrainStep(model, METHOD.make(model, SGD), loss)
         before = [*weights_of(model), *(b.clone() for b in model.buffers())]
         [(batch, memory_batch)] = pairs(1)
         with pytest.raises(KeyError):

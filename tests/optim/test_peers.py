@@ -11,7 +11,7 @@ from torch import nn
 import sam_optim
 
 from .cases import batches, loss_of, make_net, weights_of
-from .every import EVERY_METHOD
+from .methods import METHODS
 
 peers = pytest.importorskip("pytorch_optimizer")
 
@@ -132,7 +132,7 @@ EVERY_PASS = {
 }
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_whose_closures_run_every_pass(method):
     """As docs/usage.md says, in one table for all."""
     optimizer = method.cls(make_net().named_parameters(), torch.optim.SGD, **method.settings, **SGD)

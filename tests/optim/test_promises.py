@@ -23,8 +23,9 @@ from sam_optim import (
     Update,
 )
 
-from .cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
-from .every import EVERY_METHOD
+from .bases import Base
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+from .methods import METHODS, Method
 
 SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -81,7 +82,7 @@ def unscaled(method):
 
 
 @pytest.mark.parametrize("drive", [by_scaler, by_unscaling])
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_grad_scaler_gives_the_same_steps_or_is_refused(method, drive):
     """Its scale, a power of two that changes under way, must not be seen in the weights."""
     model, optimizer = make(method)
@@ -103,7 +104,7 @@ def test_grad_scaler_gives_the_same_steps_or_is_refused(method, drive):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_grad_scaler_that_is_switched_off_is_none(method):
     model, optimizer = make(method)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

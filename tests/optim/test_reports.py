@@ -10,9 +10,10 @@ import torch
 import sam_kernels as sk
 from sam_optim import GSAM, SAM
 
-from .cases import BASES, batches, loss_of, make_net, step_by_hand
+from .bases import KINDS
+from .cases import batches, loss_of, make_net, step_by_hand
 
-SOME_BASES = [BASES[1], BASES[8], BASES[10]]
+SOME_BASES = KINDS
 BACKENDS = ["reference", "foreach", "cpu"]
 
 

@@ -8,21 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import CRSAM, GSAM, SAM, WSAM, FriendlySAM, StableSAM, TrainStep, UnifiedSAM, VaSSO
+from sam_optim import SAM, FriendlySAM, TrainStep, VaSSO
 
-from .cases import BASES, Method, assert_same, batches, loss_of, make_net, weights_of
-
-METHODS = [
-    Method(SAM, {}),
-    Method(SAM, {"adaptive": True}),
-    Method(GSAM, {}),
-    Method(StableSAM, {}),
-    Method(WSAM, {}),
-    Method(WSAM, {"decouple": False}),
-    Method(CRSAM, {}),
-    Method(UnifiedSAM, {"k": 0.5}),
-]
-PLAIN = [base for base in BASES if not base.settings.get("maximize")]
+from .bases import ADAMW_AMSGRAD, SGD
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+from .methods import methods_with
 
 
 class Counted(nn.Module):
@@ -73,9 +63,9 @@ def by_groups(model, optimizer, data):
 DRIVERS = [by_each_pass, by_closure, by_train_step, by_groups]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", methods_with(plain_steps_take_one_pass=True), ids=str)
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("base", [PLAIN[1], PLAIN[7]], ids=str)
+@pytest.mark.parametrize("base", [SGD, ADAMW_AMSGRAD], ids=str)
 def test_one_pass_and_the_base_bit_for_bit(method, driver, base):
     """Dropout's draws and BatchNorm's statistics included."""
     data = batches(5, torch.float32)

@@ -1,19 +1,16 @@
-"""SAMPa: closed forms, reductions, drivers, state and safety."""
+"""SAMPa: closed forms, reductions, state and safety. Its formula is in methods.py."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
 
 from sam_optim import InvalidSettingError, SAMPa, StepOrderError, freeze_in_perturbed_passes
 
-from .cases import BASES, Base, assert_same, batches, by_every_pass_closure, loss_of, make_net, weights_of
-
-SGD = BASES[1]
-SEVERAL = [BASES[i] for i in (0, 1, 2, 3, 5, 6, 8, 10, 12)]
+from .bases import BASES, KINDS, SGD, Base
+from .cases import assert_same, batches, by_every_pass_closure, loss_of, make_net, weights_of
 
 
 def quadratic(settings, steps, lr=0.1, rho=0.1, h=(2.0, 1.0), start=(1.0, -1.0), **more):
@@ -84,25 +81,6 @@ def by_closures(optimizer, model, previous, batch):
     return by_every_pass_closure(optimizer, model, batch)
 
 
-def by_hand(optimizer, model, previous, batch):
-    """Gradients cleared in place must not touch the one that is kept for the next step."""
-    first = previous if previous is not None else batch
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.zero_()
-    waiting = None
-    if previous is None:
-        loss_of(model, first).backward()
-        assert optimizer.advance() is None
-        return
-    # The first pass asked for is at x~, so the method must be asked before anything is computed.
-    passes = optimizer.each_pass()
-    waiting = next(passes)
-    while waiting is not None:
-        loss_of(model, previous if waiting.data == "previous" else batch).backward()
-        waiting = next(passes, None)
-
-
 def run(driver, base=SGD, count=6, **settings):
     model, optimizer = make(base, **settings)
     previous = None
@@ -112,69 +90,7 @@ def run(driver, base=SGD, count=6, **settings):
     return weights_of(model)
 
 
-def oracle(base: Base, rho, lam, count=6, adaptive=False, warm_start="gradient"):
-    """The formulas in plain torch; the look-ahead by a copy of the base optimizer."""
-    model = make_net()
-    named = list(model.parameters())
-    optimizer = base.minimizing(named)
-
-    def gradient(weights, batch):
-        with torch.no_grad():
-            for p, w in zip(named, weights, strict=True):
-                p.copy_(w)
-        return torch.autograd.grad(base.sign * loss_of(model, batch), named)
-
-    data = batches(count)
-    x = weights_of(model)
-    g_y = gradient(x, data[0]) if warm_start == "gradient" else [torch.zeros_like(w) for w in x]
-    for previous, batch in itertools.pairwise(data):
-        operator = [w.abs() if adaptive else torch.ones_like(w) for w in x]
-        norm = torch.sqrt(sum(((t * g) ** 2).sum() for t, g in zip(operator, g_y, strict=True)))
-        x_tilde = [w + rho * t**2 * g / (norm + 1e-12) for w, t, g in zip(x, operator, g_y, strict=True)]
-        twins = [w.clone().requires_grad_() for w in x]
-        ahead = base.minimizing(twins)
-        ahead.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        for twin, g in zip(twins, g_y, strict=True):
-            twin.grad = g.clone()
-        ahead.step()
-        g_tilde = gradient(x_tilde, previous)
-        g_y = gradient([t.detach() for t in twins], batch)
-        with torch.no_grad():
-            for p, w, a, b in zip(named, x, g_tilde, g_y, strict=True):
-                p.copy_(w)
-                p.grad = (1 - lam) * a + lam * b
-        optimizer.step()
-        x = weights_of(model)
-    return x
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("lam", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("base", SEVERAL, ids=str)
-def test_trajectory(base, lam, backend):
-    got = run(by_passes, base, lam=lam, backend=backend)
-    for a, b in zip(got, oracle(base, 0.2, lam), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("settings", [{"adaptive": True, "rho": 1.0}, {"warm_start": "zero", "rho": 0.2}], ids=str)
-@pytest.mark.parametrize("base", [SGD, BASES[8]], ids=str)
-def test_geometry_and_warm_start(settings, base):
-    got = run(by_passes, base, **settings)
-    arguments = {"lam": 0.2, **settings}
-    for a, b in zip(got, oracle(base, **arguments), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("warm_start", ["gradient", "zero"])
-def test_drivers_give_the_same_bits(warm_start):
-    wanted = run(by_passes, warm_start=warm_start)
-    assert_same(run(by_closures, warm_start=warm_start), wanted)
-    if warm_start == "gradient":
-        assert_same(run(by_hand), wanted)
-
-
-@pytest.mark.parametrize("base", SEVERAL, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 def test_without_rho_and_lam_it_is_the_base(base):
     model = make_net()
     plain = base.cls(model.parameters(), **copy.deepcopy(base.settings))
@@ -214,8 +130,9 @@ def test_a_base_that_writes_into_gradients_does_not_into_the_one_that_is_kept():
     assert_same(optimizer.method_state("y_gradient"), kept)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("base", SEVERAL, ids=str)
+@pytest.mark.parametrize(
+    ("base", "backend"), [*((base, "cpu") for base in BASES), *((base, "reference") for base in KINDS)], ids=str
+)
 def test_the_look_ahead_leaves_state_and_weights_alone(base, backend):
     model, optimizer = make(base, backend=backend)
     data = batches(4)
@@ -236,23 +153,6 @@ def test_the_look_ahead_leaves_state_and_weights_alone(base, backend):
         assert entries.keys() == after[index].keys()
         for key, value in entries.items():
             assert value is None or torch.equal(torch.as_tensor(value), torch.as_tensor(after[index][key])), key
-
-
-@pytest.mark.parametrize("base", [b for b in SEVERAL if b.cls is not torch.optim.RAdam], ids=str)
-def test_resume_is_bit_exact(base, tmp_path):
-    data = batches(8)
-    model, optimizer = make(base)
-    for previous, batch in zip([None, *data], data[:4], strict=False):
-        by_passes(optimizer, model, previous, batch)
-    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint.pt")
-    weights, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    other_model, other = make(base)
-    other_model.load_state_dict(weights)
-    other.load_state_dict(state)
-    for previous, batch in itertools.pairwise(data[3:]):
-        by_passes(optimizer, model, previous, batch)
-        by_passes(other, other_model, previous, batch)
-    assert_same(weights_of(model), weights_of(other_model))
 
 
 def test_a_resumed_run_by_closures_needs_the_previous_batch_once():

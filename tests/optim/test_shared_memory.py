@@ -14,17 +14,13 @@ from sam_kernels.backends import reference
 from sam_optim import SAM, SAMPa, TrainStep
 from sam_optim.training.streams import OneLane
 
-from .cases import Base, assert_same, batches, loss_of, make_net, step_by_hand, weights_of
-from .every import EVERY_METHOD, take_steps
+from .bases import ADAMW_AMSGRAD, AMSGRAD, NESTEROV, PLAIN_SGD, UNFUSED, Base
+from .cases import assert_same, batches, loss_of, make_net, step_by_hand, weights_of
+from .drivers import take_steps
+from .methods import METHODS
 
-BASES = [
-    Base(torch.optim.SGD, {"lr": 0.1}),
-    Base(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
-    Base(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
-    Base(torch.optim.Adam, {"lr": 0.03, "weight_decay": 0.1}),
-    Base(torch.optim.AdamW, {"lr": 0.03, "amsgrad": True}),
-    Base(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}, fused=False),
-]
+DAMPENED = Base(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3})
+BASES = [PLAIN_SGD, NESTEROV, DAMPENED, AMSGRAD, ADAMW_AMSGRAD, UNFUSED]
 
 
 def twice():
@@ -185,8 +181,8 @@ def tied_net():
     return net
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
-@pytest.mark.parametrize("base", [BASES[1], BASES[4]], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("base", [NESTEROV, ADAMW_AMSGRAD], ids=str)
 def test_every_method_on_the_cpu_makes_the_steps_of_the_definition(method, base):
     weights = {}
     for backend in ("cpu", "reference"):
@@ -199,7 +195,7 @@ def test_every_method_on_the_cpu_makes_the_steps_of_the_definition(method, base)
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_no_method_moves_weights_without_a_learning_rate(method):
     net = tied_net()
     optimizer = method.make(net, Base(torch.optim.SGD, {"lr": 0.0, "momentum": 0.9}))
@@ -225,8 +221,8 @@ def test_passes_side_by_side_are_refused(monkeypatch):
 
 def test_one_gradient_for_two_parameters(backend):
     params, wanted = leaves((4,), (4,), (2,)), leaves((4,), (4,), (2,))
-    optimizer = make(params, BASES[1], backend)
-    plain = torch.optim.SGD(wanted, **BASES[1].settings)
+    optimizer = make(params, NESTEROV, backend)
+    plain = torch.optim.SGD(wanted, **NESTEROV.settings)
     for own in (params, wanted):
         backward(own)
         own[1].grad = own[0].grad
@@ -244,7 +240,7 @@ def test_one_gradient_for_two_parameters(backend):
 
 @pytest.mark.parametrize("of", [0, 1])
 @pytest.mark.parametrize("in_pass", [1, 2])
-@pytest.mark.parametrize("base", [BASES[0], BASES[5]], ids=str)
+@pytest.mark.parametrize("base", [PLAIN_SGD, UNFUSED], ids=str)
 def test_a_gradient_in_the_memory_of_a_weight_is_refused(backend, of, in_pass, base):
     params = leaves((4,), (4,), (2,))
     optimizer = make(params, base, backend)
@@ -262,7 +258,7 @@ def test_a_gradient_in_the_memory_of_state_is_refused(backend):
     if backend == "foreach":
         pytest.skip("updates are torch's own there")
     params = leaves((4,), (4,))
-    optimizer = make(params, BASES[1], backend)
+    optimizer = make(params, NESTEROV, backend)
     step(optimizer, params)
     backward(params)
     optimizer.first_step()
@@ -276,8 +272,8 @@ def test_a_gradient_in_the_memory_of_state_is_refused(backend):
 def test_state_in_one_place(backend):
     """As torch: one update after the other."""
     params, wanted = leaves((4,), (4,)), leaves((4,), (4,))
-    optimizer = make(params, BASES[2], backend)
-    plain = torch.optim.SGD(wanted, **BASES[2].settings)
+    optimizer = make(params, DAMPENED, backend)
+    plain = torch.optim.SGD(wanted, **DAMPENED.settings)
     for number in range(3):
         step(optimizer, params)
         oracle_step(wanted, plain, 0.3)
@@ -298,7 +294,7 @@ def test_a_frozen_view_changes_nothing():
         params = leaves((40, 40), (5,))
         views = [params[0].data[:3], params[0].data.T[1:], params[0].data[::2, ::3]] if with_view else []
         frozen = [nn.Parameter(view, requires_grad=False) for view in views]
-        optimizer = make([*params, *frozen], BASES[1], "cpu")
+        optimizer = make([*params, *frozen], NESTEROV, "cpu")
         for _ in range(3):
             step(optimizer, params)
         results.append([p.detach() for p in params])
@@ -314,7 +310,7 @@ def test_views_between_each_others_elements_share_nothing(monkeypatch):
             params = [nn.Parameter(p.detach().clone()) for p in params]
         else:
             monkeypatch.setattr(reference, "descent_", None)
-        optimizer = make(params, BASES[1], "cpu")
+        optimizer = make(params, NESTEROV, "cpu")
         for _ in range(3):
             step(optimizer, params)
         results.append([p.detach().clone() for p in params])
@@ -330,7 +326,7 @@ def test_masters_of_one_weight_are_refused(backend, is_twice):
     c.data = a.data
     params = [a, b, a] if is_twice else [a, b, c]
     before = [p.detach().clone() for p in params]
-    optimizer = make(params, BASES[1], backend, master_weights=True)
+    optimizer = make(params, NESTEROV, backend, master_weights=True)
     backward(params)
     with pytest.raises(ValueError, match="parameter 0 of group 0 and parameter 2 of group 0 share memory"):
         optimizer.first_step()
@@ -357,7 +353,7 @@ def test_plain_additions_into_one_place_are_all_made(backend):
 def test_expanded_parameters_are_refused_as_torch_refuses_them(backend):
     expanded = nn.Parameter(torch.ones(1).expand(3))
     (other,) = leaves((2,))
-    optimizer = make([other, expanded], BASES[0], backend)
+    optimizer = make([other, expanded], PLAIN_SGD, backend)
     before = other.detach().clone()
     backward([other, expanded])
     with pytest.raises(sk.UnsupportedTensorError, match="expanded"):

@@ -11,20 +11,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from sam_optim import GSAM, SAM, WSAM, LookSAM, SAMPa, StepOrderError, TrainStep
 
-from .cases import (
-    BASES,
-    assert_same,
-    batches,
-    by_every_pass_closure,
-    loss_of,
-    make_net,
-    step_by_hand,
-    weights_of,
-)
-from .test_combined_gradient import METHODS
+from .bases import KINDS, PLAIN_SGD, SGD, UNFUSED
+from .cases import assert_same, batches, by_every_pass_closure, loss_of, make_net, step_by_hand, weights_of
+from .drivers import data_of_steps
+from .methods import methods_with, named
 
 CLIP = 0.05
-SOME_BASES = [BASES[1], BASES[8], BASES[10]]  # two that are fused, one that is not
 PLACES = ["own", "base", "global"]
 
 
@@ -60,7 +52,7 @@ def make(base, method=SAM, **settings):
     return model, method(model.parameters(), base.cls, **{"rho": 0.1, **copy.deepcopy(base.settings), **settings})
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("where", PLACES)
 def test_rho_zero_is_the_base_with_the_same_hook(base, where):
     found = []
@@ -120,7 +112,7 @@ def by_train_step(optimizer, model, batch):
     TrainStep(model, optimizer, loss_of)(batch)
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize(
     "drive", [step_by_hand, by_step, by_second_pass_closure, by_every_pass, by_each_pass, by_train_step]
@@ -137,30 +129,27 @@ def test_the_update_takes_what_a_hook_assigns(base, where, drive):
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("base", [BASES[1], BASES[10]], ids=str)
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("base", [SGD, UNFUSED], ids=str)
+@pytest.mark.parametrize("method", methods_with(tells_last=True), ids=str)
 def test_a_hook_sees_the_combination(method, base, where):
     """Every method: a hook changes what combine_gradients() would have given by hand."""
     found = []
     for by_hook in (True, False):
         model = make_net()
         optimizer = method.make(model, base)
-        previous = None
         with hooked(optimizer, where if by_hook else "own", clip if by_hook else lambda *_: None):
-            for batch, other in zip(batches(4), batches(4, size=5), strict=True):
-                data = {"train": batch, "previous": previous, "validation": other, "memory": other}
+            for data in data_of_steps(4):
                 for p in optimizer.each_pass():
                     loss_of(model, data[p.data]).backward()
                     if p.last and not by_hook:
                         optimizer.combine_gradients()
                         clip_by_hand(model.parameters())
-                previous = batch
         found.append(weights_of(model))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 def test_none_leaves_a_parameter_out(base):
     """A mask: what has no gradient after the hook is not updated, by weight decay neither."""
 
@@ -178,7 +167,7 @@ def test_none_leaves_a_parameter_out(base):
         assert torch.equal(p, old) == (p.dim() == 1)
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("where", PLACES)
 def test_hooks_see_and_may_write_the_weights_themselves(base, where):
     """L2 of one's own, and a decay of one's own through p.data, both of the unperturbed weights."""
@@ -212,7 +201,7 @@ def test_hooks_see_and_may_write_the_weights_themselves(base, where):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("where", ["own", "base"])
 def test_what_a_hook_raises_leaves_the_weights(base, where):
     def fail(optimizer, args, kwargs):
@@ -227,7 +216,7 @@ def test_what_a_hook_raises_leaves_the_weights(base, where):
     step_by_hand(optimizer, model, batches(1)[0])
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 def test_what_a_method_keeps_is_its_passes_own(base):
     """A hook that writes into p.grad changes the update, and not the directions that LookSAM and WSAM make later."""
 
@@ -239,14 +228,14 @@ def test_what_a_method_keeps_is_its_passes_own(base):
     with hooked(optimizer, "own", vanish):
         step_by_hand(optimizer, model, batches(1)[0])
     assert all(u.abs().sum() > 0 for u in optimizer.method_state("direction"))
-    model, optimizer = make(BASES[0], WSAM)
+    model, optimizer = make(PLAIN_SGD, WSAM)
     before = weights_of(model)
     with hooked(optimizer, "own", vanish):
         step_by_hand(optimizer, model, batches(1)[0])
     assert not any(torch.equal(a, b) for a, b in zip(weights_of(model), before, strict=True))
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("drive", [step_by_hand, by_step, by_second_pass_closure, by_every_pass, by_each_pass])
 def test_order_and_number(base, drive):
     """Global hooks around the optimizer's own, and those around the base's; each once a step."""
@@ -275,7 +264,7 @@ def test_order_and_number(base, drive):
     assert calls == [(*call, True) for call in wanted] * 2
 
 
-@pytest.mark.parametrize("base", [BASES[1], BASES[10]], ids=str)
+@pytest.mark.parametrize("base", [SGD, UNFUSED], ids=str)
 def test_a_look_ahead_is_no_step(base):
     model = make_net()
     optimizer = SAMPa(model.parameters(), base.cls, rho=0.1, **copy.deepcopy(base.settings))
@@ -289,7 +278,7 @@ def test_a_look_ahead_is_no_step(base):
 
 def test_post_hooks_see_the_whole_step():
     """Weighted SAM adds to the weights after the base's update, and a checkpoint may be taken there."""
-    model, optimizer = make(BASES[1], WSAM)
+    model, optimizer = make(SGD, WSAM)
     seen = []
     optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append((weights_of(model), o.state_dict())))
     for drive in (step_by_hand, by_step, by_second_pass_closure):
@@ -297,7 +286,7 @@ def test_post_hooks_see_the_whole_step():
         assert_same(seen[-1][0], weights_of(model))
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 def test_grad_scaler(base):
     """Hooks see the unscaled gradient, as with torch's optimizers that leave the scale to GradScaler."""
     found = []
@@ -320,7 +309,7 @@ def test_grad_scaler(base):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 def test_an_overflow_is_skipped_whatever_a_hook_does(base):
     model, optimizer = make(base)
     before = weights_of(model)
@@ -340,7 +329,7 @@ def test_an_overflow_is_skipped_whatever_a_hook_does(base):
     assert not optimizer.last_step.updated
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("infinite", [0, 1])
 def test_an_update_that_is_left_out_shows_nan(base, infinite):
     """Where the combination's Gram matrix is not finite; the weights and the base's state stay."""
@@ -362,8 +351,8 @@ def test_an_update_that_is_left_out_shows_nan(base, infinite):
     [{}, {"micro_batches": 3}, {"micro_batches": 3, "perturbation": "micro_batch"}, {"scaler": 256.0}],
     ids=str,
 )
-@pytest.mark.parametrize("method", METHODS[:2], ids=str)
-@pytest.mark.parametrize("base", [BASES[1], BASES[10]], ids=str)
+@pytest.mark.parametrize("method", [named("SAM"), named("GSAM")], ids=str)
+@pytest.mark.parametrize("base", [SGD, UNFUSED], ids=str)
 def test_train_step(settings, method, base):
     """A hook that clips, and max_grad_norm."""
     found = []
@@ -421,7 +410,7 @@ def test_masters_follow_what_hooks_write(where):
 
 
 def test_what_hooks_return():
-    model, optimizer = make(BASES[1])
+    model, optimizer = make(SGD)
     before = weights_of(model)
     batch = batches(1)[0]
     with hooked(optimizer, "own", lambda o, args, kwargs: (args, kwargs)):
@@ -454,7 +443,7 @@ def test_a_step_of_a_subclass_runs_hooks_once():
 
 
 def test_a_hook_may_remove_itself_and_change_settings():
-    model, optimizer = make(BASES[0])
+    model, optimizer = make(PLAIN_SGD)
     before = weights_of(model)
 
     def once(o, args, kwargs):
@@ -471,11 +460,11 @@ def test_a_hook_may_remove_itself_and_change_settings():
 
 def test_hooks_of_parameters_act_in_their_passes():
     """Autograd's: they change the gradient of each pass, the first one too."""
-    model, optimizer = make(BASES[1], WSAM)
+    model, optimizer = make(SGD, WSAM)
     weight = next(model.parameters())
     weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     before = weight.detach().clone()
-    model_of_sam, sam = make(BASES[0])
+    model_of_sam, sam = make(PLAIN_SGD)
     first = next(model_of_sam.parameters())
     first.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
     for batch in batches(2):
@@ -487,7 +476,7 @@ def test_hooks_of_parameters_act_in_their_passes():
 
 def test_no_hooks_no_cost():
     """Without pre-hooks the gradients are not gathered into p.grad."""
-    model, optimizer = make(BASES[1], WSAM, decouple=False)
+    model, optimizer = make(SGD, WSAM, decouple=False)
     loss_of(model, batches(1)[0]).backward()
     optimizer.first_step(zero_grad=True)
     loss_of(model, batches(1)[0]).backward()

@@ -9,20 +9,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sam_optim import SAM, AgnosticSAM, InvalidSettingError, Pass, SAMPa, SharpnessAwareOptimizer, TrainStep, Update
+from sam_optim import AgnosticSAM, InvalidSettingError, Pass, SAMPa, SharpnessAwareOptimizer, TrainStep, Update
 from sam_optim.training.streams import OneLane
 
-from .cases import BASES, Base, Method, assert_same, batches, loss_of, make_net, weights_of
+from .bases import ADAMW, FUSED, SGD, UNFUSED
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+from .drivers import data_of_steps
+from .methods import ALL_SETTINGS, methods_with, named
+from .stand_ins import Reversed
 
-SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
-FUSED = [base for base in BASES if base.fused]
-
-
-class Reversed:
-    """The last call first: none may need what another leaves behind."""
-
-    def run(self, calls):
-        return [call() for call in reversed(calls)][::-1]
+SIDE_BY_SIDE = methods_with(ALL_SETTINGS, yields_passes_together=True)
+AGNOSTIC, SAMPA = named("AgnosticSAM"), named("SAMPa")
 
 
 @pytest.fixture(params=[OneLane, Reversed], ids=["in order", "reversed"])
@@ -32,36 +29,29 @@ def lanes(request, monkeypatch):
     return request.param
 
 
-METHODS = [
-    Method(AgnosticSAM, {"rho_train": 0.1}),
-    Method(AgnosticSAM, {"rho_train": 0.1, "variant": "align", "smoothing": 0.5}),
-    Method(AgnosticSAM, {"rho_train": 0.5, "adaptive": True}),
-    Method(SAMPa, {"rho": 0.1}),
-    Method(SAMPa, {"rho": 0.5, "lam": 0.0, "adaptive": "elementwise", "eta": 0.1}),
-    Method(SAMPa, {"rho": 0.1, "warm_start": "zero"}),
-]
-
-
 def train(method, base, passes, model=None, steps=5, loss_fn=loss_of, **options):
     model = make_net() if model is None else model
     optimizer = method.make(model, base)
     step = TrainStep(model, optimizer, loss_fn, passes=passes, **options)
     assert step.passes == passes
-    losses = [step(a, b) for a, b in zip(batches(steps), batches(steps, size=5), strict=True)]
+    losses = [step(d["train"], d["validation"], memory_batch=d["memory"]) for d in data_of_steps(steps)]
     buffers = [b.clone() for b in model.buffers()]
     state = [v.clone() for entries in optimizer.state.values() for v in entries.values() if isinstance(v, torch.Tensor)]
     assert all(p.grad is None for p in model.parameters())
     return [*weights_of(model), *(loss for loss in losses if loss is not None), *buffers, *state]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("base", FUSED, ids=str)
+# A base has a part in it where it looks ahead.
+PAIRS = [*((method, base) for method in SIDE_BY_SIDE for base in (SGD, ADAMW)), *((SAMPA, base) for base in FUSED)]
+
+
+@pytest.mark.parametrize(("method", "base"), list(dict.fromkeys(PAIRS)), ids=str)
 def test_same_steps(lanes, method, base):
     assert_same(train(method, base, "streams"), train(method, base, "sequential"))
 
 
 @pytest.mark.parametrize("perturbed", [True, False])
-@pytest.mark.parametrize("base", [SGD, Base(torch.optim.AdamW, {"lr": 0.01})], ids=str)
+@pytest.mark.parametrize("base", [SGD, ADAMW], ids=str)
 def test_sampa_with_groups(lanes, base, perturbed):
     """A group that stays out of the perturbation does not stay out of the look-ahead."""
     results = []
@@ -94,13 +84,13 @@ def test_sampa_with_a_gradient_that_is_not_finite(lanes):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("method", METHODS[:4], ids=str)
+@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
 @pytest.mark.parametrize("options", [{"micro_batches": 3}, {"max_grad_norm": 0.1}], ids=str)
 def test_options(lanes, method, options):
     assert_same(train(method, SGD, "streams", **options), train(method, SGD, "sequential", **options))
 
 
-@pytest.mark.parametrize("method", METHODS[:4], ids=str)
+@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
 def test_batch_norm_and_dropout(monkeypatch, method):
     """Statistics are updated by the training pass alone; the same masks as one after the other."""
     monkeypatch.setattr(TrainStep, "_make_lanes", lambda self: OneLane())
@@ -130,17 +120,17 @@ class Odd(nn.Module):
         return self.head(self.frozen(x) * self.strange)
 
 
-@pytest.mark.parametrize("method", METHODS[:4], ids=str)
+@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
 def test_odd_models(lanes, method):
     results = []
     for passes in ("streams", "sequential"):
         torch.manual_seed(0)
         model = Odd().double()
-        held = [p for name, p in model.named_parameters() if name != "strange"]
+        held = [(name, p) for name, p in model.named_parameters() if name != "strange"]
         optimizer = method.cls(held, torch.optim.SGD, **method.settings, **SGD.settings)
         step = TrainStep(model, optimizer, loss_of, passes=passes)
-        losses = [step(a, b) for a, b in zip(batches(4), batches(4, size=5), strict=True)]
-        results.append([*weights_of(model), *losses])
+        losses = [step(d["train"], d["validation"], memory_batch=d["memory"]) for d in data_of_steps(4)]
+        results.append([*weights_of(model), *(loss for loss in losses if loss is not None)])
     assert_same(*results)
 
 
@@ -167,7 +157,7 @@ class TwoPoints(SharpnessAwareOptimizer):
 
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
 @pytest.mark.parametrize("normalised", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
 def test_passes_that_read_what_another_one_writes(lanes, method, normalised):
     """Spectral normalisation's vectors, which the pass at the weights updates: the others wait for it."""
 
@@ -191,14 +181,14 @@ def test_a_method_from_elsewhere(lanes):
 
 def test_resuming_between_drivers(lanes):
     """Half of the steps side by side, the others one after the other."""
-    wanted = train(METHODS[3], SGD, "sequential", steps=6)
+    wanted = train(SAMPA, SGD, "sequential", steps=6)
     model = make_net()
-    optimizer = METHODS[3].make(model, SGD)
+    optimizer = SAMPA.make(model, SGD)
     data, step = batches(6), TrainStep(model, optimizer, loss_of, passes="streams")
     for batch in data[:3]:
         step(batch)
     saved = optimizer.state_dict()
-    other = METHODS[3].make(model, SGD)
+    other = SAMPA.make(model, SGD)
     other.load_state_dict(saved)
     step = TrainStep(model, other, loss_of)
     step(data[3], previous_batch=data[2])
@@ -207,7 +197,7 @@ def test_resuming_between_drivers(lanes):
     assert_same(weights_of(model), wanted[: len(weights_of(model))])
 
 
-@pytest.mark.parametrize("method", [METHODS[0], METHODS[3]], ids=str)
+@pytest.mark.parametrize("method", [AGNOSTIC, SAMPA], ids=str)
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_exceptions(lanes, method, fails_at):
     """In either of the two passes: weights, statistics and state as before, and the next step works."""
@@ -238,7 +228,7 @@ def test_exceptions(lanes, method, fails_at):
 
 def test_missing_gradients(lanes):
     model = make_net()
-    optimizer = METHODS[3].make(model, SGD)
+    optimizer = SAMPA.make(model, SGD)
     step = TrainStep(model, optimizer, loss_of, passes="streams")
     data = batches(3)
     step(data[0])
@@ -262,15 +252,15 @@ def test_what_cannot_run_side_by_side_says_so(monkeypatch):
         return TrainStep(model, method.make(model, base), loss_of, passes=passes, **options)
 
     with pytest.raises(InvalidSettingError, match="Invalid passes"):
-        step_of(METHODS[3], passes="parallel")
+        step_of(SAMPA, passes="parallel")
     with pytest.raises(InvalidSettingError, match="SAM has no passes"):
-        step_of(Method(SAM, {}))
+        step_of(named("SAM"))
     with pytest.raises(InvalidSettingError, match="one CUDA device; they are on cpu"):
-        step_of(METHODS[3])
+        step_of(SAMPA)
     with pytest.raises(InvalidSettingError, match="RMSprop"):
-        step_of(METHODS[3], Base(torch.optim.RMSprop, {"lr": 0.1}))
+        step_of(SAMPA, UNFUSED)
     with pytest.raises(InvalidSettingError, match="perturbation of their own"):
-        step_of(METHODS[0], micro_batches=2, perturbation="micro_batch")
+        step_of(AGNOSTIC, micro_batches=2, perturbation="micro_batch")
     elsewhere = nn.Parameter(torch.zeros(3))
     optimizer = AgnosticSAM([*model.parameters(), elsewhere], torch.optim.SGD, lr=0.1)
     with pytest.raises(InvalidSettingError, match="not the model's"):
@@ -278,11 +268,11 @@ def test_what_cannot_run_side_by_side_says_so(monkeypatch):
     wrapped = make_net()
     wrapped.no_sync = lambda: None
     with pytest.raises(InvalidSettingError, match="passes='sequential'"):
-        step_of(METHODS[0], model=wrapped)
-    for method in (METHODS[3], Method(SAM, {})):
+        step_of(AGNOSTIC, model=wrapped)
+    for method in (SAMPA, named("SAM")):
         assert step_of(method, passes="auto").passes == "sequential"
     monkeypatch.setattr(TrainStep, "_make_lanes", lambda self: OneLane())
-    assert step_of(METHODS[3], passes="auto").passes == "streams"
+    assert step_of(SAMPA, passes="auto").passes == "streams"
 
 
 def test_streams_fork_and_join(monkeypatch):

@@ -15,17 +15,10 @@ from sam_optim import (
     StepOrderError,
 )
 
-from .cases import (
-    BASES,
-    assert_same,
-    batches,
-    loss_of,
-    make_net,
-    step_by_hand,
-    weights_of,
-)
+from .bases import ADAMW, AMSGRAD, BASES, KINDS, PLAIN_SGD, SGD, UNFUSED
+from .cases import assert_same, batches, loss_of, make_net, step_by_hand, weights_of
 
-FUSED_AND_NOT = [BASES[1], BASES[6], BASES[8], BASES[10]]
+FUSED_AND_NOT = [SGD, AMSGRAD, ADAMW, UNFUSED]
 
 
 def make(base, dtype=torch.float64, **settings):
@@ -118,7 +111,7 @@ def test_overflow_skips_the_update_and_restores(base, clip, overflow_in):
 
 
 def test_grad_scaler_refuses_closures():
-    model, optimizer = make(BASES[1], torch.float32)
+    model, optimizer = make(SGD, torch.float32)
     before = weights_of(model)
     scaler = torch.amp.GradScaler("cpu")
     batch = batches(1, torch.float32)[0]
@@ -133,7 +126,7 @@ def test_grad_scaler_refuses_closures():
 
 
 def test_grad_scaler_without_a_begun_step():
-    model, optimizer = make(BASES[1], torch.float32)
+    model, optimizer = make(SGD, torch.float32)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model, batches(1, torch.float32)[0])).backward()
     with pytest.raises(StepOrderError, match="none is begun"):
@@ -148,7 +141,7 @@ def test_grad_scaler_without_a_begun_step():
 def test_accumulated_micro_batches_equal_the_whole_batch(closure):
     results = []
     for parts in (1, 4):
-        model, optimizer = make(BASES[1])
+        model, optimizer = make(SGD)
         for x, y in batches(5):
 
             def run(x=x, y=y, model=model, parts=parts):
@@ -208,7 +201,7 @@ def in_autocast(base, rho, drive, outer):
     return losses, weights_of(model)
 
 
-@pytest.mark.parametrize("base", [BASES[1], BASES[8], BASES[10]], ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("rho", [0.0, 2.0])
 @pytest.mark.parametrize("drive", ["two calls", "each_pass", "every_pass", "second_pass", "abandoned"])
 def test_one_autocast_around_all_passes(base, rho, drive):
@@ -224,7 +217,7 @@ def test_clipping():
     batch = batches(1)[0]
     results = {}
     for first, second in ((None, None), (1e-3, None), (None, 1e-3)):
-        model, optimizer = make(BASES[0])
+        model, optimizer = make(PLAIN_SGD)
         start = weights_of(model)
         for limit, move in ((first, optimizer.first_step), (second, optimizer.second_step)):
             loss_of(model, batch).backward()
@@ -296,13 +289,13 @@ def test_state_moves_to_and_from_the_plain_base(base):
 
 
 def test_state_replaced_between_steps_is_noticed():
-    model, optimizer = make(BASES[1])
+    model, optimizer = make(SGD)
     data = batches(3)
     step_by_hand(optimizer, model, data[0])
     for p in model.parameters():
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     step_by_hand(optimizer, model, data[1])
-    other, plain = make(BASES[1])
+    other, plain = make(SGD)
     other.load_state_dict(make_net().state_dict())
     step_by_hand(plain, other, data[0])
     for p in other.parameters():
@@ -383,7 +376,7 @@ def test_bases_with_a_state_dict_of_their_own(method, base):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("base", "adaptive"), [(BASES[1], False), (BASES[8], True)], ids=str)
+@pytest.mark.parametrize(("base", "adaptive"), [(SGD, False), (ADAMW, True)], ids=str)
 def test_ten_thousand_steps_with_lr_zero_keep_every_bit(base, dtype, adaptive):
     weights = [nn.Parameter(torch.randn(n).to(dtype)) for n in (1, 17, 600)]
     with torch.no_grad():
@@ -403,7 +396,7 @@ def test_ten_thousand_steps_with_lr_zero_keep_every_bit(base, dtype, adaptive):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights_train(dtype):
-    model, optimizer = make(BASES[1], dtype, rho=0.5)
+    model, optimizer = make(SGD, dtype, rho=0.5)
     data = batches(1, dtype, size=24)
     losses = [step_by_hand(optimizer, model, data[0]) for _ in range(40)]
     assert losses[-1] < 0.7 * losses[0]
@@ -423,7 +416,7 @@ def test_float32_weights_with_bfloat16_gradients():
 def test_scaled_gradients_give_the_same_perturbation():
     results = []
     for scale in (1.0, 2.0**16):
-        model, optimizer = make(BASES[0])
+        model, optimizer = make(PLAIN_SGD)
         (scale * loss_of(model, batches(1)[0])).backward()
         optimizer.first_step()
         results.append(weights_of(model))

@@ -13,8 +13,10 @@ import sam_kernels as sk
 from sam_optim import SAM, SAMPa, TrainStep
 
 from ..targets import target_named
-from .cases import BASES, METHODS, assert_same, batches, loss_of, make_net, weights_of
-from .every import EVERY_METHOD, take_steps
+from .bases import AMSGRAD, SGD, UNFUSED
+from .cases import assert_same, batches, loss_of, make_net, weights_of
+from .drivers import take_steps
+from .methods import METHODS, named
 
 
 class Wrapped(torch.Tensor):
@@ -67,7 +69,7 @@ def groups_with(params, others):
     return [{"params": [others[0], *params[:1], *others[1:3], *params[1:]]}, {"params": others[3:]}]
 
 
-@pytest.mark.parametrize("base", [BASES[1], BASES[6], BASES[10]], ids=str)
+@pytest.mark.parametrize("base", [SGD, AMSGRAD, UNFUSED], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference", "foreach", "triton interpreter", "cuda shim"])
 def test_steps_are_those_without_them(base, backend, request, monkeypatch):
     if " " in backend:
@@ -99,12 +101,12 @@ class NetWithFrozen(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_method_makes_the_steps_without_them(method):
     weights = []
     for names in ([], FROZEN):
         net = NetWithFrozen([frozen(name) for name in names])
-        take_steps(TrainStep(net, method.make(net, BASES[1]), loss_of), batches(4), batches(4, size=5))
+        take_steps(TrainStep(net, method.make(net, SGD), loss_of), batches(4), batches(4, size=5))
         weights.append(weights_of(net.net))
     assert_same(*weights)
 
@@ -125,7 +127,7 @@ def test_masters_beside_them():
     for names in ([], ["uint8", "float8", "meta"]):
         net = NetWithFrozen([frozen(name) for name in names])
         net.net.to(torch.bfloat16)
-        optimizer = METHODS[0].make(net, BASES[1], master_weights=True)
+        optimizer = named("SAM").make(net, SGD, master_weights=True)
         for batch in batches(3, torch.bfloat16):
             TrainStep(net, optimizer, loss_of)(batch)
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -7,7 +7,9 @@ import torch
 
 from sam_optim import GSAM, SAM, AgnosticSAM, FriendlySAM, StepOrderError
 
-from ..optim.cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
+from ..optim.bases import Base
+from ..optim.cases import assert_same, batches, loss_of, make_net, weights_of
+from ..optim.methods import Method
 
 accelerate = pytest.importorskip("accelerate")
 

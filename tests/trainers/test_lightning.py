@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sam_optim import AESAM, CRSAM, GSAM, SAM, WSAM, FriendlySAM, InvalidSettingError, LookSAM, SAMPa, StepOrderError
 
-from ..optim.cases import Base, Method, assert_same, batches, loss_of, make_net, weights_of
+from ..optim.bases import Base
+from ..optim.cases import assert_same, batches, loss_of, make_net, weights_of
+from ..optim.methods import Method
 
 lightning = pytest.importorskip("lightning.pytorch")
 
