@@ -487,7 +487,7 @@ def test_no_hooks_no_cost():
     assert_same(gradients, copies)
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("where", PLACES)
 def test_a_learning_rate_that_a_pre_hook_sets_is_that_updates(where, base):
     """Schedulers that live in a hook; the same as setting it before the update."""
