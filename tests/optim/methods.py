@@ -39,11 +39,14 @@ from sam_optim import (
     AESAM,
     ASAM,
     CRSAM,
+    GNP,
     GSAM,
     MGSERSAM,
     SAM,
+    USAM,
     WSAM,
     AgnosticSAM,
+    AlignSAM,
     FriendlySAM,
     IntervalSAM,
     LookSAM,
@@ -216,6 +219,13 @@ def wsam(w, t, gradient, base, kept, *, rho, gamma, decouple):
     return base(w, (1 - a) * g + a * g_plus)
 
 
+@method(GNP, rho=0.1, alpha=0.7, combines=True)
+def gnp(w, t, gradient, base, kept, *, rho, alpha):
+    """arXiv 2202.03599."""
+    g = gradient(w)
+    return base(w, (1 - alpha) * g + alpha * gradient(w + rho * unit(g, t)))
+
+
 @method(FriendlySAM, rho=0.1, sigma=0.7, lmbda=0.6, averages=True)
 def friendly_sam(w, t, gradient, base, kept, *, rho, sigma, lmbda):
     """arXiv 2403.12350."""
@@ -238,8 +248,8 @@ def look_sam(w, t, gradient, base, kept, *, rho, k, alpha):
 
 
 @method(UnifiedSAM, rho=0.1, k=0.3)
-@method(UnifiedSAM, "of k 0", rho=0.1, k=0.0)
-def unified_sam(w, t, gradient, base, kept, *, rho, k):
+@method(USAM, rho=0.1)
+def unified_sam(w, t, gradient, base, kept, *, rho, k=0.0):
     """arXiv 2503.02225; with k = 0 USAM, 2206.06232."""
     g = gradient(w)
     e = rho * (1 - k + k / (t * g).norm()) * t**2 * g
@@ -326,7 +336,6 @@ def mgser_sam(w, t, gradient, base, kept, *, rho, mu):
 @method(AgnosticSAM, rho_train=0.1)
 @method(AgnosticSAM, "smoothed", rho_train=0.1, smoothing=0.5, averages=True)
 @method(AgnosticSAM, "of named weights", rho_train=0.5, rho_val=0.1, adaptive="weights", is_further=True)
-@method(AgnosticSAM, "align", rho_train=0.2, variant="align", is_further=True)
 @method(AgnosticSAM, "first", rho_train=0.2, rho_val=0.15, normalizer="first", is_further=True)
 def agnostic_sam(
     w, t, gradient, base, kept, *, rho_train, rho_val=None, variant="agnostic", normalizer="own", smoothing=0.0
@@ -338,6 +347,12 @@ def agnostic_sam(
     d = kept["m"] = smoothing * kept.get("m", torch.zeros_like(w)) + (1 - smoothing) * d
     length = (t * (g_val if normalizer == "first" else d)).norm()
     return base(w, gradient(w + rho_train * unit(g_train, t) - rho_val * t**2 * d / length))
+
+
+@method(AlignSAM, rho=0.2)
+def align_sam(w, t, gradient, base, kept, *, rho):
+    """The later form of arXiv 2406.07107."""
+    return agnostic_sam(w, t, gradient, base, kept, rho_train=rho, variant="align")
 
 
 METHODS = [entry for entry in ALL_SETTINGS if not entry.is_further]

@@ -11,8 +11,10 @@ from sam_optim import (
     AESAM,
     ASAM,
     CRSAM,
+    GNP,
     GSAM,
     SAM,
+    USAM,
     WSAM,
     FriendlySAM,
     IntervalSAM,
@@ -42,6 +44,9 @@ TOY = [
     (GSAM, {"alpha": 0.0}, OF_SAM),
     (StableSAM, {}, (2.7461538462, 0.5692307692)),
     (WSAM, {"gamma": 0.8 / 1.8, "decouple": False}, (2.676, 0.472)),  # with a = 0.8 the gradient norm penalty
+    (GNP, {}, (2.676, 0.472)),
+    (GNP, {"alpha": 1.0}, OF_SAM),
+    (GNP, {"alpha": 0.0}, OF_SGD),
     (WSAM, {"gamma": 0.9}, (2.43, -0.84)),
     (WSAM, {"gamma": 0.9, "decouple": False}, (2.43, -0.84)),  # the same for plain SGD
     (WSAM, {"gamma": 0.0}, OF_SGD),
@@ -50,6 +55,7 @@ TOY = [
     (UnifiedSAM, {"k": 0.5}, (2.61, 0.12)),
     (UnifiedSAM, {"k": 0.0, "rho": 0.1}, OF_SAM),
     (UnifiedSAM, {"k": 1.0}, OF_SAM),
+    (USAM, {"rho": 0.1}, OF_SAM),
     (VaSSO, {}, OF_SAM),
     (CRSAM, {}, (2.6694, 0.4368)),
     (CRSAM, {"gamma": 0.0, "beta": 0.0}, OF_SAM),

@@ -11,11 +11,14 @@ from sam_optim import (
     AESAM,
     ASAM,
     CRSAM,
+    GNP,
     GSAM,
     MGSERSAM,
     SAM,
+    USAM,
     WSAM,
     AgnosticSAM,
+    AlignSAM,
     FriendlySAM,
     IntervalSAM,
     LookSAM,
@@ -25,6 +28,8 @@ from sam_optim import (
     StableSAM,
     UnifiedSAM,
     VaSSO,
+    m_sam,
+    sam_on,
 )
 
 
@@ -65,11 +70,41 @@ def settings_are_typed(model: nn.Module, sgd: type[torch.optim.SGD]) -> None:
     SAMPa(params, sgd, backend=3)  # type: ignore[arg-type]
     MGSERSAM(params, sgd, closure_runs="twice")  # type: ignore[arg-type]
     MGSERSAM(params, sgd, backend=3)  # type: ignore[arg-type]
+    GNP(params, sgd, closure_runs="twice")  # type: ignore[arg-type]
+    GNP(params, sgd, backend=3)  # type: ignore[arg-type]
+    USAM(params, sgd, closure_runs="twice")  # type: ignore[arg-type]
+    USAM(params, sgd, backend=3)  # type: ignore[arg-type]
+    AlignSAM(params, sgd, closure_runs="twice")  # type: ignore[arg-type]
+    AlignSAM(params, sgd, backend=3)  # type: ignore[arg-type]
     SAM(params, sgd, adaptive="weight")  # type: ignore[arg-type]
     SAM(params, sgd, master_weights="yes")  # type: ignore[arg-type]
     SAM(params, sgd, counts_in_norm=True)  # type: ignore[arg-type]
     SAMPa(params, sgd, warm_start="hot")  # type: ignore[arg-type]
     AgnosticSAM(params, sgd, variant="aligned")  # type: ignore[arg-type]
+
+
+def settings_can_be_read_and_written(model: nn.Module, sgd: type[torch.optim.SGD]) -> None:
+    params = model.parameters()
+    optimizer = GSAM(params, sgd, alpha=0.5)
+    assert_type(optimizer.alpha, float)
+    assert_type(optimizer.rho, float | torch.Tensor)
+    assert_type(optimizer.eta, float | None)
+    assert_type(LookSAM(params, sgd).k, int)
+    assert_type(USAM(params, sgd).k, float)
+    assert_type(WSAM(params, sgd).decouple, bool)
+    assert_type(AlignSAM(params, sgd).variant, str)
+    optimizer.alpha = 0.25
+    optimizer.alpha = torch.tensor(0.25)
+    optimizer.alpha = "large"  # type: ignore[assignment]
+    optimizer.rho = torch.tensor(0.1)
+    optimizer.eta = None
+    assert_type(optimizer.setting_names(), list[str])
+    GSAM(params, sgd, **optimizer.settings(), lr=0.1)
+    MomentumSAM(params, sgd, lr=0.1, momentum=0.9)
+    AgnosticSAM(params, sgd, rho=0.1)
+    AgnosticSAM(params, sgd, rho_train=0.1)
+    assert_type(sam_on(model, sgd, lr=0.1), SAM)
+    m_sam(model, optimizer, lambda model, batch: model(batch), m=4)
 
 
 def steps_are_those_of_torch(optimizer: SAM) -> None:

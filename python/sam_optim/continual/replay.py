@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.settings import whole_number
+from ..core.checks import whole_number
 
 
 class ReservoirMemory:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from sam_kernels.sharding import local_part
 
 from . import groups
+from .checks import keywords_of
 from .kept import PREFIX, Lists, StateOfBoth, is_there, not_there
-from .settings import settings_of
 
 if TYPE_CHECKING:
     from .optimizer import SharpnessAwareOptimizer
@@ -308,15 +308,15 @@ class Checkpoints:
         keys = list(chain.from_iterable(group["params"] for group in saved_groups))
         if saved_groups:
             own_keys = [*self.optimizer._method_defaults, "initial_rho"]
-            # Other SAM classes keep settings in groups that are the whole optimizer's here.
-            settings = [k for k in settings_of(type(self.optimizer)) if k not in own_keys]
-            elsewhere = {k for k in settings if not groups.is_of_base(self.optimizer, k)}
+            # Other SAM classes keep in groups what is the whole optimizer's here.
+            others = [k for k in keywords_of(type(self.optimizer)) if k not in own_keys]
+            elsewhere = {k for k in others if not groups.is_of_base(self.optimizer, k)}
+            merged = []
             # A different number of groups is left to torch to complain of.
-            pairs = zip(saved_groups, self.optimizer.param_groups, strict=False)
-            merged = [
-                {**{k: own[k] for k in own_keys if k in own}, **{k: v for k, v in saved.items() if k not in elsewhere}}
-                for saved, own in pairs
-            ]
+            for saved, own in zip(saved_groups, self.optimizer.param_groups, strict=False):
+                loaded = self.optimizer._with_loaded_settings(saved, own)
+                kept = {k: own[k] for k in own_keys if k in own}
+                merged.append({**kept, **{k: v for k, v in loaded.items() if k not in elsewhere}})
             state_dict["param_groups"] = merged + saved_groups[len(merged) :]
         state = state_dict.get("state")
         if isinstance(state, Mapping) and not self._has_own_form:

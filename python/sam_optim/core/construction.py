@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .checks import did_you_mean, keywords_of, named_parameters
 from .errors import InvalidSettingError
-from .settings import did_you_mean, named_parameters, settings_of
 
 BaseOptimizer = Optimizer | Callable[..., Optimizer]
 
@@ -54,7 +54,7 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
         except TypeError as error:
             for name in base_kwargs:
                 if name not in named_parameters(base_optimizer):
-                    error.add_note(f"{method.__name__} knows no {name} either{did_you_mean(name, settings_of(method))}")
+                    error.add_note(f"{method.__name__} knows no {name} either{did_you_mean(name, keywords_of(method))}")
             raise
         _refuse_unknown(base_kwargs, base_optimizer, base, method)
     else:
@@ -106,6 +106,12 @@ def puts_into_groups(base: Any, name: str) -> bool:
     return any(_mentions(cls, name) for cls in kinds if cls is not object)
 
 
+def reads_from_groups(base: Any, name: str) -> bool:
+    """Whether an optimizer may have a key of that name in its groups: among its defaults, or by a word in its code."""
+    kinds = [cls for each in made_of(base) for cls in type(each).__mro__ if cls.__module__.partition(".")[0] != "torch"]
+    return name in defaults_of(base) or any(_mentions(cls, name, words_only=True) for cls in kinds if cls is not object)
+
+
 def _refuse_unknown(keywords: Iterable[str], maker: Callable[..., Optimizer], base: Optimizer, method: type) -> None:
     """Refuses keywords that a base has swallowed by its own ``**kwargs`` and looks at no more.
 
@@ -119,19 +125,23 @@ def _refuse_unknown(keywords: Iterable[str], maker: Callable[..., Optimizer], ba
     if unknown and named:
         raise TypeError(
             f"{method.__name__} got a keyword that neither it nor its base optimizer, {type(base).__name__}, knows: "
-            f"{unknown[0]}{did_you_mean(unknown[0], [*settings_of(method), *sorted(named)])}"
+            f"{unknown[0]}{did_you_mean(unknown[0], [*keywords_of(method), *sorted(named)])}"
         )
 
 
-def _mentions(owner: Callable[..., Any], name: str) -> bool:
-    """Whether a word occurs in the code of a function, or of a class's functions."""
+def _mentions(owner: Callable[..., Any], name: str, *, words_only: bool = False) -> bool:
+    """Whether a word occurs in the code of a function, or of a class's functions.
+
+    Args:
+        words_only: as a string, such as a dict's key, and not as an attribute's name.
+    """
     functions = vars(owner).values() if isinstance(owner, type) else [owner]
     plain = [f.func if isinstance(f, partial) else f for f in functions]
     codes = [getattr(inspect.unwrap(f), "__code__", None) for f in plain if callable(f)]
     while codes:
         code = codes.pop()
         if code is not None:
-            if name in code.co_names or name in code.co_consts:
+            if name in code.co_consts or (not words_only and name in code.co_names):
                 return True
             codes += [each for each in code.co_consts if isinstance(each, CodeType)]
     return False

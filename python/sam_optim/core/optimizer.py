@@ -24,16 +24,24 @@ from sam_kernels.registry import backend_named
 from . import closures, groups
 from .base_update import BaseUpdate
 from .checkpoints import Checkpoints
+from .checks import check_choice
 from .closures import Closure, ClosureRuns
 from .compiling import prepare, untraced
-from .construction import WRAP_AROUND, BaseOptimizer, defaults_of, make_base, takes_single_samples
+from .construction import (
+    WRAP_AROUND,
+    BaseOptimizer,
+    defaults_of,
+    make_base,
+    reads_from_groups,
+    takes_single_samples,
+)
 from .errors import InvalidSettingError, StepOrderError
 from .kept import KeptState
 from .passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Pass, Passes
 from .planning import PlanCache
 from .primitives import Primitives
 from .report import StepReport
-from .settings import check_choice, radius
+from .settings import EVERYWHERE, SettingsInGroups
 from .step_hooks import has_own_step, is_profiled, runs_its_own_hooks
 from .stepper import Stepper
 from .watching import UnperturbedEntries
@@ -53,7 +61,7 @@ _PROMISES: dict[str, Any] = {
 }
 
 
-class SharpnessAwareOptimizer(Primitives, Optimizer):
+class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
     """Base class of the methods.
 
     Args:
@@ -61,7 +69,8 @@ class SharpnessAwareOptimizer(Primitives, Optimizer):
         base_optimizer: a class or factory, called as ``base_optimizer(params, **base_kwargs)``, or an instance, whose
             groups are then used as they are. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` are fused into the last pass
             over the weights; any other runs by its own ``step()`` after the weights have been restored.
-        method_defaults: default of each setting that this method keeps in the groups.
+        method_defaults: default of each setting that this method keeps in the groups, besides those that its class
+            declares.
         closure_runs: what ``step(closure)`` calls its closure for. ``"second_pass"``, the custom of SAM classes: the
             first gradient is already in ``p.grad``. ``"every_pass"``, as in L-BFGS: the closure is called once for
             each pass, each time with the same random state.
@@ -137,7 +146,7 @@ class SharpnessAwareOptimizer(Primitives, Optimizer):
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        method_defaults: dict[str, Any],
+        method_defaults: Mapping[str, Any] = MappingProxyType({}),
         *,
         closure_runs: ClosureRuns = "second_pass",
         backend: str | None = None,
@@ -154,19 +163,24 @@ class SharpnessAwareOptimizer(Primitives, Optimizer):
             raise InvalidSettingError(f"Invalid counts_in_norm: {counts_in_norm!r}; it is a function of a parameter")
         if counts_in_norm is not None and process_group is None:
             raise InvalidSettingError("counts_in_norm says nothing without a process_group")
+        more = dict(method_defaults)
+        settings = self._taken(base_kwargs, more)
         base = make_base(params, base_optimizer, base_kwargs, type(self))
-        shared = sorted(set(defaults_of(base)) & set(method_defaults))
+        more.update(self._kept_in_groups)
+        shared = sorted(set(defaults_of(base)) & {*more, *(EVERYWHERE & settings.keys())})
         if shared:
             raise InvalidSettingError(
                 f"{type(base).__name__} cannot be the base optimizer: it keeps {', '.join(shared)} in its groups, "
                 f"where {type(self).__name__} has a setting of that name"
             )
         prepare()
-        self._method_defaults = dict(method_defaults)
+        of_base = [name for name in settings if name not in EVERYWHERE and reads_from_groups(base, name)]
+        method_defaults = self._method_defaults = {**self._named(settings, of_base), **more}
         self._given_defaults = dict(getattr(base, "defaults", {}))
         self._base = base
         for group in base.param_groups:
-            groups.complete(self, group, method_defaults)
+            groups.complete(self, group, method_defaults, is_first=True)
+        self._refuse_differences()
 
         self.closure_runs = closure_runs
         self.backend = backend
@@ -201,15 +215,6 @@ class SharpnessAwareOptimizer(Primitives, Optimizer):
     @abstractmethod
     def passes(self) -> Passes:
         """One step of the method: yields :class:`Pass` objects and is sent their gradients, and yields its update."""
-
-    def validate_group(self, group: dict[str, Any]) -> None:
-        """Looks at ``rho``, for methods that keep one; methods with other settings add to it.
-
-        Raises:
-            InvalidSettingError: if a group's settings are out of range.
-        """
-        if "rho" in group:
-            radius(group["rho"])
 
     def geometry_of(self, group: dict[str, Any]) -> Sequence[float | None]:
         """For each parameter of a group None for T = 1, or eta for T(w) = |w| + eta."""

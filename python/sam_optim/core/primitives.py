@@ -19,12 +19,12 @@ from sam_kernels.scales import NUMBER, Scale
 
 from .base_update import BaseUpdate
 from .begun_step import refuse_overwritten
+from .checks import radius
 from .errors import StepOrderError
 from .kept import KeptState
 from .passes import Gradients
 from .planning import PlanCache
 from .report import StepReport
-from .settings import radius
 
 if TYPE_CHECKING:
     from .stepper import Stepper

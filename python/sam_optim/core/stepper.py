@@ -168,6 +168,7 @@ class Stepper:
         if optimizer._kept.follow_shapes():
             plans.plan.refresh()
         plans.catch_up()
+        optimizer._check_settings()
         _under_way[id(self)] = self._owner
         try:
             is_short = is_told_of_passes and optimizer.plain_steps_take_one_pass and optimizer._is_plain_step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from sam_kernels.rules import NORM_EPSILON
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import Gradients, Pass, Passes, Update
-from ..core.settings import Adaptive, check_number, handed_on
+from ..core.settings import Adaptive, Number, handed_on
 from .scheduled import OccasionalSAM
 
 
@@ -43,7 +44,10 @@ class AESAM(OccasionalSAM):
     is_capturable = False
     perturbs_micro_batches = False
     _scaling_obstacle = "it compares norms of gradients over steps, whose scales differ"
-    _more_settings: dict[str, Any] = {"aesam_mean": None, "aesam_variance": 0.0}  # noqa: RUF012
+    _kept_in_groups = MappingProxyType({"aesam_mean": None, "aesam_variance": 0.0})
+
+    c = Number()
+    decay = Number(at_least=0, below=1)
 
     def __init__(
         self,
@@ -63,10 +67,7 @@ class AESAM(OccasionalSAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("c", c)
-        check_number("decay", decay, 0, 1, open_end=True)
-        self.c, self.decay = float(c), decay
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass()
@@ -83,8 +84,9 @@ class AESAM(OccasionalSAM):
         if mean is None:
             mean = squared
         else:
-            mean = self.decay * mean + (1.0 - self.decay) * squared
-            variance = self.decay * variance + (1.0 - self.decay) * (squared - mean) ** 2
+            decay = self.decay
+            mean = decay * mean + (1.0 - decay) * squared
+            variance = decay * variance + (1.0 - decay) * (squared - mean) ** 2
         for own in self.param_groups:
             own["aesam_mean"], own["aesam_variance"] = mean, variance
         return bool(squared >= mean + self.c * variance**0.5)

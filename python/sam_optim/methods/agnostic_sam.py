@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON, RuleLike
 
+from ..core.checks import is_zero, radius
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
+from ..core.errors import InvalidSettingError
 from ..core.passes import VALIDATION, Pass, Passes, Update
-from ..core.settings import Adaptive, check_choice, check_number, handed_on, is_zero, radius
+from ..core.settings import Adaptive, Choice, Maybe, Number, Radius, Setting, handed_on
 from .sam import SAM
 
 
@@ -33,9 +35,10 @@ class AgnosticSAM(SAM):
 
     Args:
         all others: as for :class:`SAM`; ASAM's geometry is that at w.
-        rho_train: radius up-hill on the training batch; the groups' ``rho``.
+        rho: radius up-hill on the training batch, rho_train in the formula; by default 0.05.
         rho_val: radius down-hill on the validation batch, and of the perturbation under g_v'; the groups' ``rho_val``.
-            None, the default, is half of rho_train, also when that follows a schedule. At 0 the method is SAM.
+            None, the default, is half of rho, also when that follows a schedule. At 0 the method is SAM.
+        rho_train: another name of rho.
         variant: ``"agnostic"`` (four gradients a step) or ``"align"`` (three).
         normalizer: what divides g_v'. ``"own"`` is |g_v'|; ``"first"`` is |g_v|, the literal reading of the form in
             which both perturbations share one factor.
@@ -56,13 +59,19 @@ class AgnosticSAM(SAM):
     perturbs_micro_batches = True
     _scaling_obstacle = "with smoothing it averages gradients over steps, whose scales differ"
 
+    rho_val = Maybe(Radius())
+    variant: Setting[str] = Choice("agnostic", "align")
+    normalizer: Setting[str] = Choice("own", "first")
+    smoothing = Number(at_least=0, below=1)
+
     def __init__(
         self,
         params: Any,
         base_optimizer: BaseOptimizer,
-        rho_train: float | Tensor = 0.05,
+        rho: float | Tensor | None = None,
         rho_val: float | Tensor | None = None,
         *,
+        rho_train: float | Tensor | None = None,
         variant: Literal["agnostic", "align"] = "agnostic",
         normalizer: Literal["own", "first"] = "own",
         smoothing: float = 0.0,
@@ -76,13 +85,15 @@ class AgnosticSAM(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_choice("variant", variant, ["agnostic", "align"])
-        check_choice("normalizer", normalizer, ["own", "first"])
-        check_number("smoothing", smoothing, 0, 1, open_end=True)
-        self.variant, self.normalizer, self.smoothing = variant, normalizer, smoothing
-        self._more_settings = {"rho_val": rho_val}
-        self.method_state_names = ("validation_gradient",) if smoothing > 0.0 else ()
-        super().__init__(params, base_optimizer, rho_train, **handed_on(locals()))
+        if rho is not None and rho_train is not None:
+            raise InvalidSettingError("rho and rho_train are two names of one radius: give one of them")
+        rho = rho_train if rho is None else rho
+        rho = 0.05 if rho is None else rho
+        super().__init__(**handed_on(locals(), leave_out="rho_train"))
+
+    @property
+    def method_state_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("validation_gradient",) if self.smoothing > 0.0 else ()
 
     @property
     def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
@@ -96,8 +107,9 @@ class AgnosticSAM(SAM):
             if self.normalizer == "first":
                 rule = _FirstNormalized(self.last_step.ascent.norms[0], self._rule.epsilon)  # type: ignore[union-attr, index]
             g_val = yield Pass(VALIDATION, perturbed=True, kept=True)
-        if self.smoothing > 0.0:
-            g_val = self.moving_average("validation_gradient", g_val, self.smoothing)
+        smoothing = self.smoothing
+        if smoothing > 0.0:
+            g_val = self.moving_average("validation_gradient", g_val, smoothing)
         self.ascend(g_train, g_val, rule=rule, scale=[[rho, -rho_val] for rho, rho_val in self._both_radii()])
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus)
@@ -112,11 +124,6 @@ class AgnosticSAM(SAM):
 
     def _is_plain_step(self) -> bool:
         return all(is_zero(rho) and is_zero(rho_val) for rho, rho_val in self._both_radii())
-
-    def validate_group(self, group: dict[str, Any]) -> None:
-        super().validate_group(group)
-        if group["rho_val"] is not None:
-            radius(group["rho_val"], "rho_val")
 
 
 class _FirstNormalized:

@@ -12,7 +12,7 @@ from sam_kernels.rules import NORM_EPSILON
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import Pass, Passes, Update
-from ..core.settings import Adaptive, check_number, handed_on
+from ..core.settings import Adaptive, Number, handed_on
 from .sam import SAM
 
 
@@ -29,7 +29,8 @@ class CRSAM(SAM):
 
     Args:
         gamma: weight of the change of the gradient's change, which stands for the Hessian's trace; at least 0.
-        beta: weight of the gradient's change, which stands for its norm; at least 0.
+        beta: weight of the gradient's change, which stands for its norm; at least 0. Groups may have a gamma and a beta
+            of their own.
         all others: as for :class:`SAM`.
     """
 
@@ -37,6 +38,9 @@ class CRSAM(SAM):
     is_capturable = True
     plain_steps_take_one_pass = True
     perturbs_micro_batches = True
+
+    gamma = Number(at_least=0, per_group=True)
+    beta = Number(at_least=0, per_group=True)
 
     def __init__(
         self,
@@ -56,10 +60,7 @@ class CRSAM(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("gamma", gamma, 0)
-        check_number("beta", beta, 0)
-        self.gamma, self.beta = gamma, beta
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
@@ -67,5 +68,5 @@ class CRSAM(SAM):
         g_plus = yield Pass(perturbed=True, kept=True)
         self.ascend(g, rule=self._rule, scale=[[-rho] for [rho] in self._radii()])
         g_minus = yield Pass(perturbed=True, kept=True, last=True)
-        weights = [1.0 + self.gamma + self.beta, self.gamma - self.beta, -2.0 * self.gamma]
-        yield Update(g_plus, g_minus, g, scale=[weights] * len(self.param_groups))
+        weights = [[1.0 + gamma + beta, gamma - beta, -2.0 * gamma] for gamma, beta in self.per_group("gamma", "beta")]
+        yield Update(g_plus, g_minus, g, scale=weights)

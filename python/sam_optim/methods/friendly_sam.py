@@ -14,7 +14,7 @@ from sam_kernels.rules import NORM_EPSILON
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import Pass, Passes, Update
-from ..core.settings import Adaptive, check_number, handed_on
+from ..core.settings import Adaptive, Number, handed_on
 from .sam import SAM
 
 
@@ -43,6 +43,9 @@ class FriendlySAM(SAM):
     method_state_names = ("average",)
     _names_elsewhere = MappingProxyType({"momentum": "average"})  # pytorch-optimizer's
 
+    sigma = Number(at_least=0)
+    lmbda = Number(at_least=0, at_most=1)
+
     def __init__(
         self,
         params: Any,
@@ -61,10 +64,7 @@ class FriendlySAM(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("sigma", sigma, 0)
-        check_number("lmbda", lmbda, 0, 1)
-        self.sigma, self.lmbda = sigma, lmbda
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass()
@@ -80,6 +80,7 @@ class FriendlySAM(SAM):
 
     def _difference(self, gram: Tensor) -> Tensor:
         """(1, -sigma) / abs(g - sigma m)."""
-        squared = gram[0, 0] - 2.0 * self.sigma * gram[0, 1] + self.sigma**2 * gram[1, 1]
+        sigma = self.sigma
+        squared = gram[0, 0] - 2.0 * sigma * gram[0, 1] + sigma**2 * gram[1, 1]
         unit = 1.0 / (squared.clamp(min=0.0).sqrt() + self._rule.epsilon)
-        return torch.stack([unit, -self.sigma * unit])
+        return torch.stack([unit, -sigma * unit])

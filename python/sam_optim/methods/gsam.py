@@ -12,7 +12,7 @@ from sam_kernels.rules import NORM_EPSILON, Deflected
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import Pass, Passes, Update
-from ..core.settings import Adaptive, check_number, handed_on
+from ..core.settings import Adaptive, Number, handed_on
 from .sam import SAM
 
 
@@ -35,6 +35,8 @@ class GSAM(SAM):
     plain_steps_take_one_pass = True
     perturbs_micro_batches = True
 
+    alpha = Number(at_least=0)
+
     def __init__(
         self,
         params: Any,
@@ -52,9 +54,7 @@ class GSAM(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("alpha", alpha, 0)
-        self.alpha = alpha
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)

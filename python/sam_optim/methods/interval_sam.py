@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON
 
+from ..core.checks import as_whole, check_number, whole_number
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.errors import InvalidSettingError
-from ..core.settings import Adaptive, as_whole, check_number, handed_on, whole_number
+from ..core.settings import Adaptive, Whole, handed_on
 from .scheduled import ScheduledSAM
 
 
@@ -27,6 +28,9 @@ class IntervalSAM(ScheduledSAM):
         total_steps: of the whole training. ``start=0.8, total_steps=10_000`` is ``start=8_000``.
         all others: as for :class:`SAM`.
     """
+
+    every = Whole(at_least=1)
+    start = Whole(at_least=0)
 
     def __init__(
         self,
@@ -47,12 +51,12 @@ class IntervalSAM(ScheduledSAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        self.every = whole_number("every", every, 1)
-        self.start = _first_step(start, total_steps)
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        start = _first_step(start, total_steps)
+        super().__init__(**handed_on(locals(), leave_out="total_steps"))
 
     def is_sharpness_aware(self, step: int) -> bool:
-        return step >= self.start and (step - self.start) % self.every == 0
+        start = self.start
+        return step >= start and (step - start) % self.every == 0
 
 
 def _first_step(start: float, total_steps: int | None) -> int:
@@ -66,7 +70,7 @@ def _first_step(start: float, total_steps: int | None) -> int:
         return whole_number("start", start, 0)
     total_steps = whole_number("total_steps", total_steps, 1)
     if number is None:
-        check_number("start", start, 0, 1, open_end=True)
+        check_number("start", start, 0, below=1)
         number = round(float(start) * total_steps)
     if number >= total_steps:
         raise InvalidSettingError(f"Invalid start: {start}; of {total_steps} steps none would be SAM's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sam_kernels.rules import NORM_EPSILON
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import Gradients, Pass, Passes, Update
-from ..core.settings import Adaptive, check_number, handed_on, whole_number
+from ..core.settings import Adaptive, Number, Whole, handed_on
 from .sam import SAM
 
 
@@ -32,13 +33,18 @@ class LookSAM(SAM):
 
     Args:
         k: SAM's share of the steps is 1 / k; at least 1.
-        alpha: weight of the reused direction. 0.7 is the authors'; independent runs found it large.
+        alpha: weight of the reused direction. 0.7 is the authors'; independent runs found it large. Groups may have
+            their own.
         all others: as for :class:`SAM`.
     """
 
     takes_scaled_gradients = True
     is_capturable = False
     perturbs_micro_batches = False
+
+    k = Whole(at_least=1)
+    alpha = Number(per_group=True)
+    _kept_in_groups = MappingProxyType({"looksam_step": 0})
 
     def __init__(
         self,
@@ -58,26 +64,26 @@ class LookSAM(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("alpha", alpha)
-        self.k, self.alpha = whole_number("k", k, 1), alpha
-        self.method_state_names = ("direction",) if k > 1 else ()
-        self._more_settings = {"looksam_step": 0}
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
+
+    @property
+    def method_state_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("direction",) if self.k > 1 else ()
 
     def passes(self) -> Passes:
-        step = self.param_groups[0]["looksam_step"]
-        if step % self.k == 0 or not self.has_method_state("direction"):
+        step, k = self.param_groups[0]["looksam_step"], self.k
+        if step % k == 0 or not self.has_method_state("direction"):
             g = yield Pass(kept=True)
             self.ascend(g, rule=self._rule, scale=self._radii())
             g_plus = yield Pass(perturbed=True, kept=True, last=True)
             yield Update(g_plus)
-            if self.k > 1:
+            if k > 1:
                 self._keep_direction(g_plus, g)
         else:
             g = yield Pass(last=True)
             # A parameter without a gradient is not updated, as by any torch optimizer.
             direction = [None if x is None else u for x, u in zip(g, self.method_state("direction"), strict=True)]
-            yield Update(g, direction, rule=self._reuse)
+            yield Update(g, direction, rule=_norm_ratio, scale=[[1.0, alpha] for [alpha] in self.per_group("alpha")])
         for group in self.param_groups:
             group["looksam_step"] = step + 1
 
@@ -87,13 +93,14 @@ class LookSAM(SAM):
         report = apply_rule(_orthogonal, [g_plus, g], plan, backend=self.backend)
         self.store_combination(direction, [g_plus, g], report.coefficients)
 
-    def _reuse(self, gram: Tensor) -> Tensor:
-        """(1, alpha abs(g) / abs(u))."""
-        ratio = torch.where(gram[1, 1] > 0.0, (gram[0, 0] / gram[1, 1]).sqrt(), 0.0)
-        return torch.stack([torch.ones_like(ratio), self.alpha * ratio])
-
     def _is_plain_step(self) -> bool:
         return super()._is_plain_step() and not self.has_method_state("direction")
+
+
+def _norm_ratio(gram: Tensor) -> Tensor:
+    """Of lists (g, u): 1, and abs(g) / abs(u)."""
+    ratio = torch.where(gram[1, 1] > 0.0, (gram[0, 0] / gram[1, 1]).sqrt(), 0.0)
+    return torch.stack([torch.ones_like(ratio), ratio])
 
 
 def _orthogonal(gram: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from sam_kernels.rules import NORM_EPSILON, NormalizedSum
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import MEMORY, Pass, Passes, Update
-from ..core.settings import Adaptive, check_number, handed_on
+from ..core.settings import Adaptive, Number, handed_on
 from .sam import SAM
 
 
@@ -35,7 +35,7 @@ class MGSERSAM(SAM):
     base optimizer on L_t + L_s: experience replay as it is without SAM.
 
     Args:
-        mu: weight of the memory's gradient at the unperturbed weights; at least 0.
+        mu: weight of the memory's gradient at the unperturbed weights; at least 0. Groups may have their own.
         all others: as for :class:`SAM`.
 
     Passes: on the batch and on the memory at w, which do not depend on each other, and the same two at w + e. ::
@@ -55,6 +55,8 @@ class MGSERSAM(SAM):
     perturbs_micro_batches = True
     _scaling_obstacle = "it would look for infinities in the gradients of the last pass alone"
 
+    mu = Number(at_least=0, per_group=True)
+
     def __init__(
         self,
         params: Any,
@@ -72,9 +74,7 @@ class MGSERSAM(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("mu", mu, 0)
-        self.mu = mu
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     def passes(self) -> Passes:
         g_task, g_memory = yield [Pass(kept=True), Pass(MEMORY, kept=True, may_be_empty=True)]
@@ -84,5 +84,5 @@ class MGSERSAM(SAM):
             Pass(perturbed=True, kept=True),
             Pass(MEMORY, perturbed=True, kept=True, may_be_empty=True, last=True),
         ]
-        weights = [[1.0, 1.0, self.mu]] * len(self.param_groups)
+        weights = [[1.0, 1.0, mu] for [mu] in self.per_group("mu")]
         yield Update(g_task_plus, g_memory_plus, g_memory, scale=weights)

@@ -12,7 +12,7 @@ from sam_kernels.rules import NORM_EPSILON
 
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
-from ..core.settings import Adaptive, check_number, handed_on, whole_number
+from ..core.settings import Adaptive, Number, Whole, handed_on
 from .scheduled import ScheduledSAM
 
 
@@ -27,6 +27,9 @@ class RandomizedSAM(ScheduledSAM):
         seed: of the coin.
         all others: as for :class:`SAM`.
     """
+
+    probability = Number(at_least=0, at_most=1)
+    seed = Whole()
 
     def __init__(
         self,
@@ -46,9 +49,7 @@ class RandomizedSAM(ScheduledSAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("probability", probability, 0, 1)
-        self.probability, self.seed = probability, whole_number("seed", seed)
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     def is_sharpness_aware(self, step: int) -> bool:
         # Seeds that differ in little give generators whose first numbers are alike.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from sam_kernels.rules import NORM_EPSILON, Normalized
 
+from ..core.checks import is_zero
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.errors import InvalidSettingError
 from ..core.optimizer import SharpnessAwareOptimizer
 from ..core.passes import Pass, Passes, Update
-from ..core.settings import Adaptive, check_choice, check_number, is_zero, radius
+from ..core.settings import Adaptive, Choice, Maybe, Number, Radius, Setting, handed_on
 
 # The eta of the authors of ASAM (arXiv 2102.11600, section 5).
 AUTHORS_ETA = 0.01
@@ -63,8 +65,11 @@ class SAM(SharpnessAwareOptimizer):
     plain_steps_take_one_pass = True
     perturbs_micro_batches = True
 
-    # Settings that a subclass keeps in the groups besides SAM's own.
-    _more_settings: dict[str, Any] = {}  # noqa: RUF012
+    rho = Radius()
+    adaptive: Setting[Adaptive] = Choice(False, True, "elementwise", "weights", per_group=True)
+    eta = Maybe(Number(at_least=0, per_group=True))
+    perturb = Choice(False, True, per_group=True, default=True, of_groups_only=True)
+    perturb_eps = Number(at_least=0, default=NORM_EPSILON)
 
     def __init__(
         self,
@@ -82,26 +87,17 @@ class SAM(SharpnessAwareOptimizer):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("perturb_eps", perturb_eps, 0)
-        self._rule = Normalized(epsilon=perturb_eps)
-        defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, **self._more_settings}
-        super().__init__(
-            params,
-            base_optimizer,
-            defaults,
-            closure_runs=closure_runs,
-            backend=backend,
-            master_weights=master_weights,
-            process_group=process_group,
-            counts_in_norm=counts_in_norm,
-            **base_kwargs,
-        )
+        super().__init__(**handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass()
         self.ascend(g, rule=self._rule, scale=self._radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus)
+
+    @property
+    def _rule(self) -> Normalized:
+        return _normalized(self.perturb_eps)
 
     def _radii(self) -> list[list[float | Tensor]]:
         return self.radii()
@@ -110,11 +106,7 @@ class SAM(SharpnessAwareOptimizer):
         return all(is_zero(group["rho"]) for group in self.param_groups)
 
     def validate_group(self, group: dict[str, Any]) -> None:
-        radius(group["rho"])
-        check_choice("adaptive", group["adaptive"], [False, True, "elementwise", "weights"])
-        check_choice("perturb", group["perturb"], [False, True])
-        if group["eta"] is not None:
-            check_number("eta", group["eta"], 0)
+        super().validate_group(group)
         if group["adaptive"] == "weights":
             names = group.get("param_names") or [entry[0] for entry in group["params"] if isinstance(entry, tuple)]
             if len(names) != len(group["params"]):
@@ -123,6 +115,7 @@ class SAM(SharpnessAwareOptimizer):
                 )
 
     def geometry_of(self, group: dict[str, Any]) -> Sequence[float | None]:
+        self.validate_group(group)  # it is asked for where a group has changed
         count = len(group["params"])
         if not group["adaptive"]:
             return [None] * count
@@ -130,3 +123,9 @@ class SAM(SharpnessAwareOptimizer):
             eta = AUTHORS_ETA if group["eta"] is None else group["eta"]
             return [eta if "weight" in name else None for name in group["param_names"]]
         return [group["eta"] or 0.0] * count
+
+
+@lru_cache(maxsize=16)
+def _normalized(epsilon: float) -> Normalized:
+    """Made once: it is asked for in every step."""
+    return Normalized(epsilon=epsilon)

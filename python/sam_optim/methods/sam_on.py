@@ -1,22 +1,55 @@
-"""Parameter groups by the modules that parameters belong to."""
+"""SAM-ON: parameter groups by the modules that parameters belong to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from ..core.construction import BaseOptimizer
+from .sam import SAM
 
 # BatchNorm, SyncBatchNorm and InstanceNorm are _NormBase.
 NORMALIZATIONS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def perturb_normalization_only(model: nn.Module, *more: type[nn.Module]) -> list[dict[str, Any]]:
-    """Groups for SAM-ON (Mueller et al. 2023, arXiv 2306.04226): only normalisation layers are perturbed.
+def sam_on(
+    model: nn.Module,
+    base_optimizer: BaseOptimizer,
+    rho: float | Tensor = 0.5,
+    *,
+    normalizations: Iterable[type[nn.Module]] = (),
+    **settings: Any,
+) -> SAM:
+    """SAM-ON (Mueller et al. 2023, arXiv 2306.04226): :class:`SAM` that perturbs normalisation layers only.
 
     ::
 
-        optimizer = SAM(perturb_normalization_only(model), torch.optim.SGD, rho=0.5, lr=0.1)
+        optimizer = sam_on(model, torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
+
+    It is SAM on groups that :func:`perturb_normalization_only` makes; give these to another method for the same with
+    that.
+
+    Args:
+        model: whose parameters are trained; which are perturbed is told by the modules that they belong to.
+        rho: 0.5, the default of the authors' code; fewer parameters take a larger one than SAM's.
+        normalizations: types of modules that normalise, besides those of torch; subclasses count.
+        **settings: of :class:`SAM` and of the base optimizer. ``adaptive=True`` makes it ASAM-ON.
+
+    Raises:
+        ValueError: if no parameter belongs to such a module.
+    """
+    return SAM(perturb_normalization_only(model, *normalizations), base_optimizer, rho, **settings)
+
+
+def perturb_normalization_only(model: nn.Module, *more: type[nn.Module]) -> list[dict[str, Any]]:
+    """Groups for :func:`sam_on`, and for any other method whose perturbation is to be that of normalisation layers.
+
+    ::
+
+        optimizer = GSAM(perturb_normalization_only(model), torch.optim.SGD, rho=0.5, lr=0.1)
 
     Chosen by the type of the module, not by the parameter's name.
 

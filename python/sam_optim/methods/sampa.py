@@ -12,7 +12,7 @@ from sam_kernels.rules import NORM_EPSILON
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import PREVIOUS, Pass, Passes, Update
-from ..core.settings import Adaptive, check_choice, check_number, handed_on
+from ..core.settings import Adaptive, Choice, Number, handed_on
 from .sam import SAM
 
 _Y_GRADIENT = "y_gradient"
@@ -34,7 +34,7 @@ class SAMPa(SAM):
     Args:
         all others: as for :class:`SAM`; rho is 0.1 here.
         lam: share of the gradient at y in the update, from 0 to 1. 0.2 is the authors'. With 1 the method is the past
-            extra-gradient method, with 0 and rho 0 the base optimizer.
+            extra-gradient method, with 0 and rho 0 the base optimizer. Groups may have their own.
         warm_start: ``"gradient"``, or ``"zero"`` for a first y-gradient of zero, as in the authors' code; the first
             step then takes no gradient at all.
 
@@ -58,6 +58,9 @@ class SAMPa(SAM):
     yields_passes_together = True
     method_state_names = (_Y_GRADIENT,)
 
+    lam = Number(at_least=0, at_most=1, per_group=True)
+    warm_start = Choice("gradient", "zero")
+
     def __init__(
         self,
         params: Any,
@@ -76,10 +79,7 @@ class SAMPa(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("lam", lam, 0, 1)
-        check_choice("warm_start", warm_start, ["gradient", "zero"])
-        self.lam, self.warm_start = lam, warm_start
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     def passes(self) -> Passes:
         if not self.has_method_state(_Y_GRADIENT):
@@ -99,7 +99,7 @@ class SAMPa(SAM):
             g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
             self.look_ahead(g_y)
             g_y_next = yield Pass(kept=True, last=True)
-        yield Update(g_tilde, g_y_next, scale=[[1.0 - self.lam, self.lam]] * len(self.param_groups))
+        yield Update(g_tilde, g_y_next, scale=[[1.0 - lam, lam] for [lam] in self.per_group("lam")])
         self.set_method_state(_Y_GRADIENT, g_y_next)
 
     def obstacle_to_side_by_side(self) -> str | None:
@@ -109,4 +109,4 @@ class SAMPa(SAM):
         return super().obstacle_to_side_by_side()
 
     def _is_plain_step(self) -> bool:
-        return self.lam == 0.0 and super()._is_plain_step()
+        return all(lam == 0.0 for [lam] in self.per_group("lam")) and super()._is_plain_step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from types import MappingProxyType
 
 from ..core.passes import Pass, Passes, Update
 from .sam import SAM
@@ -22,7 +22,7 @@ class ScheduledSAM(OccasionalSAM):
     takes_scaled_gradients = True
     is_capturable = False
     perturbs_micro_batches = False
-    _more_settings: dict[str, Any] = {"occasional_step": 0}  # noqa: RUF012
+    _kept_in_groups = MappingProxyType({"occasional_step": 0})
 
     @property
     def step_number(self) -> int:

@@ -12,7 +12,7 @@ from sam_kernels.rules import NORM_EPSILON
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import Pass, Passes, Update
-from ..core.settings import Adaptive, check_number, handed_on
+from ..core.settings import Adaptive, Number, Setting, handed_on
 from .sam import SAM
 
 
@@ -35,6 +35,8 @@ class UnifiedSAM(SAM):
     perturbs_micro_batches = True
     _scaling_obstacle = "its perturbation has the gradient's scale"
 
+    k: Setting[float] = Number(at_least=0, at_most=1)
+
     def __init__(
         self,
         params: Any,
@@ -52,9 +54,7 @@ class UnifiedSAM(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("k", k, 0, 1)
-        self.k = k
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     @property
     def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
@@ -67,4 +67,5 @@ class UnifiedSAM(SAM):
         yield Update(g_plus)
 
     def _mixed(self, gram: Tensor) -> Tensor:
-        return 1.0 - self.k + self.k / (gram.diagonal().sqrt() + self._rule.epsilon)
+        k = self.k
+        return 1.0 - k + k / (gram.diagonal().sqrt() + self._rule.epsilon)

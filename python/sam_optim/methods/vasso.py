@@ -11,9 +11,8 @@ from sam_kernels.rules import NORM_EPSILON
 
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
-from ..core.errors import InvalidSettingError
 from ..core.passes import Pass, Passes, Update
-from ..core.settings import Adaptive, check_number, handed_on
+from ..core.settings import Adaptive, Number, handed_on
 from .sam import SAM
 
 
@@ -39,6 +38,8 @@ class VaSSO(SAM):
     _scaling_obstacle = "it averages gradients over steps, whose scales differ"
     method_state_names = ("direction",)
 
+    theta = Number(above=0, at_most=1)
+
     def __init__(
         self,
         params: Any,
@@ -56,11 +57,7 @@ class VaSSO(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("theta", theta, 0, 1)
-        if theta == 0.0:
-            raise InvalidSettingError("Invalid theta: 0; it must be above 0, or the average would stay what it is")
-        self.theta = theta
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     def passes(self) -> Passes:
         g = yield Pass()

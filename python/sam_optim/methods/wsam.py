@@ -12,7 +12,7 @@ from sam_kernels.rules import NORM_EPSILON
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import Pass, Passes, Update
-from ..core.settings import Adaptive, check_choice, check_number, handed_on
+from ..core.settings import Adaptive, Choice, Number, handed_on
 from .sam import SAM
 
 
@@ -28,7 +28,7 @@ class WSAM(SAM):
     weight a.
 
     Args:
-        gamma: from 0 to below 1; 0.9 is the authors'.
+        gamma: from 0 to below 1; 0.9 is the authors'. Groups may have their own.
         decouple: keep the sharpness out of the base optimizer's moments.
         all others: as for :class:`SAM`.
 
@@ -38,6 +38,9 @@ class WSAM(SAM):
     is_capturable = True
     plain_steps_take_one_pass = True
     _scaling_obstacle = "its sharpness term is added after the base optimizer's update"
+
+    gamma = Number(at_least=0, below=1, per_group=True)
+    decouple = Choice(False, True)
 
     def __init__(
         self,
@@ -57,10 +60,7 @@ class WSAM(SAM):
         counts_in_norm: Callable[[Tensor], bool] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_number("gamma", gamma, 0, 1, open_end=True)
-        check_choice("decouple", decouple, [False, True])
-        self.gamma, self.decouple = gamma, decouple
-        super().__init__(params, base_optimizer, rho, **handed_on(locals()))
+        super().__init__(**handed_on(locals()))
 
     @property
     def takes_scaled_gradients(self) -> bool:  # type: ignore[override]
@@ -73,13 +73,14 @@ class WSAM(SAM):
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
         self.ascend(g, rule=self._rule, scale=self._radii())
-        g_plus = yield Pass(perturbed=True, kept=self.decouple, last=True)
-        weight = self.gamma / (1.0 - self.gamma)
-        if not self.decouple:
-            yield Update(g, g_plus, scale=[[1.0 - weight, weight]] * len(self.param_groups))
+        decouple = self.decouple
+        g_plus = yield Pass(perturbed=True, kept=decouple, last=True)
+        weights = [gamma / (1.0 - gamma) for [gamma] in self.per_group("gamma")]
+        if not decouple:
+            yield Update(g, g_plus, scale=[[1.0 - weight, weight] for weight in weights])
             return
         # As it is now: a scheduler's change belongs to the next step.
-        steps = [weight * _learning_rate(group) for group in self.param_groups]
+        steps = [weight * _learning_rate(group) for weight, group in zip(weights, self.param_groups, strict=True)]
         yield Update(g)
         self.add_to_weights(g_plus, g, scale=[[-step, step] for step in steps])
 
