@@ -28,26 +28,46 @@ changed then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from .backends import reference
+from .backends.contract import (
+    AscentArguments,
+    Backend,
+    CombinationArguments,
+    DescentArguments,
+    GramArguments,
+    MemoryArguments,
+    RestoreArguments,
+)
 from .bases import Base, TensorList
 from .errors import DeviceChangedError, SharedMemoryError
 from .host import forget_old_weights, inverse_of, is_set, pick
 from .plan import Plan
 from .registry import backend_for
 from .report import LaunchReport
-from .rules import Fixed, Normalized, RuleLike, is_known
+from .rules import Fixed, LaunchRule, Normalized, RuleLike, is_known
 from .scales import Scale, flattened, float64
 from .snapshot import Snapshot
 
 MAX_LISTS = 3
 
 Params = Plan | Sequence[Tensor]
+
+_Result = TypeVar("_Result")
+_Arguments = TypeVar(
+    "_Arguments",
+    GramArguments,
+    CombinationArguments,
+    RestoreArguments,
+    AscentArguments,
+    DescentArguments,
+    MemoryArguments,
+)
 
 _FIXED = Fixed()
 _NORMALIZED = Normalized()
@@ -72,7 +92,7 @@ def gram(xs: Sequence[TensorList], params: Params | None = None, *, backend: str
     else:
         plan = _plan(params)
         _check_lists(xs, len(plan))
-    return _gram(plan, xs, plan.is_weighted, None, backend)
+    return _gram_of_all(plan, xs, plan.is_weighted, None, backend)
 
 
 def apply_rule(
@@ -85,7 +105,7 @@ def apply_rule(
     """
     plan = _plan(params)
     _check_lists(xs, len(plan))
-    report, _ = _apply(rule, _gram(plan, xs, weighted, None, backend))
+    report, _ = _apply(rule, _gram_of_all(plan, xs, weighted, None, backend))
     return report
 
 
@@ -114,7 +134,8 @@ def perturb_(
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, snapshot):
         own = coefficients.cpu() if plan.parts else coefficients
-        _launch(part.plan, backend, "perturb_", part.xs, own, flat, part.snapshot)
+        perturbation = CombinationArguments(part.plan, part.xs, own, flat, part.snapshot)
+        _launch(_perturb, perturbation, backend)
 
 
 def restore_(params: Params, snapshot: Snapshot, *, backend: str | None = None) -> None:
@@ -127,7 +148,9 @@ def restore_(params: Params, snapshot: Snapshot, *, backend: str | None = None) 
     """
     plan = _plan(params)
     for part in _parts(plan, [], snapshot):
-        _launch(part.plan, backend, "restore_", part.snapshot)
+        assert part.snapshot is not None
+        restoring = RestoreArguments(part.plan, part.snapshot)
+        _launch(_restore, restoring, backend)
     snapshot.discard()
 
 
@@ -148,7 +171,8 @@ def combine_(
     coefficients = _coefficients(coefficients, len(xs))
     for part in _parts(plan, xs, None):
         own = coefficients.cpu() if plan.parts else coefficients
-        _launch(part.plan, backend, "combine_", part.xs, own, flat)
+        combination = CombinationArguments(part.plan, part.xs, own, flat)
+        _launch(_combine, combination, backend)
 
 
 def ascent_(
@@ -176,10 +200,10 @@ def ascent_(
     plan = _plan(params)
     _check_lists(xs, len(plan))
     flat = flattened(scale, plan.group_count, len(xs))
-    if _is_fused(plan, rule, backend):
-        report: LaunchReport = _launch(plan, backend, "ascent_", xs, rule, flat, snapshot)
-        return report
-    report, _ = _apply(rule, _gram(plan, xs, plan.is_weighted, snapshot, backend))
+    if _is_fused(rule, plan, backend):
+        ascent = AscentArguments(plan, xs, rule, flat, snapshot)
+        return _launch(_ascent, ascent, backend)
+    report, _ = _apply(rule, _gram_of_all(plan, xs, plan.is_weighted, snapshot, backend))
     # Coefficients of zero, where the Gram matrix is not finite, leave or restore the weights themselves.
     perturb_(plan, xs, report.coefficients, scale=scale, snapshot=snapshot, backend=backend)
     return report
@@ -216,17 +240,15 @@ def descent_(
     plan = _plan(params)
     _check_lists(xs, len(plan))
     flat = flattened(scale, plan.group_count, len(xs))
-    if _is_fused(plan, rule, backend):
-        report: LaunchReport = _launch(
-            plan, backend, "descent_", xs, base, snapshot, rule, flat, weighted, grad_scale, found_inf
-        )
-        return report
+    if _is_fused(rule, plan, backend):
+        whole = DescentArguments(plan, xs, base, snapshot, rule, flat, weighted, grad_scale, found_inf)
+        return _launch(_descent, whole, backend)
 
     coefficients = None
-    if is_known(rule) and not rule.needs_gram:  # type: ignore[attr-defined]
+    if is_known(rule) and not rule.needs_gram:
         report = LaunchReport.without_gram(len(xs))
     else:
-        report, overflow = _apply(rule, _gram(plan, xs, weighted, snapshot, backend))
+        report, overflow = _apply(rule, _gram_of_all(plan, xs, weighted, snapshot, backend))
         coefficients = report.coefficients
         found_inf = overflow if found_inf is None else torch.maximum(overflow, _flag(found_inf, overflow))
     if plan.parts:
@@ -234,10 +256,9 @@ def descent_(
         grad_scale, found_inf = 1.0 / inverse_of(grad_scale), is_set(found_inf)
         coefficients = None if coefficients is None else coefficients.cpu()
     for part in _parts(plan, xs, snapshot, base):
-        _launch(
+        assert part.base is not None
+        descent = DescentArguments(
             part.plan,
-            backend,
-            "descent_",
             part.xs,
             part.base,
             part.snapshot,
@@ -246,9 +267,9 @@ def descent_(
             weighted,
             grad_scale,
             found_inf,
-            False,
-            coefficients,
+            coefficients=coefficients,
         )
+        _launch(_descent, descent, backend)
     return report
 
 
@@ -259,7 +280,8 @@ def check_memory(
     plan = _plan(params)
     _check_lists(xs, len(plan))
     for part in _parts(plan, xs, snapshot):
-        _launch(part.plan, backend, "check_memory", part.xs, part.snapshot)
+        memory = MemoryArguments(part.plan, part.xs, part.snapshot)
+        _launch(_check_memory, memory, backend)
 
 
 def look_ahead_(
@@ -284,9 +306,11 @@ def look_ahead_(
     flat = flattened(scale, plan.group_count, len(xs))
     skip = is_set(found_inf) if plan.parts else found_inf
     for part in _parts(plan, xs, snapshot, base):
-        _launch(
-            part.plan, backend, "descent_", part.xs, part.base, part.snapshot, _FIXED, flat, False, None, skip, True
+        assert part.base is not None
+        preview = DescentArguments(
+            part.plan, part.xs, part.base, part.snapshot, _FIXED, flat, found_inf=skip, is_preview=True
         )
+        _launch(_descent, preview, backend)
 
 
 class _Part:
@@ -322,29 +346,58 @@ def _parts(
                     snapshot.tensors[i], snapshot.layouts[i] = share.tensors[position], share.layouts[position]
 
 
-def _is_fused(plan: Plan, rule: RuleLike, backend: str | None) -> bool:
+def _is_fused(rule: RuleLike, plan: Plan, backend: str | None) -> TypeGuard[LaunchRule]:
     """Whether one launch can take the Gram matrix, apply the rule and use its coefficients."""
     if plan.parts or plan.sums_over_ranks:
         return False
     return is_known(rule) or backend_for(plan.device, backend).knows(rule)
 
 
-def _launch(plan: Plan, backend: str | None, operation: str, *arguments: Any) -> Any:
-    """One operation of the backend that serves the plan's device, or of the reference where tensors share memory."""
+def _launch(operation: Callable[[Backend, _Arguments], _Result], arguments: _Arguments, backend: str | None) -> _Result:
+    """An operation by the backend that serves the plan's device, or by the reference where tensors share memory."""
+    plan = arguments.plan
     try:
         try:
-            return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
+            return operation(backend_for(plan.device, backend), arguments)
         except DeviceChangedError:
             if plan.parts:
                 raise ValueError("parameters have been moved to several devices; make a new plan") from None
-            return getattr(backend_for(plan.device, backend), operation)(plan, *arguments)
+            return operation(backend_for(plan.device, backend), arguments)
     except SharedMemoryError:
-        return getattr(reference, operation)(plan, *arguments)
+        return operation(reference.backend, arguments)
     finally:
         forget_old_weights()
 
 
-def _gram(
+def _gram(backend: Backend, arguments: GramArguments) -> Tensor:
+    return backend.gram(arguments)
+
+
+def _perturb(backend: Backend, arguments: CombinationArguments) -> None:
+    backend.perturb(arguments)
+
+
+def _restore(backend: Backend, arguments: RestoreArguments) -> None:
+    backend.restore(arguments)
+
+
+def _combine(backend: Backend, arguments: CombinationArguments) -> None:
+    backend.combine(arguments)
+
+
+def _ascent(backend: Backend, arguments: AscentArguments) -> LaunchReport:
+    return backend.ascent(arguments)
+
+
+def _descent(backend: Backend, arguments: DescentArguments) -> LaunchReport:
+    return backend.descent(arguments)
+
+
+def _check_memory(backend: Backend, arguments: MemoryArguments) -> None:
+    backend.check_memory(arguments)
+
+
+def _gram_of_all(
     plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None, backend: str | None
 ) -> Tensor:
     """Summed over devices, over the ranks that hold parts of the tensors, and over those that hold other tensors."""
@@ -366,7 +419,8 @@ def _gram_of_shares(
         return torch.stack([matrix.to(plan.device) for matrix in matrices]).sum(0)
     total: Tensor | None = None
     for part in _parts(plan, xs, snapshot):
-        matrix = _launch(part.plan, backend, "gram", part.xs, weighted, part.snapshot)
+        arguments = GramArguments(part.plan, part.xs, weighted, part.snapshot)
+        matrix = _launch(_gram, arguments, backend)
         total = matrix if total is None else total + matrix.to(total.device)
     assert total is not None
     return plan.shares[0].sum(total) if plan.shares else total

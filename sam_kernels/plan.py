@@ -81,7 +81,7 @@ class Plan:
         if self.unreadable:
             self._leave_out_unreadable(layouts)
         self.layouts: list[Layout] = layouts  # type: ignore[assignment]
-        self.tables: dict[str, Any] = {}
+        self.bindings: dict[str, Any] = {}  # the tables of native backends, by their names
         self.memory: dict[Any, tuple[Any, bool]] = {}  # what was found of shared memory, and for which addresses
         devices = dict.fromkeys(layout.device for layout in self.layouts)
         self.device = next(iter(devices), torch.device("cpu"))

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import os
-from types import ModuleType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
 from .backends import cpu, cuda, foreach, reference
-from .backends.device import DeviceBackend
+from .backends.contract import Backend
 from .errors import BackendUnavailableError
 from .plan import Plan
 from .triton.backend import backend as triton_backend
-
-# A backend is a module, or an object, with the operations of `reference`.
-Backend: TypeAlias = "ModuleType | DeviceBackend"
 
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "cuda": cuda.backend,
     "triton": triton_backend,
-    "cpu": cpu,
-    "foreach": foreach,
-    "reference": reference,
+    "cpu": cpu.backend,
+    "foreach": foreach.backend,
+    "reference": reference.backend,
 }
 # Those that serve a type of device without being asked for by name, before `foreach`, which serves all.
 _AUTOMATIC = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
@@ -41,9 +37,9 @@ class BackendStatus(NamedTuple):
 def backends() -> dict[str, BackendStatus]:
     """All backends by name, in order of preference, with what they are or why they are missing."""
     status = {}
-    for name, module in _BACKENDS.items():
-        reason = module.unavailable_reason()
-        status[name] = BackendStatus(reason is None, module.describe() if reason is None else reason)
+    for name, backend in _BACKENDS.items():
+        reason = backend.unavailable_reason()
+        status[name] = BackendStatus(reason is None, backend.describe() if reason is None else reason)
     return status
 
 
@@ -60,7 +56,7 @@ def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
         BackendUnavailableError: if the named backend is missing or does not serve the device.
     """
     if _copies_what_is_written():
-        return foreach
+        return foreach.backend
     wanted = wanted or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if wanted is None:
         if device.type not in _chosen:
@@ -103,7 +99,7 @@ def _first_for(device: torch.device) -> Backend:
 
 def has_updates(plan: Plan, wanted: str | None = None) -> bool:
     """Whether updates by a base optimizer are worth making here: on all devices by kernels, or by the definition."""
-    if plan.tables:  # of a native backend
+    if plan.bindings:  # of a native backend
         return True
     devices = [part.device for part, _ in plan.parts] or [plan.device]
-    return all(backend_for(device, wanted) is not foreach for device in devices)
+    return all(backend_for(device, wanted) is not foreach.backend for device in devices)

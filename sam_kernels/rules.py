@@ -11,12 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 RuleLike = Callable[[Tensor], Tensor]
+
+
+class LaunchRule(Protocol):
+    """A rule that some backend can apply within a launch."""
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether its coefficients depend on the Gram matrix."""
+
+    def __call__(self, gram: Tensor, /) -> Tensor: ...
+
 
 # torch's optimizers and the SAM classes in use guard the division by the norm with this number.
 NORM_EPSILON = 1e-12
@@ -92,6 +103,6 @@ class NormalizedSum(Rule):
 _KNOWN = frozenset((Fixed, Normalized, Deflected, NormMatched, NormalizedSum))
 
 
-def is_known(rule: object) -> bool:
+def is_known(rule: object) -> TypeGuard[Rule]:
     """Whether the kernels of every backend can apply a rule. Subclasses may do anything: they are other callables."""
     return type(rule) in _KNOWN

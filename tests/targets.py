@@ -31,7 +31,7 @@ class Target(NamedTuple):
     """A backend, and where its tensors are.
 
     Attributes:
-        backend: a module or an object with the operations.
+        backend: with the operations.
         sizes: of tensors around all of its boundaries.
     """
 
@@ -61,16 +61,16 @@ def target_named(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.
     """A target by its name in :data:`TARGETS`, ready to be used in one test."""
     on_cpu = torch.device("cpu")
     if name == "cpu":
-        return Target(cpu, on_cpu, CPU_SIZES)
+        return Target(cpu.backend, on_cpu, CPU_SIZES)
     if name == "foreach":
-        return Target(foreach, on_cpu, TRITON_SIZES)
+        return Target(foreach.backend, on_cpu, TRITON_SIZES)
     if name == "cuda shim":
         return Target(request.getfixturevalue("shim"), on_cpu, CUDA_SIZES)
     if name == "triton interpreter":
         return Target(request.getfixturevalue("interpreter"), on_cpu, TRITON_SIZES)
     gpu = torch.device("cuda", torch.cuda.current_device())
     if name == "foreach on a GPU":
-        return Target(foreach, gpu, TRITON_SIZES)
+        return Target(foreach.backend, gpu, TRITON_SIZES)
     backend, small = (cuda_backend, TUNING) if name.startswith("cuda") else (triton_backend, TRITON_TUNING)
     monkeypatch.setattr(backend, "tuning", small if name.endswith("small") else type(small)())
     return Target(backend, gpu, CUDA_SIZES)

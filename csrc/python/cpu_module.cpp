@@ -23,7 +23,7 @@ public:
 
     // ------------------------------------------------------------ launches
 
-    // Each returns (finite, Gram matrix row by row with MAX_LISTS columns, coefficients before the scales).
+    // Each returns (finite, Gram matrix row by row, coefficients before the scales), for as many lists as it took.
     py::tuple gram(int lists, bool weighted, py::object taken, int threads) {
         check_lists(lists);
         choose_all_with_gradient(lists);
@@ -146,8 +146,12 @@ private:
     }
 
     py::tuple result(const Launch& launch) const {
-        return py::make_tuple(launch.finite, std::vector<double>(gram_, gram_ + kMaxLists * kMaxLists),
-                              std::vector<double>(coefficients_, coefficients_ + kMaxLists));
+        py::list gram(launch.lists * launch.lists), coefficients(launch.lists);
+        for (int i = 0; i < launch.lists; ++i) {
+            coefficients[i] = coefficients_[i];
+            for (int j = 0; j < launch.lists; ++j) gram[i * launch.lists + j] = gram_[i * kMaxLists + j];
+        }
+        return py::make_tuple(launch.finite, gram, coefficients);
     }
 
     // Larger launches leave nothing in the cache for whoever comes next, so their write-only results bypass it.

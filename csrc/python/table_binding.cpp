@@ -29,33 +29,87 @@ TableBinding::TableBinding(dlpack::Device device, const std::vector<std::vector<
     }
 }
 
-py::list TableBinding::bind(int column, const py::list& tensors) {
+bool TableBinding::bind_launch(const py::object& weights, const py::object& lists, const py::object& state,
+                               const py::object& steps, bool steps_on_host, int writes) {
+    odd_.clear();
+    if (weights.is_none())
+        clear(kWeight);
+    else
+        read(kWeight, weights);
+    const auto read_columns = [&](int first, int columns, const py::object& given) {
+        int column = first;
+        for (const py::handle& tensors : given) {
+            if (column == first + columns) throw py::value_error("more columns than the table has");
+            if (py::len(tensors) > 0)
+                read(column, tensors);
+            else if (first == kList)
+                check_length(0);
+            else
+                clear(column);
+            ++column;
+        }
+        const int given_columns = column - first;
+        for (; column < first + columns; ++column) clear(column);
+        return given_columns;
+    };
+    const int list_count = read_columns(kList, kMaxLists, lists);
+    if (!state.is_none()) {
+        read_columns(kState, kStep - kState, state);
+        if (py::len(steps) > 0)
+            read(kStep, steps, steps_on_host);
+        else
+            clear(kStep);
+    }
+    return odd_.empty() && (writes == kNothing || !may_overlap(list_count, writes));
+}
+
+std::vector<size_t> TableBinding::bind(int column, const py::object& tensors) {
     check_column(column);
-    check_length(tensors.size());
-    is_bound_[column] = true;
+    odd_.clear();
+    read(column, tensors);
+    std::vector<size_t> rows;
+    for (const auto& cell : odd_) rows.push_back(cell.second);
+    return rows;
+}
+
+void TableBinding::read(int column, const py::handle& tensors, bool on_host) {
+    const auto sequence =
+        py::reinterpret_steal<py::object>(PySequence_Fast(tensors.ptr(), "expected a list of tensors"));
+    if (!sequence) throw py::error_already_set();
+    check_length(size_t(PySequence_Fast_GET_SIZE(sequence.ptr())));
+    PyObject** const items = PySequence_Fast_ITEMS(sequence.ptr());
     static const RowLayout scalar;
     const TensorReader& reader = TensorReader::get();
-    py::list odd;
+    is_bound_[column] = true;
     bool moved = false;
     for (size_t r = 0; r < rows_.size(); ++r) {
-        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
+        PyObject* tensor = items[r];
         TensorView view;
         bool is_odd = false;
+        if (column == kStep) step_is_on_host_[r] = 0;
         if (tensor != Py_None) {
-            bool usable = reader.read(tensor, device_, column == kStep ? scalar : layouts_[r], view);
-            if (column == kWeight) usable = usable && view.dtype == layouts_[r].dtype;
-            if (column == kStep) usable = usable && size_of(view.dtype) >= 4;
+            bool usable;
+            if (column == kStep) {
+                usable = !on_host && reader.read(tensor, device_, scalar, view);
+                if (!usable && (on_host || device_.type != dlpack::kCpu)) {
+                    usable = reader.read(tensor, {dlpack::kCpu, 0}, scalar, view);
+                    step_is_on_host_[r] = usable;
+                }
+                usable = usable && size_of(view.dtype) >= 4;
+            } else {
+                usable = reader.read(tensor, device_, layouts_[r], view);
+                if (column == kWeight) usable = usable && view.dtype == layouts_[r].dtype;
+            }
             if (!usable) {
                 view = TensorView{};
                 is_odd = true;
-                odd.append(r);
+                odd_.emplace_back(column, r);
             }
         }
         Cell& cell = rows_[r].cells[column] = Cell{view.pointer, view.dtype};
         if (!is_odd) moved = remember(column, r, cell) || moved;  // of the others set() will know
     }
     changes_[column] += moved;
-    return odd;
 }
 
 void TableBinding::set(int column, size_t row, uintptr_t pointer, int dtype, uintptr_t begin, uintptr_t end) {
@@ -70,35 +124,6 @@ void TableBinding::clear(int column) {
     if (!is_bound_[column]) return;
     is_bound_[column] = false;
     for (Row& row : rows_) row.cells[column] = Cell{};
-}
-
-py::tuple TableBinding::bind_steps(const py::list& tensors, bool host_only) {
-    check_length(tensors.size());
-    is_bound_[kStep] = true;
-    static const RowLayout scalar;
-    const TensorReader& reader = TensorReader::get();
-    py::list odd;
-    bool some_on_host = false, moved = false;
-    for (size_t r = 0; r < rows_.size(); ++r) {
-        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(r));
-        TensorView view;
-        step_is_on_host_[r] = 0;
-        if (tensor != Py_None) {
-            const bool on_device = !host_only && reader.read(tensor, device_, scalar, view);
-            const bool on_host = !on_device && reader.read(tensor, {dlpack::kCpu, 0}, scalar, view);
-            if ((!on_device && !on_host) || size_of(view.dtype) < 4) {
-                view = TensorView{};
-                odd.append(r);
-            } else if (on_host) {
-                some_on_host = true;
-                step_is_on_host_[r] = 1;
-            }
-        }
-        Cell& cell = rows_[r].cells[kStep] = Cell{view.pointer, view.dtype};
-        moved = remember(kStep, r, cell) || moved;
-    }
-    changes_[kStep] += moved;
-    return py::make_tuple(odd, some_on_host);
 }
 
 // Note [Shared memory]
@@ -120,8 +145,9 @@ bool TableBinding::remember(int column, size_t row, uintptr_t begin, uintptr_t e
     return true;
 }
 
-bool TableBinding::may_overlap(int lists, bool with_state, bool is_sum) {
+bool TableBinding::may_overlap(int lists, int writes) {
     check_lists(lists);
+    const bool with_state = writes == kWeightsAndState, is_sum = writes == kSum;
     Written& written = written_[with_state];
     const auto has_changed = [&](int column) {
         const uint64_t now = is_bound_[column] ? changes_[column] + 1 : 0;
@@ -174,6 +200,12 @@ bool TableBinding::may_overlap(int lists, bool with_state, bool is_sum) {
 void TableBinding::mark(uint8_t* flags, bool taken) const {
     for (size_t r = 0; r < rows_.size(); ++r)
         if (wanted_[r]) flags[r] = uint8_t((flags[r] & ~kTaken) | (taken ? kTaken : 0));
+}
+
+bool TableBinding::has_host_step() const {
+    for (size_t r = 0; r < rows_.size(); ++r)
+        if (rows_[r].cells[kStep].present() && step_is_on_host_[r]) return true;
+    return false;
 }
 
 bool TableBinding::has_device_step() const {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../common/bases.h"
@@ -22,24 +23,34 @@ public:
                  const std::vector<std::vector<int64_t>>& strides, const std::vector<int64_t>& numels,
                  const std::vector<int>& dtypes, const std::vector<int32_t>& groups, const std::vector<double>& etas);
 
-    // Takes the pointers of a column from `tensors` (None leaves the cell empty). Returns the rows that need a closer
-    // look; their cells are empty until set() fills them. Weights must be of the type that the table was made for;
-    // lists, state and masters may be of any.
-    py::list bind(int column, const py::list& tensors);
+    // Takes the pointers of all that a launch reads and writes from sequences of tensors; None leaves a cell empty. Those
+    // of a column that is not given are cleared, but state and steps stay where `state` is None. Weights must be of the
+    // type that the table was made for; lists, state and masters may be of any.
+    //
+    // True if the launch can go ahead. Otherwise odd_cells() have to be filled by set(), after a closer look, and
+    // may_overlap() says whether memory needs one.
+    bool bind_launch(const py::object& weights, const py::object& lists, const py::object& state,
+                     const py::object& steps, bool steps_on_host, int writes);
+
+    // What bind_launch() has left empty: pairs of column and row.
+    const std::vector<std::pair<int, size_t>>& odd_cells() const { return odd_; }
+
+    // Whether a step count that was bound lies on the host and not on the device.
+    bool has_host_step() const;
+
+    // Takes the pointers of one column. Returns the rows that need a closer look.
+    std::vector<size_t> bind(int column, const py::object& tensors);
 
     // `begin`, `end`: addresses of the memory that the cell stands for, where that is not what it points to.
     void set(int column, size_t row, uintptr_t pointer, int dtype, uintptr_t begin, uintptr_t end);
 
-    void clear(int column);
+    // What a launch writes, as sam_kernels/backends/binding.py says.
+    enum Writes : int { kNothing, kWeights, kWeightsAndState, kSum };
 
-    // As bind(kStep, ...), for step counts that may lie on the host as well; with host_only they all do. Returns the odd
-    // rows, and whether one lies on the host.
-    py::tuple bind_steps(const py::list& tensors, bool host_only);
-
-    // Whether memory that a launch over this many lists may write, weights and with_state also state and step counts,
-    // overlaps any other that was bound to it: see Note [Shared memory]. Ranges of memory are compared, so tensors
-    // that lie between each other's elements count as overlapping. Of a sum a weight may itself be an entry of a list.
-    bool may_overlap(int lists, bool with_state, bool is_sum);
+    // Whether memory that a launch over this many lists may write overlaps any other that was bound to it: see Note
+    // [Shared memory]. Ranges of memory are compared, so tensors that lie between each other's elements count as
+    // overlapping.
+    bool may_overlap(int lists, int writes);
 
     // The rows that the last launch walked over; None for all of them.
     py::object written_rows() const;
@@ -106,6 +117,11 @@ private:
         bool lists_overlap = false;    // with gradient lists
     };
 
+    // Fills the cells of a column; those left empty go to odd_. Step counts are single elements, and may lie on the host
+    // as well; with `on_host` they all do.
+    void read(int column, const py::handle& tensors, bool on_host = false);
+    void clear(int column);
+
     // Remembers where a cell's memory lies. True if it lay elsewhere before.
     bool remember(int column, size_t row, uintptr_t begin, uintptr_t end);
     bool remember(int column, size_t row, const Cell& cell) {
@@ -114,20 +130,24 @@ private:
         return remember(column, row, begin, begin + uintptr_t(elements) * uintptr_t(size_of(cell.dtype)));
     }
 
+    std::vector<std::pair<int, size_t>> odd_;
     std::vector<Extent> extents_[kColumns];
     uint64_t changes_[kColumns] = {};  // how often some address of a column became another
     Written written_[2];               // without and with state
 };
 
-// Defines bind, bind_steps, set, clear, written_rows, and the constants that name the columns.
+// Defines what fills a table, and the constants that name its columns.
 template <class Table, class Class>
 void define_table(Class& definition) {
-    definition.def("bind", &Table::bind)
-        .def("bind_steps", &Table::bind_steps)
+    definition
+        .def("bind_launch", &Table::bind_launch, py::arg("weights"), py::arg("lists"), py::arg("state"),
+             py::arg("steps"), py::arg("steps_on_host"), py::arg("writes"))
+        .def("odd_cells", &Table::odd_cells)
+        .def("has_host_step", &Table::has_host_step)
+        .def("bind", &Table::bind, py::arg("column"), py::arg("tensors"))
         .def("set", &Table::set, py::arg("column"), py::arg("row"), py::arg("pointer"), py::arg("dtype"),
              py::arg("begin") = uintptr_t(0), py::arg("end") = uintptr_t(0))
-        .def("clear", &Table::clear)
-        .def("may_overlap", &Table::may_overlap, py::arg("lists"), py::arg("with_state"), py::arg("is_sum") = false)
+        .def("may_overlap", &Table::may_overlap, py::arg("lists"), py::arg("writes"))
         .def("written_rows", &Table::written_rows);
 }
 void define_columns(py::module_& module);

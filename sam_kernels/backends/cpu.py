@@ -1,169 +1,119 @@
-"""The CPU backend: native kernels (``csrc/cpu``) over a table of pointers."""
+"""The CPU backend: kernels in C++ (``csrc/cpu``)."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bases import Base, TensorList
 from ..host import inverse_of, is_set
 from ..plan import Plan
 from ..report import LaunchReport
 from ..rules import Rule, is_known
-from ..scales import FlatScale, numbers, times
-from ..snapshot import Snapshot
-from .binding import Binder, Staging
+from ..scales import times
+from .binding import NOTHING, SUM, WEIGHTS, WEIGHTS_AND_STATE, Binding, table_arguments
+from .contract import AscentArguments, CombinationArguments, DescentArguments, GramArguments, RestoreArguments
+from .native import NativeBackend
 
 try:
     from .. import _cpu  # type: ignore[attr-defined]
-except ImportError as error:  # built without the extension: the reference backend serves CPU tensors
+except ImportError as error:  # built without the extension: other backends serve CPU tensors
     _cpu = None
     _import_error = str(error)
 
-name = "cpu"
 
-_binder = Binder(_cpu, name, lambda plan, arguments: _cpu.Table(**arguments))
+class CpuBackend(NativeBackend):
+    """The operations by the kernels of ``sam_kernels._cpu``."""
 
+    def __init__(self) -> None:
+        super().__init__("cpu", _cpu)
 
-def unavailable_reason() -> str | None:
-    if _cpu is None:
-        return f"the extension sam_kernels._cpu is not there ({_import_error}); reinstall with a C++17 compiler"
-    return None
+    def unavailable_reason(self) -> str | None:
+        if _cpu is None:
+            return f"the extension sam_kernels._cpu is not there ({_import_error}); reinstall with a C++17 compiler"
+        return None
 
+    def describe(self) -> str:
+        threads = "OpenMP" if _cpu.openmp else "one thread: the compiler had no OpenMP"
+        return f"C++, {_cpu.instruction_set()}, {threads}"
 
-def describe() -> str:
-    threads = "OpenMP" if _cpu.openmp else "one thread: the compiler had no OpenMP"
-    return f"C++, {_cpu.instruction_set()}, {threads}"
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
+    def knows(self, rule: object) -> bool:
+        return is_known(rule)
 
-def serves(device: torch.device) -> bool:
-    return device.type == "cpu"
+    def _new_binding(self, plan: Plan) -> Binding:
+        return Binding(_cpu, _cpu.Table(**table_arguments(plan)))
 
+    def gram(self, arguments: GramArguments) -> Tensor:
+        plan, lists, weighted, snapshot = arguments
+        binding = self._bound(plan, lists, snapshot, NOTHING, reads_weights=weighted)
+        count = len(lists)
+        taken = None if snapshot is None else snapshot.taken
+        _, matrix, _ = binding.table.gram(count, weighted, taken, _threads())
+        binding.forget_copies()
+        return torch.tensor(matrix, dtype=torch.float64, device="cpu").reshape(count, count)
 
-def knows(rule: object) -> bool:
-    return is_known(rule)
+    def perturb(self, arguments: CombinationArguments) -> None:
+        plan, lists, coefficients, scale, snapshot = arguments
+        binding = self._bound(plan, lists, snapshot, WEIGHTS)
+        taken = None if snapshot is None else snapshot.taken
+        binding.table.perturb(len(lists), times(scale, coefficients), taken, _threads())
+        binding.finish(plan)
 
+    def restore(self, arguments: RestoreArguments) -> None:
+        plan, snapshot = arguments
+        binding = self._bound(plan, (), snapshot, WEIGHTS)
+        binding.table.restore(snapshot.taken, _threads())
+        binding.finish(plan)
 
-def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
-    staging = Staging()
-    table = _binder.bind_params(plan, staging) if weighted else _binder.table(plan)
-    if not weighted:
-        table.clear(_cpu.WEIGHT)
-    _binder.bind_lists(table, plan, xs, staging)
-    taken = _binder.bind_snapshot(table, plan, snapshot)
-    _, matrix, _ = table.gram(len(xs), weighted, taken, torch.get_num_threads())
-    size = _cpu.MAX_LISTS
-    return torch.tensor(matrix, dtype=torch.float64, device="cpu").reshape(size, size)[: len(xs), : len(xs)].clone()
+    def combine(self, arguments: CombinationArguments) -> None:
+        plan, lists, coefficients, scale, _ = arguments
+        binding = self._bound(plan, lists, None, SUM)
+        binding.table.combine(len(lists), times(scale, coefficients), _threads())
+        binding.finish(plan)
 
+    def ascent(self, arguments: AscentArguments) -> LaunchReport:
+        plan, lists, rule, scale, snapshot = arguments
+        assert isinstance(rule, Rule)
+        binding = self._bound(plan, lists, snapshot, WEIGHTS)
+        taken = None if snapshot is None else snapshot.taken
+        finite, matrix, coefficients = binding.table.ascent(
+            len(lists), rule.code, rule.epsilon, rule.alpha, scale, taken, _threads()
+        )
+        binding.finish(plan)
+        return LaunchReport(finite, matrix, coefficients)
 
-def perturb_(
-    plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale, snapshot: Snapshot | None
-) -> None:
-    staging = Staging()
-    table = _binder.bind_params(plan, staging)
-    _binder.bind_lists(table, plan, xs, staging)
-    taken = _binder.bind_snapshot(table, plan, snapshot)
-    _binder.check_memory(table, plan, xs, snapshot=snapshot)
-    table.perturb(len(xs), numbers(times(scale, coefficients)), taken, torch.get_num_threads())
-    _binder.finish(table, plan, staging)
-
-
-def restore_(plan: Plan, snapshot: Snapshot) -> None:
-    staging = Staging()
-    table = _binder.bind_params(plan, staging)
-    taken = _binder.bind_snapshot(table, plan, snapshot)
-    _binder.check_memory(table, plan, snapshot=snapshot)
-    table.restore(taken, torch.get_num_threads())
-    _binder.finish(table, plan, staging)
-
-
-def check_memory(plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None) -> None:
-    staging = Staging()
-    table = _binder.bind_params(plan, staging)
-    _binder.bind_lists(table, plan, xs, staging)
-    _binder.check_memory(table, plan, xs, snapshot=snapshot)
-
-
-def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
-    staging = Staging()
-    table = _binder.bind_params(plan, staging)
-    _binder.bind_lists(table, plan, xs, staging)
-    _binder.check_memory(table, plan, xs, is_sum=True)
-    table.combine(len(xs), numbers(times(scale, coefficients)), torch.get_num_threads())
-    _binder.finish(table, plan, staging)
-
-
-def ascent_(
-    plan: Plan, xs: Sequence[TensorList], rule: Rule, scale: FlatScale, snapshot: Snapshot | None
-) -> LaunchReport:
-    staging = Staging()
-    table = _binder.bind_params(plan, staging)
-    _binder.bind_lists(table, plan, xs, staging)
-    taken = _binder.bind_snapshot(table, plan, snapshot)
-    _binder.check_memory(table, plan, xs, snapshot=snapshot)
-    finite, matrix, coefficients = table.ascent(
-        len(xs), rule.code, rule.epsilon, rule.alpha, numbers(scale), taken, torch.get_num_threads()
-    )
-    _binder.finish(table, plan, staging)
-    return _report(len(xs), finite, matrix, coefficients)
-
-
-def descent_(
-    plan: Plan,
-    xs: Sequence[TensorList],
-    base: Base,
-    snapshot: Snapshot | None,
-    rule: Rule,
-    scale: FlatScale,
-    weighted: bool = False,
-    grad_scale: Tensor | float | None = None,
-    found_inf: Tensor | bool | None = None,
-    preview: bool = False,
-    coefficients: Tensor | None = None,
-) -> LaunchReport:
-    staging = Staging()
-    table = _binder.bind_params(plan, staging)
-    _binder.bind_lists(table, plan, xs, staging)
-    _binder.bind_state(table, plan, base, staging, written=not preview)
-    _bind_steps(table, plan, base)
-    _binder.check_memory(table, plan, xs, base, snapshot)
-    skip_update = is_set(found_inf)
-    finite, matrix, found = table.descent(
-        len(xs),
-        rule.code,
-        rule.epsilon,
-        rule.alpha,
-        rule.needs_gram,
-        weighted,
-        numbers(scale if coefficients is None else times(scale, coefficients)),
-        _binder.bind_snapshot(table, plan, snapshot),
-        base.code,
-        base.settings,
-        [float(settings.lr) for settings in base.settings],
-        getattr(base, "first", None),
-        inverse_of(grad_scale),
-        skip_update,
-        preview,
-        torch.get_num_threads(),
-    )
-    _binder.finish(table, plan, staging)
-    if skip_update or not rule.needs_gram:
-        return LaunchReport.without_gram(len(xs))
-    return _report(len(xs), finite, matrix, found)
+    def descent(self, arguments: DescentArguments) -> LaunchReport:
+        plan, lists, base, snapshot, rule, scale, weighted, grad_scale, found_inf, is_preview, factors = arguments
+        assert isinstance(rule, Rule)
+        binding = self._bound(plan, lists, snapshot, WEIGHTS_AND_STATE, base, is_preview=is_preview)
+        skip_update = is_set(found_inf)
+        finite, matrix, coefficients = binding.table.descent(
+            len(lists),
+            rule.code,
+            rule.epsilon,
+            rule.alpha,
+            rule.needs_gram,
+            weighted,
+            scale if factors is None else times(scale, factors),
+            None if snapshot is None else snapshot.taken,
+            base.code,
+            base.settings,
+            [float(settings.lr) for settings in base.settings],
+            base.first,
+            inverse_of(grad_scale),
+            skip_update,
+            is_preview,
+            _threads(),
+        )
+        binding.finish(plan)
+        if skip_update or not rule.needs_gram:
+            return LaunchReport.without_gram(len(lists))
+        return LaunchReport(finite, matrix, coefficients)
 
 
-def _bind_steps(table: Any, plan: Plan, base: Base) -> None:
-    if not base.steps:
-        return
-    for index in table.bind(_cpu.STEP, base.steps):
-        step = base.steps[index]
-        raise ValueError(f"step of {plan.names[index]} must be one float32 or float64 element on the CPU, got {step!r}")
+_threads = torch.get_num_threads
 
 
-def _report(count: int, finite: bool, matrix: list[float], coefficients: list[float]) -> LaunchReport:
-    size = _cpu.MAX_LISTS
-    used = [matrix[i * size + j] for i in range(count) for j in range(count)]
-    return LaunchReport(finite, used, coefficients[:count])
+backend: CpuBackend = CpuBackend()

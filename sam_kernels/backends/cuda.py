@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import BackendUnavailableError
 from ..graphs import is_capturing
 from ..plan import Plan
-from ..rules import Rule, is_known
-from .device import DeviceBackend
+from ..rules import LaunchRule, Rule, is_known
+from .binding import Binding, table_arguments
+from .gpu import GpuBackend
 
 # What a build without the extension says of it.
 _MISSING = Path(__file__).parents[1] / "_cuda_missing.txt"
@@ -42,7 +44,24 @@ class Tuning:
     one_launch: bool = True
 
 
-class CudaBackend(DeviceBackend):
+class _CudaBinding(Binding):
+    """With memory for sums and tickets, which launches expect to be zero and leave so."""
+
+    __slots__ = ("has_zeros", "scratch")
+
+    def __init__(self, native: Any, table: Any) -> None:
+        super().__init__(native, table)
+        self.has_zeros = False
+        self.scratch: Tensor | None = None
+
+    def make_scratch(self, device: torch.device) -> None:
+        """While a graph is captured it is zeroed by each replay, but for no other launch: that gets its own."""
+        self.scratch = torch.zeros(self.table.scratch_size(), dtype=torch.float64, device=device)
+        self.table.set_scratch(self.scratch.data_ptr())
+        self.has_zeros = not is_capturing(device)
+
+
+class CudaBackend(GpuBackend):
     """The operations by the kernels of one native module.
 
     Args:
@@ -86,32 +105,23 @@ class CudaBackend(DeviceBackend):
         """
         return int(self._native.launch_count(tensors, columns))
 
-    def _make_table(self, plan: Plan, arguments: dict[str, Any]) -> Any:
+    def _new_binding(self, plan: Plan) -> Binding:
         reason = self._usable.get(plan.device)
         if reason is None:
             reason = self._usable[plan.device] = self._native.why_unusable(plan.device.index or 0)
         if reason:
             raise BackendUnavailableError(f"the CUDA kernels cannot run on {plan.device}: {reason}")
-        table = self._native.Table(device=plan.device.index or 0, **arguments)
-        self._give_scratch(table, plan)
-        return table
+        table = self._native.Table(device=plan.device.index or 0, **table_arguments(plan))
+        return _CudaBinding(self._native, table)
 
-    def _tune(self, table: Any, plan: Plan) -> None:
-        super()._tune(table, plan)
-        _, is_zero = plan.tables[self.name + " scratch"]
-        if not is_zero:
-            self._give_scratch(table, plan)
+    def _prepare(self, binding: Binding, plan: Plan) -> None:
+        super()._prepare(binding, plan)
+        assert isinstance(binding, _CudaBinding)
+        if not binding.has_zeros:
+            binding.make_scratch(plan.device)
 
-    def _give_scratch(self, table: Any, plan: Plan) -> None:
-        """Memory for sums and tickets, which launches expect to be zero and leave so.
-
-        While a graph is captured it is zeroed by each replay, but for no other launch: that gets memory of its own.
-        """
-        scratch = torch.zeros(table.scratch_size(), dtype=torch.float64, device=plan.device)
-        table.set_scratch(scratch.data_ptr())
-        plan.tables[self.name + " scratch"] = scratch, not is_capturing(plan.device)
-
-    def _rule(self, rule: Rule) -> tuple[int, float, float]:
+    def _rule(self, rule: LaunchRule) -> tuple[int, float, float]:
+        assert isinstance(rule, Rule)
         return rule.code, rule.epsilon, rule.alpha
 
 

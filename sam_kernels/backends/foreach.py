@@ -14,38 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases import TensorList
 from ..host import pick
 from ..layouts import wide_dtype
 from ..memory import shares_memory
 from ..plan import Plan
 from ..report import LaunchReport
-from ..rules import Rule
 from ..scales import FlatScale, numbers, times
 from ..snapshot import MASTER, TAKEN, Snapshot
-from . import reference
 from .binding import check
-
-name = "foreach"
+from .contract import AscentArguments, CombinationArguments, DescentArguments, GramArguments, Lists, RestoreArguments
+from .reference import ReferenceBackend, applied, has_float64, unperturbed
+from .reference import backend as reference
 
 # A norm of 1e-12: the squares of a thousand million equal elements are then still ordinary numbers of float32.
 _SMALL_SQUARE = 1e-24
-
-unavailable_reason = reference.unavailable_reason
-serves = reference.serves
-knows = reference.knows
-descent_ = reference.descent_
-check_memory = reference.check_memory
-
-
-def describe() -> str:
-    return "PyTorch's functions on lists of tensors, any device"
 
 
 class _Lists:
     """The gradient lists of one operation, and what the weights' geometry makes of them, each computed once."""
 
-    def __init__(self, plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None, weighted: bool = True) -> None:
+    def __init__(self, plan: Plan, xs: Lists, snapshot: Snapshot | None, weighted: bool = True) -> None:
         check(plan, xs, snapshot=snapshot)
         self.plan, self.xs, self.snapshot = plan, xs, snapshot
         self.is_weighted = weighted and plan.is_weighted
@@ -82,7 +70,7 @@ class _Lists:
     def _make_operators(self, dtype: torch.dtype) -> list[Tensor | None]:
         operators: list[Tensor | None] = [None] * len(self.plan)
         index = [i for i, eta in enumerate(self.plan.geometry) if eta is not None]
-        weights = [reference.unperturbed(self.plan, i, self.snapshot).detach().to(dtype) for i in index]
+        weights = [unperturbed(self.plan, i, self.snapshot).detach().to(dtype) for i in index]
         absolute = torch._foreach_abs(weights)
         etas = pick(self.plan.geometry, index)
         if any(etas):
@@ -92,65 +80,69 @@ class _Lists:
         return operators
 
 
-def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
-    """As the reference's, on the CPU.
+class ForeachBackend(ReferenceBackend):
+    """As the reference, with a call or two for all tensors; its updates are the reference's."""
 
-    Within a tensor torch sums, in float64 where the device has it; T x is rounded to the weights' type, or float32.
-    """
-    return _gram(_Lists(plan, xs, snapshot, weighted))
+    name = "foreach"
 
+    def describe(self) -> str:
+        return "PyTorch's functions on lists of tensors, any device"
 
-def perturb_(
-    plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale, snapshot: Snapshot | None
-) -> None:
-    """As the reference's."""
-    _perturb(_Lists(plan, xs, snapshot), coefficients, scale)
+    def gram(self, arguments: GramArguments) -> Tensor:
+        """As the reference's, on the CPU.
 
+        Within a tensor torch sums, in float64 where the device has it; T x is rounded to the weights' type, or float32.
+        """
+        plan, lists, weighted, snapshot = arguments
+        return _gram(_Lists(plan, lists, snapshot, weighted))
 
-@torch.no_grad()
-def restore_(plan: Plan, snapshot: Snapshot) -> None:
-    """As the reference's."""
-    check(plan, snapshot=snapshot)
-    index = [i for i, flag in enumerate(snapshot.taken) if flag]
-    if any(snapshot.taken[i] & MASTER for i in index) or shares_memory(plan, snapshot=snapshot):
-        reference.restore_(plan, snapshot)
-    elif index:
-        torch._foreach_copy_(_detached(plan.tensors, index), pick(snapshot.tensors, index))
+    def perturb(self, arguments: CombinationArguments) -> None:
+        plan, lists, coefficients, scale, snapshot = arguments
+        _perturb(_Lists(plan, lists, snapshot), coefficients, scale)
 
+    @torch.no_grad()
+    def restore(self, arguments: RestoreArguments) -> None:
+        plan, snapshot = arguments
+        check(plan, snapshot=snapshot)
+        index = [i for i, flag in enumerate(snapshot.taken) if flag]
+        if any(snapshot.taken[i] & MASTER for i in index) or shares_memory(plan, snapshot=snapshot):
+            reference.restore(arguments)
+        elif index:
+            torch._foreach_copy_(_detached(plan.tensors, index), pick(snapshot.tensors, index))
 
-@torch.no_grad()
-def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
-    """As the reference's."""
-    lists = _Lists(plan, xs, None, weighted=False)
-    if not _is_exact(lists) or shares_memory(plan, xs, is_sum=True):
-        reference.combine_(plan, xs, coefficients, scale)
-        return
-    everything = range(len(plan))
-    totals = [torch.zeros_like(t) for t in _detached(plan.tensors, everything)]
-    for factor, members, number in _terms(lists, coefficients, scale):
-        torch._foreach_add_(pick(totals, members), _detached(xs[number], members), alpha=factor)
-    torch._foreach_copy_(_detached(plan.tensors, everything), totals)
+    @torch.no_grad()
+    def combine(self, arguments: CombinationArguments) -> None:
+        plan, xs, coefficients, scale, _ = arguments
+        lists = _Lists(plan, xs, None, weighted=False)
+        if not _is_exact(lists) or shares_memory(plan, xs, is_sum=True):
+            reference.combine(arguments)
+            return
+        everything = range(len(plan))
+        totals = [torch.zeros_like(t) for t in _detached(plan.tensors, everything)]
+        for factor, members, number in _terms(lists, coefficients, scale):
+            torch._foreach_add_(pick(totals, members), _detached(xs[number], members), alpha=factor)
+        torch._foreach_copy_(_detached(plan.tensors, everything), totals)
 
+    def ascent(self, arguments: AscentArguments) -> LaunchReport:
+        plan, xs, rule, scale, snapshot = arguments
+        lists = _Lists(plan, xs, snapshot)
+        report = applied(rule, _gram(lists))
+        if report.finite:
+            _perturb(lists, report.coefficients, scale)
+        elif snapshot is not None:
+            self.restore(RestoreArguments(plan, snapshot))
+        return report
 
-def ascent_(
-    plan: Plan, xs: Sequence[TensorList], rule: Rule, scale: FlatScale, snapshot: Snapshot | None
-) -> LaunchReport:
-    """As the reference's."""
-    lists = _Lists(plan, xs, snapshot)
-    report = reference.applied(rule, _gram(lists))
-    if report.finite:
-        _perturb(lists, report.coefficients, scale)
-    elif snapshot is not None:
-        restore_(plan, snapshot)
-    return report
+    def descent(self, arguments: DescentArguments) -> LaunchReport:
+        return reference.descent(arguments)
 
 
 @torch.no_grad()
 def _gram(lists: _Lists) -> Tensor:
     plan = lists.plan
     if not lists.is_uniform:
-        return reference.gram(plan, lists.xs, lists.is_weighted, lists.snapshot).cpu()
-    wide = torch.float64 if reference.has_float64(plan.device.type) else torch.float32
+        return reference.gram(GramArguments(plan, lists.xs, lists.is_weighted, lists.snapshot)).cpu()
+    wide = torch.float64 if has_float64(plan.device.type) else torch.float32
     columns = lists.once(wide_dtype(lists.dtype))
     places: list[tuple[int, int]] = []
     parts: list[Tensor] = []  # norms on the diagonal, products elsewhere
@@ -172,7 +164,7 @@ def _gram(lists: _Lists) -> Tensor:
         matrix = matrix.tril() + matrix.tril(-1).T
     # Squares in float32 may have overflowed or vanished; the reference divides first.
     if wide == torch.float32 and not (matrix.isfinite().all() and (matrix.diagonal() > _SMALL_SQUARE).all()):
-        return reference.gram(plan, lists.xs, lists.is_weighted, lists.snapshot)
+        return reference.gram(GramArguments(plan, lists.xs, lists.is_weighted, lists.snapshot))
     return matrix
 
 
@@ -181,7 +173,7 @@ def _perturb(lists: _Lists, coefficients: Tensor, scale: FlatScale) -> None:
     plan, snapshot = lists.plan, lists.snapshot
     replaces = snapshot is not None and any(snapshot.taken)
     if replaces or not _is_exact(lists) or shares_memory(plan, lists.xs, snapshot=snapshot):
-        reference.perturb_(plan, lists.xs, coefficients, scale, snapshot)
+        reference.perturb(CombinationArguments(plan, lists.xs, coefficients, scale, snapshot))
         return
     index = [i for i in range(len(plan)) if any(x[i] is not None for x in lists.xs)]
     directions = lists.twice(lists.dtype)  # of the weights themselves, before the first is changed
@@ -216,3 +208,6 @@ def _terms(lists: _Lists, coefficients: Tensor, scale: FlatScale) -> Iterator[tu
 
 def _detached(tensors: Sequence[Tensor | None], index: Sequence[int]) -> list[Any]:
     return [None if (t := tensors[i]) is None else t.detach() for i in index]
+
+
+backend: ForeachBackend = ForeachBackend()

@@ -7,198 +7,191 @@ Intel's) within a tensor in float32, and over tensors in float64 on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bases import Base, TensorList
+from ..bases import Base
 from ..host import inverse_of, is_set
 from ..memory import shares_memory
 from ..plan import Plan
 from ..report import LaunchReport
-from ..rules import Rule, is_known
+from ..rules import LaunchRule, is_known
 from ..scales import FlatScale, times
 from ..snapshot import TAKEN, Snapshot
 from .binding import check
-
-name = "reference"
-
-
-def unavailable_reason() -> str | None:
-    """Always there."""
-    return None
-
-
-def describe() -> str:
-    return "plain PyTorch, any device"
+from .contract import (
+    AscentArguments,
+    CombinationArguments,
+    DescentArguments,
+    GramArguments,
+    Lists,
+    MemoryArguments,
+    RestoreArguments,
+)
 
 
-def serves(device: torch.device) -> bool:
-    """Every device."""
-    return True
+class ReferenceBackend:
+    """The definition of each operation."""
 
+    name = "reference"
 
-def knows(rule: object) -> bool:
-    return is_known(rule)
+    def unavailable_reason(self) -> str | None:
+        """Always there."""
+        return None
 
+    def describe(self) -> str:
+        return "plain PyTorch, any device"
 
-@torch.no_grad()
-def gram(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None = None) -> Tensor:
-    """G[i, j] = sum over tensors of <T x_i, T x_j>; a missing entry counts as zero. Float64, shape (k, k).
+    def serves(self, device: torch.device) -> bool:
+        """Every device."""
+        return True
 
-    T is that of the weights themselves: of their copy, where the snapshot holds one. The matrix lies on the tensors'
-    device, or on the CPU if that device has no float64.
-    """
-    check(plan, xs, snapshot=snapshot)
-    if not has_float64(plan.device.type):
-        return _gram_without_float64(plan, xs, weighted, snapshot)
-    count = len(xs)
-    result = torch.zeros(count, count, dtype=torch.float64, device=plan.device)
-    for index in range(len(plan)):
-        eta = plan.geometry[index] if weighted else None
-        scale = 1.0 if eta is None else _real(unperturbed(plan, index, snapshot)).double().abs() + eta
-        columns = [None if x[index] is None else _real(x[index]).double() * scale for x in xs]
-        for i, a in enumerate(columns):
-            for j, b in enumerate(columns):
-                if a is not None and b is not None:
-                    result[i, j] += (a * b).sum()
-    return result
+    def knows(self, rule: object) -> bool:
+        return is_known(rule)
 
+    @torch.no_grad()
+    def gram(self, arguments: GramArguments) -> Tensor:
+        """G[i, j] = sum over tensors of <T x_i, T x_j>; a missing entry counts as zero. Float64, shape (k, k).
 
-@torch.no_grad()
-def perturb_(
-    plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale, snapshot: Snapshot | None
-) -> None:
-    """snapshot <- w; w <- w + T(w)^2 sum_i c_i x_i, for each tensor that has an entry in some list.
+        T is that of the weights themselves: of their copy, where the snapshot holds one. The matrix lies on the
+        tensors' device, or on the CPU if that device has no float64.
+        """
+        plan, lists, weighted, snapshot = arguments
+        check(plan, lists, snapshot=snapshot)
+        if not has_float64(plan.device.type):
+            return _gram_without_float64(plan, lists, weighted, snapshot)
+        count = len(lists)
+        result = torch.zeros(count, count, dtype=torch.float64, device=plan.device)
+        for index in range(len(plan)):
+            eta = plan.geometry[index] if weighted else None
+            scale = 1.0 if eta is None else _real(unperturbed(plan, index, snapshot)).double().abs() + eta
+            columns = [None if x[index] is None else _real(x[index]).double() * scale for x in lists]
+            for i, a in enumerate(columns):
+                for j, b in enumerate(columns):
+                    if a is not None and b is not None:
+                        result[i, j] += (a * b).sum()
+        return result
 
-    Where a copy is held already, w is that copy; tensors with a copy but without an entry are restored. A master is a
-    copy that is always held, and is rounded to the tensor at the end.
-    """
-    check(plan, xs, snapshot=snapshot)
-    shares_memory(plan, xs, snapshot=snapshot)
-    active = [i for i in range(len(plan)) if any(x[i] is not None for x in xs)]
-    if snapshot is not None:
+    @torch.no_grad()
+    def perturb(self, arguments: CombinationArguments) -> None:
+        """snapshot <- w; w <- w + T(w)^2 sum_i c_i x_i, for each tensor that has an entry in some list.
+
+        Where a copy is held already, w is that copy; tensors with a copy but without an entry are restored. A master
+        is a copy that is always held, and is rounded to the tensor at the end.
+        """
+        plan, lists, coefficients, scale, snapshot = arguments
+        check(plan, lists, snapshot=snapshot)
+        shares_memory(plan, lists, snapshot=snapshot)
+        active = [i for i in range(len(plan)) if any(x[i] is not None for x in lists)]
+        if snapshot is not None:
+            _restore(plan, snapshot)
+            for i in active:
+                if not snapshot.taken[i]:
+                    snapshot.tensors[i].copy_(plan.tensors[i])
+            # All copies are complete before the first weight changes, and say so.
+            for i in active:
+                snapshot.taken[i] |= TAKEN
+        for i in active:
+            direction = _combination(plan, lists, i, coefficients, scale)
+            if direction is None:
+                continue
+            wide = widened(_real(unperturbed(plan, i, snapshot)))
+            eta = plan.geometry[i]
+            if eta is not None:
+                operator = wide.abs() + eta
+                direction = operator * operator * direction
+            _real(plan.tensors[i]).copy_(wide + direction)
+
+    @torch.no_grad()
+    def restore(self, arguments: RestoreArguments) -> None:
+        """w <- snapshot where one is held, masters rounded. The flags stay; the caller clears them."""
+        plan, snapshot = arguments
+        check(plan, snapshot=snapshot)
+        shares_memory(plan, snapshot=snapshot)
         _restore(plan, snapshot)
-        for i in active:
-            if not snapshot.taken[i]:
-                snapshot.tensors[i].copy_(plan.tensors[i])
-        # All copies are complete before the first weight changes, and say so.
-        for i in active:
-            snapshot.taken[i] |= TAKEN
-    for i in active:
-        direction = _combination(plan, xs, i, coefficients, scale)
-        if direction is None:
-            continue
-        wide = widened(_real(unperturbed(plan, i, snapshot)))
-        eta = plan.geometry[i]
-        if eta is not None:
-            operator = wide.abs() + eta
-            direction = operator * operator * direction
-        _real(plan.tensors[i]).copy_(wide + direction)
 
+    @torch.no_grad()
+    def combine(self, arguments: CombinationArguments) -> None:
+        """out <- sum_i c_i x_i; zero where no list has an entry."""
+        plan, lists, coefficients, scale, _ = arguments
+        check(plan, lists)
+        shares_memory(plan, lists, is_sum=True)
+        for i, out in enumerate(plan.tensors):
+            total = _combination(plan, lists, i, coefficients, scale)
+            if total is None:
+                out.zero_()
+            else:
+                _real(out).copy_(total)
 
-@torch.no_grad()
-def restore_(plan: Plan, snapshot: Snapshot) -> None:
-    """w <- snapshot where one is held, masters rounded. The flags stay; the caller clears them."""
-    check(plan, snapshot=snapshot)
-    shares_memory(plan, snapshot=snapshot)
-    _restore(plan, snapshot)
+    @torch.no_grad()
+    def ascent(self, arguments: AscentArguments) -> LaunchReport:
+        """Gram -> rule -> perturb with snapshot. A Gram matrix that is not finite leaves the weights themselves."""
+        plan, lists, rule, scale, snapshot = arguments
+        report = applied(rule, self.gram(GramArguments(plan, lists, True, snapshot)))
+        if report.finite:
+            self.perturb(CombinationArguments(plan, lists, report.coefficients, scale, snapshot))
+        elif snapshot is not None:
+            self.restore(RestoreArguments(plan, snapshot))
+        return report
+
+    @torch.no_grad()
+    def descent(self, arguments: DescentArguments) -> LaunchReport:
+        """[Gram -> rule ->] combine -> restore -> base update. Skipping the update restores all the same.
+
+        Masters are updated, and rounded to the weights. A preview writes only weights of which a copy is held; copies,
+        masters and state stay as they are.
+        """
+        plan, lists, base, snapshot, rule, scale, weighted, grad_scale, found_inf, is_preview, coefficients = arguments
+        check(plan, lists, base, snapshot)
+        is_shared = shares_memory(plan, lists, base, snapshot)
+        skip_update = is_set(found_inf)
+        if coefficients is not None:
+            scale = times(scale, coefficients)
+        if rule.needs_gram and not skip_update:
+            report = applied(rule, self.gram(GramArguments(plan, lists, weighted, snapshot)))
+        else:
+            report = LaunchReport.without_gram(len(lists))
+        if snapshot is not None:
+            _restore(plan, snapshot)
+        state_before: list[tuple[Tensor, Tensor]] = []
+        if not skip_update and report.finite is not False:
+            for i in range(len(plan)):
+                if all(x[i] is None for x in lists):
+                    continue
+                if is_preview and (snapshot is None or not snapshot.taken[i]):
+                    continue
+                state = [column[i] for column in (*base.columns, base.steps) if column and column[i] is not None]
+                state_before += [(t, t.clone()) for t in state if t is not None] if is_preview else []
+                gradient = _combination(plan, lists, i, report.coefficients, scale, inverse_of(grad_scale))
+                weight = _real(plan.tensors[i])
+                updated = weight
+                if snapshot is not None and snapshot.tensors[i].dtype != plan.tensors[i].dtype:
+                    updated = snapshot.tensors[i].clone() if is_preview else snapshot.tensors[i]
+                if gradient is None:
+                    gradient = torch.zeros_like(widened(weight))
+                _update(base, i, base.settings[plan.groups[i]], updated, gradient)
+                if updated is not weight:
+                    weight.copy_(updated)
+                if not is_shared:
+                    _put_back(state_before)
+        _put_back(state_before)
+        if snapshot is not None and not is_preview:
+            snapshot.discard()
+        return report
+
+    def check_memory(self, arguments: MemoryArguments) -> None:
+        plan, lists, snapshot = arguments
+        check(plan, lists, snapshot=snapshot)
+        shares_memory(plan, lists, snapshot=snapshot)
 
 
 def _restore(plan: Plan, snapshot: Snapshot) -> None:
     for i, param in enumerate(plan.tensors):
         if snapshot.taken[i]:
             param.copy_(snapshot.tensors[i])
-
-
-def check_memory(plan: Plan, xs: Sequence[TensorList], snapshot: Snapshot | None) -> None:
-    """Raises for gradients in the memory of weights that are written."""
-    check(plan, xs, snapshot=snapshot)
-    shares_memory(plan, xs, snapshot=snapshot)
-
-
-@torch.no_grad()
-def combine_(plan: Plan, xs: Sequence[TensorList], coefficients: Tensor, scale: FlatScale) -> None:
-    """out <- sum_i c_i x_i; zero where no list has an entry."""
-    check(plan, xs)
-    shares_memory(plan, xs, is_sum=True)
-    for i, out in enumerate(plan.tensors):
-        total = _combination(plan, xs, i, coefficients, scale)
-        if total is None:
-            out.zero_()
-        else:
-            _real(out).copy_(total)
-
-
-@torch.no_grad()
-def ascent_(
-    plan: Plan, xs: Sequence[TensorList], rule: Rule, scale: FlatScale, snapshot: Snapshot | None
-) -> LaunchReport:
-    """Gram -> rule -> perturb with snapshot. A Gram matrix that is not finite leaves the weights themselves."""
-    report = applied(rule, gram(plan, xs, True, snapshot))
-    if report.finite:
-        perturb_(plan, xs, report.coefficients, scale, snapshot)
-    elif snapshot is not None:
-        restore_(plan, snapshot)
-    return report
-
-
-@torch.no_grad()
-def descent_(
-    plan: Plan,
-    xs: Sequence[TensorList],
-    base: Base,
-    snapshot: Snapshot | None,
-    rule: Rule,
-    scale: FlatScale,
-    weighted: bool = False,
-    grad_scale: Tensor | float | None = None,
-    found_inf: Tensor | bool | None = None,
-    preview: bool = False,
-    coefficients: Tensor | None = None,
-) -> LaunchReport:
-    """[Gram -> rule ->] combine -> restore -> base update. Skipping the update restores all the same.
-
-    Masters are updated, and rounded to the weights. A preview writes only weights of which a copy is held; copies,
-    masters and state stay as they are. ``coefficients`` multiply the scales.
-    """
-    check(plan, xs, base, snapshot)
-    is_shared = shares_memory(plan, xs, base, snapshot)
-    skip_update = is_set(found_inf)
-    if coefficients is not None:
-        scale = times(scale, coefficients)
-    if rule.needs_gram and not skip_update:
-        report = applied(rule, gram(plan, xs, weighted, snapshot))
-    else:
-        report = LaunchReport.without_gram(len(xs))
-    if snapshot is not None:
-        _restore(plan, snapshot)
-    state_before: list[tuple[Tensor, Tensor]] = []
-    if not skip_update and report.finite is not False:
-        for i in range(len(plan)):
-            if all(x[i] is None for x in xs) or (preview and not (snapshot is not None and snapshot.taken[i])):
-                continue
-            state = [column[i] for column in (*base.columns, base.steps) if column and column[i] is not None]
-            state_before += [(t, t.clone()) for t in state if t is not None] if preview else []
-            gradient = _combination(plan, xs, i, report.coefficients, scale, inverse_of(grad_scale))
-            weight = _real(plan.tensors[i])
-            updated = weight
-            if snapshot is not None and snapshot.tensors[i].dtype != plan.tensors[i].dtype:
-                updated = snapshot.tensors[i].clone() if preview else snapshot.tensors[i]
-            if gradient is None:
-                gradient = torch.zeros_like(widened(weight))
-            _update(base, i, base.settings[plan.groups[i]], updated, gradient)
-            if updated is not weight:
-                weight.copy_(updated)
-            if not is_shared:
-                _put_back(state_before)
-    _put_back(state_before)
-    if snapshot is not None and not preview:
-        snapshot.discard()
-    return report
 
 
 def _put_back(state: list[tuple[Tensor, Tensor]]) -> None:
@@ -218,9 +211,9 @@ def has_float64(device_type: str) -> bool:
     return True
 
 
-def _gram_without_float64(plan: Plan, xs: Sequence[TensorList], weighted: bool, snapshot: Snapshot | None) -> Tensor:
+def _gram_without_float64(plan: Plan, lists: Lists, weighted: bool, snapshot: Snapshot | None) -> Tensor:
     """On the CPU, by one transfer. Elements are divided by their tensor's largest: their squares might overflow."""
-    result = torch.zeros(len(xs), len(xs), dtype=torch.float64, device="cpu")
+    result = torch.zeros(len(lists), len(lists), dtype=torch.float64, device="cpu")
     rows: list[int] = []
     columns: list[int] = []
     factors: list[Tensor] = []  # of each product: the largest element of either tensor, and the sum of the rest
@@ -228,7 +221,7 @@ def _gram_without_float64(plan: Plan, xs: Sequence[TensorList], weighted: bool, 
         eta = plan.geometry[index] if weighted else None
         scale = 1.0 if eta is None else _real(unperturbed(plan, index, snapshot)).float().abs() + eta
         scaled = []
-        for number, x in enumerate(xs):
+        for number, x in enumerate(lists):
             if x[index] is not None and x[index].numel() > 0:  # type: ignore[union-attr]
                 values = _real(x[index]).float() * scale
                 largest = values.abs().amax()
@@ -250,7 +243,7 @@ def unperturbed(plan: Plan, index: int, snapshot: Snapshot | None) -> Tensor:
     return plan.tensors[index] if snapshot is None or not snapshot.taken[index] else snapshot.tensors[index]
 
 
-def applied(rule: Rule, matrix: Tensor) -> LaunchReport:
+def applied(rule: LaunchRule, matrix: Tensor) -> LaunchReport:
     """What a rule makes of a Gram matrix; zeros if that is not finite."""
     finite = bool(matrix.isfinite().all())
     return LaunchReport(finite, matrix, rule(matrix) if finite else torch.zeros_like(matrix[0]))
@@ -270,7 +263,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 def _combination(
     plan: Plan,
-    xs: Sequence[TensorList],
+    lists: Lists,
     index: int,
     coefficients: Tensor,
     scale: FlatScale,
@@ -279,8 +272,8 @@ def _combination(
     """sum_i c_i x_i of one tensor, None if every coefficient is zero: an infinite entry times zero must not be NaN."""
     wide = torch.float64 if plan.tensors[index].dtype in (torch.float64, torch.complex128) else torch.float32
     total: Tensor | None = None
-    for i, x in enumerate(xs):
-        number = factor * float(coefficients[i]) * float(scale[plan.groups[index] * len(xs) + i])
+    for i, x in enumerate(lists):
+        number = factor * float(coefficients[i]) * float(scale[plan.groups[index] * len(lists) + i])
         c = torch.tensor(number, dtype=wide, device="cpu")
         if x[index] is None or c == 0.0:
             continue
@@ -306,3 +299,6 @@ def _update(base: Base, index: int, settings: Any, weight: Tensor, gradient: Ten
         column.copy_(value)
     if float(settings.lr) != 0.0:
         weight.copy_(updated)
+
+
+backend: ReferenceBackend = ReferenceBackend()

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..backends.device import DeviceBackend
+from ..backends.binding import Binding, table_arguments
+from ..backends.gpu import GpuBackend
 from ..graphs import refuse_capture
 from ..plan import Plan
-from ..rules import is_known
+from ..rules import LaunchRule, is_known
 from . import layout
 from .pointers import PointerTable
 from .rule import TritonRule
@@ -44,7 +45,7 @@ class Tuning:
     one_launch: bool = False
 
 
-class TritonBackend(DeviceBackend):
+class TritonBackend(GpuBackend):
     """The operations by Triton kernels.
 
     With ``TRITON_INTERPRET=1`` they run in Triton's interpreter, on tensors of the CPU; ask for it by name then.
@@ -85,19 +86,23 @@ class TritonBackend(DeviceBackend):
         """Whether kernels run in Triton's interpreter."""
         return "TRITON_INTERPRET" in os.environ and _is_interpreting()
 
-    def _make_table(self, plan: Plan, arguments: dict[str, Any]) -> Any:
+    def _new_binding(self, plan: Plan) -> Binding:
         from .table import Table  # which imports triton
 
         # Its memory would be zeroed by the graph alone, and not for the steps that are made without it.
         refuse_capture(plan.device, "the kernels have not seen these tensors before")
+        pointers = self._pointers_of(plan)
+        return Binding(layout, Table(pointers, plan), pointers)
+
+    @staticmethod
+    def _pointers_of(plan: Plan) -> Any:
         if _cpu is None:
-            return Table(PointerTable(plan), plan)
+            return PointerTable(plan)
         on_gpu = _CUDA if torch.version.hip is None else _ROCM
         device_type = _CPU if plan.device.type == "cpu" else on_gpu
-        pointers = _cpu.PointerTable(device_type=device_type, device=plan.device.index or 0, **arguments)
-        return Table(pointers, plan)
+        return _cpu.PointerTable(device_type=device_type, device=plan.device.index or 0, **table_arguments(plan))
 
-    def _rule(self, rule: Any) -> Any:
+    def _rule(self, rule: LaunchRule) -> LaunchRule:
         return rule
 
 

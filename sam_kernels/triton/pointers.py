@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.binding import dtype_code
+from ..backends.contract import Lists
 from ..bases import BASES, TensorList
 from ..layouts import SUPPORTED_DTYPES
 from ..plan import Plan
@@ -32,6 +33,39 @@ class PointerTable:
         self._wanted = [False] * count
         self._host_steps: list[Tensor | None] = [None] * count
         self._counted: list[tuple[Tensor, float]] = []
+
+    def bind_launch(
+        self,
+        weights: TensorList | None,
+        lists: Lists,
+        state: Lists | None,
+        steps: TensorList,
+        steps_on_host: bool,
+        writes: int,
+    ) -> bool:
+        self._odd: list[tuple[int, int]] = []
+        columns: dict[int, TensorList | None] = {at.WEIGHT: weights}
+        columns.update(dict.fromkeys(range(at.LIST, at.STATE)))
+        columns.update({at.LIST + number: x for number, x in enumerate(lists)})
+        if state is not None:
+            columns.update(dict.fromkeys(range(at.STATE, at.STEP)))
+            columns.update({at.STATE + number: column or None for number, column in enumerate(state)})
+        for column, tensors in columns.items():
+            if tensors is None:
+                self._clear(column)
+            else:
+                self._odd += [(column, row) for row in self.bind(column, tensors)]
+        if state is not None:
+            self._clear(at.STEP)
+            self._host_steps = [None] * len(self._layouts)
+            self._odd += [(at.STEP, row) for row in self._bind_steps(steps, steps_on_host)]
+        return False  # whoever asks looks closer then
+
+    def odd_cells(self) -> list[tuple[int, int]]:
+        return self._odd
+
+    def has_host_step(self) -> bool:
+        return any(step is not None for step in self._host_steps)
 
     def bind(self, column: int, tensors: TensorList) -> list[int]:
         if len(tensors) != len(self._layouts):
@@ -57,30 +91,27 @@ class PointerTable:
                 odd.append(row)
         return odd
 
-    def bind_steps(self, tensors: TensorList, host_only: bool) -> tuple[list[int], bool]:
+    def _bind_steps(self, tensors: TensorList, on_host_only: bool) -> list[int]:
         odd = []
         for row, tensor in enumerate(tensors):
-            self._addresses[at.STEP][row] = self._dtypes[at.STEP][row] = 0
-            self._host_steps[row] = None
             if tensor is None:
                 continue
-            on_host = host_only or tensor.device.type == "cpu" != self._device.type
+            on_host = on_host_only or tensor.device.type == "cpu" != self._device.type
             if tensor.dim() > 0 or tensor.dtype not in _STEP_DTYPES or not (on_host or tensor.device == self._device):
                 odd.append(row)
                 continue
             self.set(at.STEP, row, tensor.data_ptr(), dtype_code(tensor.dtype))
             if on_host:
                 self._host_steps[row] = tensor
-        return odd, any(step is not None for step in self._host_steps)
+        return odd
 
     def set(self, column: int, row: int, address: int, dtype: int, begin: int = 0, end: int = 0) -> None:
         self._addresses[column][row], self._dtypes[column][row] = address, dtype
 
-    def may_overlap(self, lists: int, with_state: bool, is_sum: bool) -> bool:
-        """Always: whoever asks looks closer then."""
-        return True
+    def may_overlap(self, lists: int, writes: int) -> bool:
+        return True  # whoever asks looks closer then
 
-    def clear(self, column: int) -> None:
+    def _clear(self, column: int) -> None:
         count = len(self._layouts)
         self._addresses[column], self._dtypes[column] = [0] * count, [0] * count
 

@@ -80,25 +80,8 @@ class Table:
             rows.view(torch.float64)[row, at.ETA] = -1.0 if eta is None else eta
         self._scratch = self._make_scratch(at.VIRTUAL_BLOCKS)
 
-    # ------------------------------------------------------------------ filling, for the binder
-
-    def bind(self, column: int, tensors: Any) -> Any:
-        return self._pointers.bind(column, tensors)
-
-    def bind_steps(self, tensors: Any, host_only: bool) -> Any:
-        return self._pointers.bind_steps(tensors, host_only)
-
-    def set(self, column: int, row: int, address: int, dtype: int, begin: int = 0, end: int = 0) -> None:
-        self._pointers.set(column, row, address, dtype, begin, end)
-
-    def clear(self, column: int) -> None:
-        self._pointers.clear(column)
-
-    def may_overlap(self, lists: int, with_state: bool, is_sum: bool) -> Any:
-        return self._pointers.may_overlap(lists, with_state, is_sum)
-
-    def written_rows(self) -> Any:
-        return self._pointers.written_rows()
+    def has_host_step(self) -> bool:
+        return bool(self._pointers.has_host_step())
 
     def tune(self, block: int, threads: int, programs_per_multiprocessor: int, one_launch: bool) -> None:
         if block < 128 or block > 65536 or block & (block - 1):

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 import sam_kernels as sk
+from sam_kernels.backends.contract import (
+    AscentArguments,
+    CombinationArguments,
+    DescentArguments,
+    GramArguments,
+    RestoreArguments,
+)
 from sam_kernels.cuda import CudaBackend, Tuning
 
 from ..kernels.cases import Problem, poisoned_snapshot, same_bits
@@ -24,20 +31,21 @@ def everything(backend: CudaBackend) -> list[Tensor]:
             plan = problem.plan()
             snapshot = poisoned_snapshot(plan)
             scale = [0.1] * lists * 2
-            report = backend.ascent_(plan, problem.xs, sk.Normalized(), scale, snapshot)
+            report = backend.ascent(AscentArguments(plan, problem.xs, sk.Normalized(), scale, snapshot))
             results += [report.gram.clone(), report.coefficients.clone(), *(p.clone() for p in problem.params)]
             rule = sk.Deflected(alpha=0.3) if lists > 1 else sk.Normalized()
             for base in (problem.sgd(momentum=0.9), problem.adam(amsgrad=True)):
-                report = backend.descent_(plan, problem.xs, base, snapshot, rule, scale, True)
+                report = backend.descent(DescentArguments(plan, problem.xs, base, snapshot, rule, scale, True))
                 results += [report.gram.clone(), *(t.clone() for t in problem.tensors())]
-            backend.perturb_(plan, problem.xs, torch.ones(lists, dtype=torch.float64), scale, snapshot)
-            backend.restore_(plan, snapshot)
-            backend.combine_(plan, problem.xs, torch.ones(lists, dtype=torch.float64), scale)
+            ones = torch.ones(lists, dtype=torch.float64)
+            backend.perturb(CombinationArguments(plan, problem.xs, ones, scale, snapshot))
+            backend.restore(RestoreArguments(plan, snapshot))
+            backend.combine(CombinationArguments(plan, problem.xs, ones, scale))
             results += [t.clone() for t in problem.tensors()]
     # More chunks than virtual blocks: some of those sum several chunks.
     backend.tuning = Tuning(8, 64)
     problem = Problem.random([9000])
-    results.append(backend.gram(problem.plan(), problem.xs, False).clone())
+    results.append(backend.gram(GramArguments(problem.plan(), problem.xs, False)).clone())
     return results
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import sam_kernels as sk
-from sam_kernels.backends import cpu
+from sam_kernels.backends.cpu import backend as cpu
 from sam_kernels.cuda import Tuning
 from sam_kernels.cuda import backend as cuda
 

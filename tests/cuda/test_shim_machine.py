@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sam_kernels as sk
+from sam_kernels.backends.contract import AscentArguments, GramArguments
 from sam_kernels.cuda import Tuning
 
 from ..kernels.cases import Problem, assert_backends_agree, poisoned_snapshot, same_bits
@@ -39,7 +40,7 @@ def test_the_same_norm_in_one_launch_and_in_two(shim, monkeypatch):
     for one_launch in (True, False):
         monkeypatch.setattr(shim, "tuning", Tuning(512, 64, one_launch=one_launch))
         problem = Problem.random([20_000, 3, 700], adaptive=True, lists=2)
-        norms.append(shim.ascent_(problem.plan(), problem.xs, sk.Normalized(), [0.1] * 4, None).gram)
+        norms.append(shim.ascent(AscentArguments(problem.plan(), problem.xs, sk.Normalized(), [0.1] * 4)).gram)
     assert same_bits(*norms)
 
 
@@ -47,10 +48,10 @@ def test_more_chunks_than_virtual_blocks(shim, monkeypatch):
     """Each virtual block then sums several chunks."""
     monkeypatch.setattr(shim, "tuning", Tuning(8, 32))
     problem = Problem.random([20_000, 5, 3000])
-    got = shim.gram(problem.plan(), problem.xs, False)
+    got = shim.gram(GramArguments(problem.plan(), problem.xs, False))
     torch.testing.assert_close(got, sk.gram(problem.xs, problem.plan(), backend="reference"), rtol=1e-12, atol=0)
     with shim.schedule(2, "random", 5):
-        assert same_bits(shim.gram(problem.plan(), problem.xs, False), got)
+        assert same_bits(shim.gram(GramArguments(problem.plan(), problem.xs, False)), got)
 
 
 def test_no_barrier_can_be_left_out(shim):
@@ -140,7 +141,7 @@ def paths_of(backend, weights, gradients, state=None, masters=False, offset=0):
     plan = sk.Plan(params)
     snapshot = sk.Snapshot(plan, masters)
     sk.ascent_(plan, xs, scale=0.1, snapshot=snapshot, backend=backend.name)
-    table = plan.tables[backend.name]
+    table = plan.bindings[backend.name].table
     seen = list(table.paths)
     base = sk.SGD([sk.SGDSettings(0.1, 0.9)], buffers, bytearray(2))
     sk.descent_(plan, xs, base, snapshot=snapshot, backend=backend.name)

@@ -37,17 +37,17 @@ def test_memory_for_sums_that_a_graph_zeroes_serves_no_other_launch(shim, captur
     wanted = sk.gram(problem.xs, problem.plan(), backend="reference")
     plan = problem.plan()
     sk.gram(problem.xs, plan, backend=shim.name)
-    captured, _ = plan.tables[f"{shim.name} scratch"]
+    captured = plan.bindings[shim.name].scratch
     captured.view(torch.int32).fill_(1)  # what no replay has zeroed
     capturing["is"] = False
     for _ in range(2):
         found = sk.gram(problem.xs, plan, backend=shim.name)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    own, is_zero = plan.tables[f"{shim.name} scratch"]
-    assert is_zero and own is not captured
+    own = plan.bindings[shim.name].scratch
+    assert plan.bindings[shim.name].has_zeros and own is not captured
     capturing["is"] = True  # a graph may use what is zero already
     assert same_bits(sk.gram(problem.xs, plan, backend=shim.name), found)
-    assert plan.tables[f"{shim.name} scratch"][0] is own
+    assert plan.bindings[shim.name].scratch is own
 
 
 @pytest.fixture
@@ -105,6 +105,6 @@ def test_a_table_of_triton_is_not_made_in_a_capture(interpreter, capturing, monk
     monkeypatch.setattr(graphs, "is_capturing", lambda device: capturing["is"])
     with pytest.raises(RuntimeError, match="have not seen these tensors before"):
         sk.gram([[torch.ones(4)]], plan, backend="triton")
-    assert "triton" not in plan.tables
+    assert "triton" not in plan.bindings
     capturing["is"] = False
     assert sk.gram([[torch.ones(4)]], plan, backend="triton").item() == 4.0

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sam_kernels as sk
+from sam_kernels.backends.contract import AscentArguments
 
 from ..targets import target_named
 from .cases import DTYPE_PAIRS, FORMS, Problem, assert_backends_agree, poisoned_snapshot, same_bits
@@ -426,7 +427,7 @@ def test_scales_on_the_device(target):
     own = problem.to(target.device)
     scale = [torch.tensor(0.3, device=target.device), torch.tensor(-0.2, dtype=torch.float64, device=target.device)]
     plan = own.plan()
-    target.backend.ascent_(plan, own.xs, sk.Normalized(), scale, poisoned_snapshot(plan))
+    target.backend.ascent(AscentArguments(plan, own.xs, sk.Normalized(), scale, poisoned_snapshot(plan)))
     sk.ascent_(problem.plan(), problem.xs, scale=[[0.3, -0.2]], backend="reference")
     for a, b in zip(own.params, problem.params, strict=True):
         torch.testing.assert_close(a.cpu(), b)

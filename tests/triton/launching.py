@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import sam_kernels as sk
+from sam_kernels.backends.contract import AscentArguments, CombinationArguments, DescentArguments
 from sam_kernels.triton import Tuning, backend
 from tests.kernels.cases import Problem, at_a_low_address, poisoned_snapshot
 
@@ -70,8 +71,8 @@ def steps(problem: Problem, base: str, count: int, rule: Any = None) -> Callable
     lists = len(problem.xs)
 
     def step() -> None:
-        backend.ascent_(plan, problem.xs, rule or sk.Normalized(), [0.1] * lists * 2, snapshot)
-        backend.descent_(plan, problem.xs, own, snapshot, sk.Fixed(), [1.0] * lists * 2)
+        backend.ascent(AscentArguments(plan, problem.xs, rule or sk.Normalized(), [0.1] * lists * 2, snapshot))
+        backend.descent(DescentArguments(plan, problem.xs, own, snapshot, sk.Fixed(), [1.0] * lists * 2))
 
     for _ in range(count):
         step()
@@ -104,7 +105,7 @@ def main() -> None:
     plan = first.copy().plan()
     numbers = torch.ones(1, dtype=torch.float64)
     for coefficients in (at_a_low_address(numbers), numbers):
-        backend.perturb_(plan, first.xs, coefficients, [0.1] * 2, None)
+        backend.perturb(CombinationArguments(plan, first.xs, coefficients, [0.1] * 2))
     result["compiled for a low address"] = list(compiled)
 
     # A mixture of types takes a set of launches for each.

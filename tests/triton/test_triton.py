@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import sam_kernels as sk
+from sam_kernels.backends.binding import NOTHING
 from sam_kernels.registry import backend_for
 from sam_kernels.snapshot import MASTER
 from sam_kernels.triton import TritonRule, Tuning, layout
@@ -132,10 +133,10 @@ def test_the_table_is_copied_only_if_it_changed(interpreter):
     reports = []
 
     def uploads_of_a_step():
-        before = plan.tables["triton"].uploads if reports else 0
+        before = plan.bindings["triton"].table.uploads if reports else 0
         reports.append(sk.ascent_(plan, problem.xs, scale=0.1, snapshot=snapshot, backend="triton"))
         sk.descent_(plan, problem.xs, base, snapshot=snapshot, backend="triton")
-        return plan.tables["triton"].uploads - before
+        return plan.bindings["triton"].table.uploads - before
 
     # The second step's ascent finds the state's addresses, which the first one's did not know.
     assert [uploads_of_a_step() for _ in range(5)] == [2, 1, 0, 0, 0]
@@ -221,7 +222,7 @@ def test_wrong_tuning(interpreter, monkeypatch, tuning):
 
 def native_and_python(plan: sk.Plan) -> tuple[Any, PointerTable]:
     pytest.importorskip("sam_kernels._cpu")
-    return triton_backend._make_table(plan, triton_backend._binder.arguments_of(plan))._pointers, PointerTable(plan)
+    return triton_backend._pointers_of(plan), PointerTable(plan)
 
 
 def test_constants_are_those_of_the_native_table():
@@ -266,8 +267,13 @@ def test_the_table_in_python_equals_the_native_one(interpreter):
         steps = [generator.choice([None, torch.tensor(2.0), torch.tensor(5.0, dtype=torch.float64)]) for _ in params]
         steps[0] = generator.choice([torch.tensor(1), torch.zeros(1), torch.tensor(7.0)])
         host_only = generator.random() < 0.5
-        odd, on_host = tables[0].bind_steps(steps, host_only)
-        assert (list(odd), on_host) == tables[1].bind_steps(steps, host_only)
+        xs = [[candidate(p) for p in params] for _ in range(generator.randrange(4))]
+        state = [generator.choice([[], [candidate(p) for p in params]]) for _ in range(generator.randrange(4))]
+        weights = generator.choice([None, params])
+        for table in tables:
+            table.bind_launch(weights, xs, state, steps, host_only, NOTHING)
+        assert tables[0].odd_cells() == tables[1].odd_cells()
+        assert tables[0].has_host_step() == tables[1].has_host_step()
         assert tables[0].has_step_on_device() == tables[1].has_step_on_device()
         assert tables[0].dtypes() == tables[1].dtypes()
 
@@ -280,7 +286,7 @@ def test_the_table_in_python_equals_the_native_one(interpreter):
         first = generator.choice([None, bytearray(generator.randrange(2) for _ in params)])
         words = []
         for table, count_on in zip(tables, (steps, [None if s is None else s.clone() for s in steps]), strict=True):
-            table.bind_steps(count_on, host_only)
+            table.bind_launch(weights, xs, state, count_on, host_only, NOTHING)
             own = torch.zeros(len(params), layout.ROW_WORDS, dtype=torch.int64)
             table.select_gradients(lists, taken)
             table.fill(own.data_ptr(), layout.ROW_WORDS, layout.FLAGS, layout.POINTERS, lists, taken, first)
