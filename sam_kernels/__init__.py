@@ -4,18 +4,20 @@
 """
 
 from .bases import SGD, Adam, AdamSettings, SGDSettings
-from .errors import BackendUnavailableError, UnsupportedTensorError
-from .ops import ascent_, combine_, descent_, gram, look_ahead_, perturb_, restore_
+from .errors import BackendUnavailableError, UnsupportedTensorError, WeightsConvertedError
+from .ops import apply_rule, ascent_, check_memory, combine_, descent_, gram, look_ahead_, perturb_, restore_
 from .plan import Plan
 from .registry import BackendStatus, backends
 from .report import LaunchReport
-from .rules import Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule
+from .rules import NORM_EPSILON, Deflected, Fixed, Normalized, NormalizedSum, NormMatched, Rule, RuleLike
+from .scales import Scale
 from .sharding import Peers
 from .snapshot import Snapshot
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NORM_EPSILON",
     "SGD",
     "Adam",
     "AdamSettings",
@@ -30,11 +32,16 @@ __all__ = [
     "Peers",
     "Plan",
     "Rule",
+    "RuleLike",
     "SGDSettings",
+    "Scale",
     "Snapshot",
     "UnsupportedTensorError",
+    "WeightsConvertedError",
+    "apply_rule",
     "ascent_",
     "backends",
+    "check_memory",
     "combine_",
     "descent_",
     "gram",

@@ -1,5 +1,7 @@
 """Errors of the kernel layer."""
 
+__all__ = ["BackendUnavailableError", "UnsupportedTensorError", "WeightsConvertedError"]
+
 
 class UnsupportedTensorError(TypeError, RuntimeError):
     """A tensor that the kernels cannot work on: sparse, of an unsupported dtype, without memory of its own.

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["owned_by"]
+
 # Where the captures of a call of :func:`owned_by` leave what their graph reads.
 _owner: list[Any] | None = None
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["forget_old_weights", "gradients", "inverse_of", "is_set", "lookup", "missing", "pick", "same_objects"]
+
 try:
     from . import _cpu  # type: ignore[attr-defined]
 except ImportError:

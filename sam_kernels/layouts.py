@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .errors import UnsupportedTensorError
 
+__all__ = ["Layout", "wide_dtype"]
+
 REAL_DTYPE = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *REAL_DTYPE)
 

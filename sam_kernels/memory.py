@@ -14,6 +14,8 @@ from .layouts import is_dense, is_overlapping, offsets_of
 from .plan import Plan
 from .snapshot import MASTER, TAKEN, Snapshot
 
+__all__ = ["sharing"]
+
 _WEIGHT, _STATE, _LIST = range(3)
 
 

@@ -13,6 +13,8 @@ from .errors import BackendUnavailableError
 from .plan import Plan
 from .triton.backend import backend as triton_backend
 
+__all__ = ["BackendStatus", "backend_named", "backends", "has_updates"]
+
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "cuda": cuda.backend,

@@ -16,6 +16,8 @@ from typing import ClassVar, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+__all__ = ["NORM_EPSILON", "Deflected", "Fixed", "NormMatched", "Normalized", "NormalizedSum", "Rule", "RuleLike"]
+
 RuleLike = Callable[[Tensor], Tensor]
 
 

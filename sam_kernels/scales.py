@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["NUMBER", "Scale"]
+
 Scale = float | Tensor | Sequence[Sequence[float | Tensor]]
 
 # What is one scale for all; numpy's numbers are Real.

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .errors import UnsupportedTensorError
 
+__all__ = ["Peers", "is_distributed", "is_flat_shard", "local_part"]
+
 
 def is_distributed(tensor: Any) -> bool:
     """Whether a tensor is a DTensor. Does not import them where nobody has."""

@@ -12,6 +12,8 @@ from .host import pick
 from .layouts import Layout, wide_dtype
 from .plan import Plan
 
+__all__ = ["TAKEN", "Snapshot"]
+
 # Flags of a snapshot. Native code sets and clears the first, and starts from the copy where there is either.
 TAKEN, MASTER = 1, 2
 _WITHOUT_TAKEN = bytes(flag & ~TAKEN for flag in range(256))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,23 @@ def test_the_kernels_know_nothing_of_the_methods():
                 else []
             )
         }, path
+
+
+@sources
+def test_the_methods_take_what_the_kernels_export():
+    """From the package itself, or from a module of it that has an ``__all__``."""
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sam_kernels":
+                names = [(node.module, alias.name) for alias in node.names]
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "sam_kernels":
+                names = [("sam_kernels", node.attr)]
+            for module, name in names:
+                if name not in getattr(import_module(module), "__all__", ()):
+                    wrong.append(f"{path.name}: {module}.{name}")
+    assert not wrong
 
 
 def files_on_the_way(call, kernel):

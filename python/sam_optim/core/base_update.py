@@ -204,9 +204,9 @@ class BaseUpdate:
         report = LaunchReport.without_gram(len(lists))
         skip = descent.overflowed
         if snapshot.is_taken:
-            sam_kernels.ops.check_memory(plan, lists, snapshot=snapshot, backend=descent.backend)
+            sam_kernels.check_memory(plan, lists, snapshot=snapshot, backend=descent.backend)
         if not skip and not plain:
-            report = sam_kernels.ops.apply_rule(rule, lists, plan, backend=descent.backend)
+            report = sam_kernels.apply_rule(rule, lists, plan, backend=descent.backend)
             skip = not report.finite
         in_place = plain and descent.scale == 1.0 and descent.grad_scale is None and not descent.is_kept
         if not skip and not (in_place and len(lists) == 1 and same_objects(lists[0], gradients_of(plan.params))):
@@ -350,7 +350,7 @@ def combined_gradient(
     """
     coefficients = torch.ones(len(lists), dtype=torch.float64, device="cpu")
     if rule != _FIXED:
-        report = sam_kernels.ops.apply_rule(rule, lists, plan, backend=backend)
+        report = sam_kernels.apply_rule(rule, lists, plan, backend=backend)
         if not report.finite:
             return None
         coefficients = report.coefficients

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_kernels.ops import apply_rule
+from sam_kernels import apply_rule
 from sam_kernels.rules import NORM_EPSILON
 
 from ..core.closures import ClosureRuns
