@@ -265,7 +265,10 @@ class Primitives:
         base = self._base
         # Bases that keep it as an attribute do not look for it in their groups.
         own = getattr(base, "maximize", None)
-        flags = [own if isinstance(own, bool) else group.get("maximize", False) for group in base.param_groups]
+        if isinstance(own, bool):
+            flags = [own] * len(base.param_groups)
+        else:
+            flags = [group.get("maximize", False) for group in base.param_groups]
         if not any(flags):
             return scale
         rows = [[scale] * lists] * len(flags) if isinstance(scale, NUMBER) else scale

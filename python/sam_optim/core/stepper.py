@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Follower = Callable[[Pass | None], None]
 
+_NOTHING = StepReport()
+
 # Optimizers in the middle of a step, by the identities of their steppers; mostly none.
 _under_way: dict[int, weakref.ref[SharpnessAwareOptimizer]] = {}
 
@@ -100,7 +102,8 @@ class Stepper:
         # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
         grad_enabled = torch.is_grad_enabled()
         try:
-            self._tell(None)
+            if self._followers:
+                self._tell(None)
             gradients = gradients_of(optimizer._params())
             run = step.run or self._begin()
             if run is None:
@@ -114,7 +117,8 @@ class Stepper:
                 else:
                     goes_on = self._make_combined_update(run, gradients)
                 self._make_updates(run, goes_on, not to_last)
-            self._tell(self.waiting)
+            if self._followers:
+                self._tell(self.waiting)
         except BaseException:
             torch.set_grad_enabled(grad_enabled)
             self.restore()
@@ -164,7 +168,7 @@ class Stepper:
         plans = optimizer._plans
         if _under_way:
             self._refuse_shared_parameters()
-        step.report = StepReport()
+        step.report = _NOTHING
         if optimizer._kept.follow_shapes():
             plans.plan.refresh()
         plans.catch_up()
@@ -225,7 +229,8 @@ class Stepper:
             goes_on = run.go_on()
         if not goes_on:
             self._end()
-        updating.run_due_post_hooks(self)
+        if self.step.post_hooks_due is not None:
+            updating.run_due_post_hooks(self)
         return goes_on
 
     def update(self, update: Update) -> None:
@@ -424,6 +429,8 @@ class Stepper:
 
     def _refuse_no_gradient(self, gradients: Gradients, run: BegunStep) -> None:
         """Torch's optimizers make no step then. Here a backward pass has been forgotten, unless all is frozen."""
+        if gradients and gradients[0] is not None:
+            return
         assert run.waiting is not None
         if run.waiting.may_be_empty or len(missing(gradients)) < len(gradients):
             return
