@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sam_optim import GSAM, MGSERSAM, SAM, AgnosticSAM, MomentumSAM, TrainStep
-from sam_optim.trainers.micro_batches import MicroBatch, WindowedPasses
+from sam_optim.trainers.micro_batches import MicroBatch, MicroBatchPasses
 
 from .bases import Base
 from .cases import assert_same, batches, loss_of, make_net, weights_of
@@ -98,7 +98,7 @@ def begun_and_advanced(optimizer, passes, batch):
         waiting = optimizer.advance(zero_grad=True)
 
 
-class Windows(WindowedPasses):
+class Windows(MicroBatchPasses):
     """A trainer of windows of two micro-batches."""
 
     def step(self, optimizer, passes, batch):

@@ -18,13 +18,13 @@ pytestmark = pytest.mark.gpu
 
 SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
 ADAMW = Base(torch.optim.AdamW, {"lr": 0.01, "capturable": True})
-SIDE_BY_SIDE = [
+IN_PARALLEL = [
     Method(AgnosticSAM, {"rho_train": 0.1}),
     Method(AgnosticSAM, {"rho_train": 0.1, "variant": "align", "smoothing": 0.5}),
     Method(SAMPa, {"rho": 0.1}),
     Method(SAMPa, {"rho": 0.1, "adaptive": True}),
 ]
-METHODS = [Method(SAM, {"rho": 0.1}), Method(SAM, {"rho": 0.5, "adaptive": True}), *SIDE_BY_SIDE]
+METHODS = [Method(SAM, {"rho": 0.1}), Method(SAM, {"rho": 0.5, "adaptive": True}), *IN_PARALLEL]
 
 
 @pytest.fixture(autouse=True, params=["cuda", "triton"])
@@ -44,7 +44,7 @@ def train(method, base, steps=12, model=None, **options):
 
 
 @pytest.mark.parametrize("base", [SGD, ADAMW], ids=str)
-@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
+@pytest.mark.parametrize("method", IN_PARALLEL, ids=str)
 def test_streams(method, base):
     wanted, _ = train(method, base)
     got, _ = train(method, base, passes="streams")
@@ -60,7 +60,7 @@ def test_capture(method, base):
     assert optimizer.last_step.updated
 
 
-@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
+@pytest.mark.parametrize("method", IN_PARALLEL, ids=str)
 def test_streams_captured(method):
     wanted, _ = train(method, SGD)
     got, _ = train(method, SGD, passes="streams", capture=True)
@@ -70,8 +70,8 @@ def test_streams_captured(method):
 @pytest.mark.parametrize("options", [{"capture": True}, {"passes": "streams"}], ids=str)
 def test_batch_norm(options):
     """Statistics are updated once a step, by the training pass alone."""
-    wanted, _ = train(SIDE_BY_SIDE[0], SGD, model=make_net(batch_norm=True))
-    got, _ = train(SIDE_BY_SIDE[0], SGD, model=make_net(batch_norm=True), **options)
+    wanted, _ = train(IN_PARALLEL[0], SGD, model=make_net(batch_norm=True))
+    got, _ = train(IN_PARALLEL[0], SGD, model=make_net(batch_norm=True), **options)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sam_optim import CRSAM, SAM, RandomState, TrainStep
-from sam_optim.trainers.micro_batches import MicroBatch, WindowedPasses
+from sam_optim.trainers.micro_batches import MicroBatch, MicroBatchPasses
 
 from .cases import assert_same, batches
 
@@ -66,7 +66,7 @@ def make_source(kind):
     return lambda: draw_of_own(generator), [generator]
 
 
-class Windows(WindowedPasses):
+class Windows(MicroBatchPasses):
     def train_step(self, optimizer, loss, batch):
         return self._take(optimizer, MicroBatch(batch), lambda m: loss(m.inputs).backward(), lambda: True)
 

@@ -18,7 +18,7 @@ from .drivers import data_of_steps
 from .methods import ALL_SETTINGS, methods_with, named
 from .stand_ins import Reversed
 
-SIDE_BY_SIDE = methods_with(ALL_SETTINGS, yields_passes_together=True)
+IN_PARALLEL = methods_with(ALL_SETTINGS, yields_passes_together=True)
 AGNOSTIC, SAMPA = named("AgnosticSAM"), named("SAMPa")
 
 
@@ -42,7 +42,7 @@ def train(method, base, passes, model=None, steps=5, loss_fn=loss_of, **options)
 
 
 # A base has a part in it where it looks ahead.
-PAIRS = [*((method, base) for method in SIDE_BY_SIDE for base in (SGD, ADAMW)), *((SAMPA, base) for base in FUSED)]
+PAIRS = [*((method, base) for method in IN_PARALLEL for base in (SGD, ADAMW)), *((SAMPA, base) for base in FUSED)]
 
 
 @pytest.mark.parametrize(("method", "base"), list(dict.fromkeys(PAIRS)), ids=str)
@@ -84,13 +84,13 @@ def test_sampa_with_a_gradient_that_is_not_finite(lanes):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
+@pytest.mark.parametrize("method", IN_PARALLEL, ids=str)
 @pytest.mark.parametrize("options", [{"micro_batches": 3}, {"max_grad_norm": 0.1}], ids=str)
 def test_options(lanes, method, options):
     assert_same(train(method, SGD, "streams", **options), train(method, SGD, "sequential", **options))
 
 
-@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
+@pytest.mark.parametrize("method", IN_PARALLEL, ids=str)
 def test_batch_norm_and_dropout(monkeypatch, method):
     """Statistics are updated by the training pass alone; the same masks as one after the other."""
     monkeypatch.setattr(TrainStep, "_make_lanes", lambda self: OneLane())
@@ -120,7 +120,7 @@ class Odd(nn.Module):
         return self.head(self.frozen(x) * self.strange)
 
 
-@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
+@pytest.mark.parametrize("method", IN_PARALLEL, ids=str)
 def test_odd_models(lanes, method):
     results = []
     for passes in ("streams", "sequential"):
@@ -144,7 +144,7 @@ class TwoPoints(SharpnessAwareOptimizer):
 
         g = yield Pass(kept=True)
         scale = [[group["rho"]] for group in self.param_groups]
-        if self.runs_side_by_side:
+        if self.runs_in_parallel:
             there = self.ascent_point(g, rule=Normalized(), scale=scale)
             one, two = yield [Pass(perturbed=True, weights=there), Pass(kept=True)]
         else:
@@ -157,7 +157,7 @@ class TwoPoints(SharpnessAwareOptimizer):
 
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
 @pytest.mark.parametrize("normalised", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
-@pytest.mark.parametrize("method", SIDE_BY_SIDE, ids=str)
+@pytest.mark.parametrize("method", IN_PARALLEL, ids=str)
 def test_passes_that_read_what_another_one_writes(lanes, method, normalised):
     """Spectral normalisation's vectors, which the pass at the weights updates: the others wait for it."""
 
@@ -221,7 +221,7 @@ def test_exceptions(lanes, method, fails_at):
     with pytest.raises(RuntimeError, match="out of luck"):
         step(data[2], other[2])
     assert_same([*weights_of(model), *model.buffers()], before)
-    assert not optimizer.is_step_begun and not optimizer.runs_side_by_side
+    assert not optimizer.is_step_begun and not optimizer.runs_in_parallel
     step(data[3], other[3])
     assert not torch.equal(weights_of(model)[0], before[0])
 

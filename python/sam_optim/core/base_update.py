@@ -362,8 +362,8 @@ def combined_gradient(
     return out
 
 
-def added(total: Gradients | None, gradients: Gradients, share: float, backend: str | None) -> Gradients:
-    """total + share * gradients, in place where there is a total."""
+def added(total: Gradients | None, gradients: Gradients, factor: float, backend: str | None) -> Gradients:
+    """total + factor * gradients, in place where there is a total."""
     total = [None] * len(gradients) if total is None else total
     present = [i for i, gradient in enumerate(gradients) if gradient is not None]
     for i in present:
@@ -371,7 +371,7 @@ def added(total: Gradients | None, gradients: Gradients, share: float, backend: 
             total[i] = torch.zeros_like(gradients[i])  # type: ignore[arg-type]
     out = pick(total, present)
     if out:
-        sam_kernels.combine_(out, [out, pick(gradients, present)], [1.0, share], backend=backend)
+        sam_kernels.combine_(out, [out, pick(gradients, present)], [1.0, factor], backend=backend)
     return total
 
 

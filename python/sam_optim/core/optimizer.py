@@ -71,7 +71,7 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
             over the weights; any other runs by its own ``step()`` after the weights have been restored.
         method_defaults: default of each setting that this method keeps in the groups, besides those that its class
             declares.
-        closure_runs: what ``step(closure)`` calls its closure for. ``"second_pass"``, the custom of SAM classes: the
+        closure_runs: what ``step(closure)`` calls its closure for. ``"second_pass"``, as in other SAM classes: the
             first gradient is already in ``p.grad``. ``"every_pass"``, as in L-BFGS: the closure is called once for
             each pass, each time with the same random state.
         backend: name of the kernels' backend; by default the best there is.
@@ -224,7 +224,7 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         """Whether a group takes part in the perturbation and in its norm."""
         return bool(group.get("perturb", True))
 
-    def obstacle_to_side_by_side(self) -> str | None:
+    def obstacle_to_parallel_passes(self) -> str | None:
         """Why no passes of this method can run side by side; None if some can."""
         if self.yields_passes_together:
             return None

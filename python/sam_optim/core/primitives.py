@@ -143,9 +143,9 @@ class Primitives:
     # ------------------------------------------------------------------ passes side by side
 
     @property
-    def runs_side_by_side(self) -> bool:
+    def runs_in_parallel(self) -> bool:
         """Whether passes yielded together may name weights of their own."""
-        return self.stepper.step.runs_side_by_side
+        return self.stepper.step.runs_in_parallel
 
     def ascent_point(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> list[Tensor]:
         """Where :meth:`ascend` would lead, in memory of its own, kept from step to step; the weights stay."""

@@ -43,7 +43,7 @@ class StepState:
         is_combining: the method is asked for its update by ``combine_gradients()``, and may not make it.
         skips_combined: the combination was not finite, so the update is to be left out.
         has_clipped_passes: a trainer clips the gradient of each pass.
-        runs_side_by_side: passes yielded together may name weights of their own.
+        runs_in_parallel: passes yielded together may name weights of their own.
         handler: takes updates in place of the optimizer.
         previous_closure: of the step before, for methods that use its batch.
     """
@@ -58,6 +58,6 @@ class StepState:
     is_combining: bool = False
     skips_combined: bool = False
     has_clipped_passes: bool = False
-    runs_side_by_side: bool = False
+    runs_in_parallel: bool = False
     handler: UpdateHandler | None = None
     previous_closure: Callable[[], Any] | None = None

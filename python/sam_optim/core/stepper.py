@@ -136,7 +136,7 @@ class Stepper:
         self.refuse_second_begin("each_group()")
         self._clear_leftovers()
         step = self.step
-        step.runs_side_by_side = True
+        step.runs_in_parallel = True
         run: BegunStep | None = None
         try:
             run = self._begin(is_told_of_passes=True)
@@ -154,7 +154,7 @@ class Stepper:
                     run = None
                 self._tell(self.waiting)
         finally:
-            step.runs_side_by_side = False
+            step.runs_in_parallel = False
             if run is not None and step.run is run:
                 self.restore()
 

@@ -15,10 +15,10 @@ from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.passes import Gradients, Pass, Passes, Update
 from ..core.settings import Adaptive, Number, handed_on
-from .scheduled import OccasionalSAM
+from .intermittent import IntermittentSAM
 
 
-class AESAM(OccasionalSAM):
+class AESAM(IntermittentSAM):
     """SAM where the gradient is large (Jiang et al. 2023, arXiv 2304.14647, AE-SAM).
 
     ::

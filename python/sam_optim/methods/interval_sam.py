@@ -14,7 +14,7 @@ from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.errors import InvalidSettingError
 from ..core.settings import Adaptive, Whole, handed_on
-from .scheduled import ScheduledSAM
+from .intermittent import ScheduledSAM
 
 
 class IntervalSAM(ScheduledSAM):

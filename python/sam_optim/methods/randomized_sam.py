@@ -13,7 +13,7 @@ from sam_kernels.rules import NORM_EPSILON
 from ..core.closures import ClosureRuns
 from ..core.construction import BaseOptimizer
 from ..core.settings import Adaptive, Number, Whole, handed_on
-from .scheduled import ScheduledSAM
+from .intermittent import ScheduledSAM
 
 
 class RandomizedSAM(ScheduledSAM):

@@ -87,7 +87,7 @@ class SAMPa(SAM):
             self.set_method_state(_Y_GRADIENT, first)
             return
         g_y = self.method_state(_Y_GRADIENT)
-        if self.runs_side_by_side:
+        if self.runs_in_parallel:
             tilde = self.ascent_point(g_y, rule=self._rule, scale=self._radii())
             ahead = self.look_ahead_point(g_y)
             g_tilde, g_y_next = yield [
@@ -102,11 +102,11 @@ class SAMPa(SAM):
         yield Update(g_tilde, g_y_next, scale=[[1.0 - lam, lam] for [lam] in self.per_group("lam")])
         self.set_method_state(_Y_GRADIENT, g_y_next)
 
-    def obstacle_to_side_by_side(self) -> str | None:
+    def obstacle_to_parallel_passes(self) -> str | None:
         if self._base_update.settings() is None:
             base = type(self.base_optimizer).__name__
             return f"SAMPa's passes cannot run side by side with {base}, which can look ahead in the model itself alone"
-        return super().obstacle_to_side_by_side()
+        return super().obstacle_to_parallel_passes()
 
     def _is_plain_step(self) -> bool:
         return all(lam == 0.0 for [lam] in self.per_group("lam")) and super()._is_plain_step()

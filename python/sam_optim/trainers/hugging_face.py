@@ -16,10 +16,10 @@ from sam_kernels.sharding import is_distributed
 
 from ..core.errors import InvalidSettingError
 from ..core.optimizer import SharpnessAwareOptimizer
-from .micro_batches import MicroBatch, WindowedPasses, sharpness_aware
+from .micro_batches import MicroBatch, MicroBatchPasses, sharpness_aware
 
 
-class SharpnessAwareTrainerMixin(WindowedPasses):
+class SharpnessAwareTrainerMixin(MicroBatchPasses):
     """Makes the passes of any method within ``transformers.Trainer``::
 
         class SharpnessAwareTrainer(SharpnessAwareTrainerMixin, Trainer):

@@ -48,7 +48,7 @@ def sharpness_aware(optimizer: Any) -> SharpnessAwareOptimizer | None:
     return None
 
 
-class WindowedPasses:
+class MicroBatchPasses:
     """Makes all passes of a step over a window, the first while it fills; leaves the update's gradient in ``p.grad``.
 
     The update is left to whoever calls: the optimizer's ``step()`` completes the step that is under way.

@@ -25,7 +25,7 @@ import sam_optim
 
 from ..core.errors import InvalidSettingError
 from ..core.optimizer import SharpnessAwareOptimizer
-from .micro_batches import MicroBatch, WindowedPasses, sharpness_aware
+from .micro_batches import MicroBatch, MicroBatchPasses, sharpness_aware
 
 
 @OPTIMIZERS.register_module(name="SharpnessAware")  # type: ignore[untyped-decorator]
@@ -53,7 +53,7 @@ def sharpness_aware_from_config(
 
 
 @HOOKS.register_module()
-class SharpnessAwareHook(Hook, WindowedPasses):  # type: ignore[misc]
+class SharpnessAwareHook(Hook, MicroBatchPasses):  # type: ignore[misc]
     """Makes the passes of any method within MMEngine's training loops, by epochs or by iterations.
 
     The model's own ``train_step`` is run for each pass and micro-batch, DistributedDataParallel included, with the same

@@ -54,7 +54,7 @@ _WEIGHT = (
 Split = Callable[[Any, int], Sequence[Any]]
 Weight = Callable[[Any], Any]
 # Of the batch's mean; on the device, without waiting for it, where a step is recorded.
-Share = float | Tensor
+Factor = float | Tensor
 
 # A cut of something: from start and end to the samples in between; None for what belongs to every part.
 _Cut = Callable[[int, int], Any]
@@ -120,13 +120,13 @@ def _contents(node: Any) -> Iterator[tuple[Any, Any]]:
 
 def weighed_parts(
     batch: Any, count: int, split: Split | None, weight: Weight | None, waits: bool = True
-) -> list[tuple[Share, Any]]:
+) -> list[tuple[Factor, Any]]:
     """Micro-batches, and how much the mean over each counts in the mean over the batch.
 
     Args:
         split: what cuts; None for :func:`split_batch`.
         weight: of a part; None for its samples, or its labels where some are -100.
-        waits: a GPU may be waited for. Then shares are numbers.
+        waits: a GPU may be waited for. Then factors are numbers.
 
     Raises:
         ValueError: if the batch cannot be cut, or weights cannot be told or used.

@@ -192,7 +192,7 @@ def _is_of_means(total: Any) -> bool:
     return False
 
 
-def refuse_other_means(found: Sequence[Sequence[Term]], shares: Sequence[float]) -> None:
+def refuse_other_means(found: Sequence[Sequence[Term]], factors: Sequence[float]) -> None:
     """Compares the denominators in each micro-batch with what these count; waits for a GPU.
 
     Raises:
@@ -222,9 +222,9 @@ def refuse_other_means(found: Sequence[Sequence[Term]], shares: Sequence[float])
         if is_same or not 0.0 < total < math.inf:
             continue
         tolerance = total * max(term.precision for term in terms)
-        if any(abs(number - share * total) > tolerance for number, share in zip(numbers, shares, strict=True)):
+        if any(abs(number - factor * total) > tolerance for number, factor in zip(numbers, factors, strict=True)):
             of = " and ".join(f"{number:g}" for number in numbers)
-            counted = " and ".join(f"{share:.3g}" for share in shares)
+            counted = " and ".join(f"{factor:.3g}" for factor in factors)
             raise InvalidSettingError(
                 f"the loss is a mean over {of} in micro-batches that count {counted}, which do not make the step of "
                 "the whole batch: give TrainStep weight=..., from a part to what its loss is a mean over, as lambda "

@@ -95,9 +95,9 @@ class RhoFollowsLR:
         _set_all(groups, [self._rho_of(group, lr_max) for group, lr_max in zip(groups, self.lr_max, strict=False)])
 
     def _rho_of(self, group: dict[str, Any], lr_max: float) -> Any:
-        share = (float(group["lr"]) - self.lr_min) / (lr_max - self.lr_min)
+        progress = (float(group["lr"]) - self.lr_min) / (lr_max - self.lr_min)
         largest = _initial_rho(group)
-        return largest if share >= 1.0 else self.rho_min + (largest - self.rho_min) * max(share, 0.0)
+        return largest if progress >= 1.0 else self.rho_min + (largest - self.rho_min) * max(progress, 0.0)
 
 
 def _initial_rho(group: dict[str, Any]) -> Any:

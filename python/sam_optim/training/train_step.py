@@ -20,7 +20,7 @@ from ..core.optimizer import SharpnessAwareOptimizer
 from ..core.passes import MEMORY, PREVIOUS, TRAIN, VALIDATION, Gradients, Pass, Update
 from ..core.randomness import Draws, RandomState
 from .arguments import check_functions, check_modules, check_settings, check_validation, loss_of
-from .batches import Share, Split, Weight, containers_kept, split_batch, split_off, weighed_parts
+from .batches import Factor, Split, Weight, containers_kept, split_batch, split_off, weighed_parts
 from .capture import CapturedDraws, CapturedSteps, Recorder
 from .means import Term, refuse_other_means, terms_of
 from .statistics import Start, StatisticsRule, running_statistics, start_of, statistics_aside, statistics_of
@@ -245,7 +245,7 @@ class TrainStep:
                 raise
 
     def _make_lanes(self) -> Lanes:
-        obstacle = self.optimizer.obstacle_to_side_by_side()
+        obstacle = self.optimizer.obstacle_to_parallel_passes()
         if obstacle is not None:
             raise InvalidSettingError(obstacle)
         if self.optimizer.process_group is not None:
@@ -385,7 +385,7 @@ class _Step:
         self.owner, self.optimizer, self.stepper = owner, owner.optimizer, owner.optimizer.stepper
         self._batches, self._draws = batches, draws
         self._starts: dict[str, Start] = {}  # of the pass on each batch that statistics learn from
-        self._outputs: list[tuple[Share, Any]] = []  # of the training batch's first pass: weights and results
+        self._outputs: list[tuple[Factor, Any]] = []  # of the training batch's first pass: weights and results
         self._has_output = False
         self._means: list[list[Term]] = []  # what the loss of each part was a mean over
         self._sum: Gradients | None = None
@@ -410,17 +410,17 @@ class _Step:
         count = self.owner.micro_batches
         parts = {name: self._parts(batch, count) for name, batch in self._batches.items() if batch is not None}
         train = parts[TRAIN]
-        for number, (share, part) in enumerate(train):
-            own: dict[str, list[tuple[Share, Any]]]
+        for number, (factor, part) in enumerate(train):
+            own: dict[str, list[tuple[Factor, Any]]]
             own = {name: [(1.0, entries[number % len(entries)][1])] for name, entries in parts.items()}
             own[TRAIN] = [(1.0, part)]
             self._draws.begin_part()
             self._has_output = False
-            with self.stepper.updates_to(self._add_to_sum(share)):
+            with self.stepper.updates_to(self._add_to_sum(factor)):
                 for p in self.optimizer.each_pass():
                     with self.optimizer.restore_on_error():
-                        self._run(p, self._of(own, p), share)
-        self._look_at_means([share for share, _ in train])
+                        self._run(p, self._of(own, p), factor)
+        self._look_at_means([factor for factor, _ in train])
         if self._is_finite:
             assert self._sum is not None
             self._finish(Update(self._sum))
@@ -431,7 +431,7 @@ class _Step:
             return None
         if self.owner.micro_batches == 1:
             return self._outputs[0][1]
-        losses = sum(share * _counted(loss_of(output), share) for share, output in self._outputs)
+        losses = sum(factor * _counted(loss_of(output), factor) for factor, output in self._outputs)
         if all(isinstance(output, Tensor) for _, output in self._outputs):
             return losses
         return losses, [list(output[1:]) for _, output in self._outputs]
@@ -439,7 +439,7 @@ class _Step:
     # ------------------------------------------------------------------ passes
 
     def _run_group(
-        self, passes: Sequence[Pass], parts: dict[str, list[tuple[Share, Any]]], lanes: Lanes
+        self, passes: Sequence[Pass], parts: dict[str, list[tuple[Factor, Any]]], lanes: Lanes
     ) -> list[Gradients]:
         """The gradients of passes that do not depend on each other."""
         isolated = self.owner._isolated
@@ -461,7 +461,7 @@ class _Step:
         return [gradients for gradients, _ in lanes.run([call_of(p) for p in passes])]
 
     def _run(
-        self, p: Pass, parts: list[tuple[Share, Any]], share_of_step: Share = 1.0, start: Start | None = None
+        self, p: Pass, parts: list[tuple[Factor, Any]], factor_of_step: Factor = 1.0, start: Start | None = None
     ) -> None:
         owner = self.owner
         keeps_result = p.data == TRAIN and not p.perturbed and not self._has_output
@@ -475,18 +475,18 @@ class _Step:
                 if not owner._has_watched:
                     owner._has_watched, unnamed = True, UnnamedState(owner._modules, owner._statistics)
                     stack.callback(unnamed.tell_what_was_written)
-            for number, (share, part) in enumerate(parts):
+            for number, (factor, part) in enumerate(parts):
                 with self._without_reduction(number + 1 < len(parts)):
                     loss_fn = owner._losses.get(p.data, owner.loss_fn)
-                    output = self._forward_backward(loss_fn, part, share, keeps_result)
+                    output = self._forward_backward(loss_fn, part, factor, keeps_result)
                 if keeps_result:
-                    self._outputs.append((share * share_of_step, _detached(output)))
+                    self._outputs.append((factor * factor_of_step, _detached(output)))
         if keeps_result:
             self._has_output = True
             if len(parts) > 1:
-                self._look_at_means([share for share, _ in parts])
+                self._look_at_means([factor for factor, _ in parts])
 
-    def _forward_backward(self, loss_fn: LossFunction, batch: Any, share: Share, is_first: bool) -> Any:
+    def _forward_backward(self, loss_fn: LossFunction, batch: Any, factor: Factor, is_first: bool) -> Any:
         owner = self.owner
         # The caller's own autocast may hold 16-bit copies of weights, which a recorded graph would read for ever.
         forget_old_weights()
@@ -501,17 +501,17 @@ class _Step:
             loss = loss_of(output)
             if is_first and owner.looks_at_means:
                 self._means.append(terms_of(loss))
-            loss = _counted(loss, share) * share
+            loss = _counted(loss, factor) * factor
             if owner.scaler is not None:
                 loss = owner.scaler.scale(loss)
             loss.backward()
         return output
 
-    def _look_at_means(self, shares: Sequence[Share]) -> None:
+    def _look_at_means(self, factors: Sequence[Factor]) -> None:
         """Refuses what is not a mean over what micro-batches weigh, before anything is updated."""
         if self.owner.looks_at_means:
             self.owner._looked_at += 1
-            refuse_other_means(self._means, [float(share) for share in shares])
+            refuse_other_means(self._means, [float(factor) for factor in factors])
 
     def _without_reduction(self, wanted: bool) -> AbstractContextManager[None]:
         """DistributedDataParallel and FSDP2 reduce gradients over ranks with the last micro-batch alone."""
@@ -522,7 +522,7 @@ class _Step:
             return _without_sync(model)
         return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
-    def _of(self, parts: dict[str, list[tuple[Share, Any]]], p: Pass) -> list[tuple[Share, Any]]:
+    def _of(self, parts: dict[str, list[tuple[Factor, Any]]], p: Pass) -> list[tuple[Factor, Any]]:
         name = p.data
         found = parts.get(name)
         if found is not None:
@@ -537,7 +537,7 @@ class _Step:
             )
         raise StepOrderError(f"{method} needs a {name} batch: step(batch, {name}_batch), or TrainStep({name}=...)")
 
-    def _parts(self, batch: Any, count: int) -> list[tuple[Share, Any]]:
+    def _parts(self, batch: Any, count: int) -> list[tuple[Factor, Any]]:
         """Micro-batches with what they count."""
         if count == 1:
             return [(1.0, batch)]
@@ -546,7 +546,7 @@ class _Step:
         if hasattr(owner.model, "no_sync") or owner._gathering:
             return parts  # ranks have to meet in each of them
         # A mean over nothing is NaN, and so is its gradient.
-        return [(share, part) for share, part in parts if isinstance(share, Tensor) or share > 0.0]
+        return [(factor, part) for factor, part in parts if isinstance(factor, Tensor) or factor > 0.0]
 
     # ------------------------------------------------------------------ descents
 
@@ -593,8 +593,8 @@ class _Step:
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
 
-    def _add_to_sum(self, share: Share) -> Callable[[Update], None]:
-        """Adds a micro-batch's share of the final gradient, and goes back to the weights themselves."""
+    def _add_to_sum(self, factor: Factor) -> Callable[[Update], None]:
+        """Adds a micro-batch's factor of the final gradient, and goes back to the weights themselves."""
 
         def handler(update: Update) -> None:
             optimizer = self.optimizer
@@ -602,11 +602,11 @@ class _Step:
             optimizer.return_to_copies()
             if gradients is None:
                 self._is_finite = False
-            elif isinstance(share, Tensor):
-                own = [None if g is None else g * share for g in gradients]
+            elif isinstance(factor, Tensor):
+                own = [None if g is None else g * factor for g in gradients]
                 self._sum = added(self._sum, own, 1.0, optimizer.backend)
             else:
-                self._sum = added(self._sum, gradients, share, optimizer.backend)
+                self._sum = added(self._sum, gradients, factor, optimizer.backend)
 
         return handler
 
@@ -621,11 +621,11 @@ def _without_sync(model: Any) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def _counted(loss: Tensor, share: Share) -> Tensor:
+def _counted(loss: Tensor, factor: Factor) -> Tensor:
     """The loss of a part; 0 if it counts nothing, where a mean over nothing would be NaN."""
-    if isinstance(share, Tensor):
-        return torch.where(share > 0.0, loss, 0.0)
-    return loss if share > 0.0 else torch.where(torch.zeros_like(loss, dtype=torch.bool), loss, 0.0)
+    if isinstance(factor, Tensor):
+        return torch.where(factor > 0.0, loss, 0.0)
+    return loss if factor > 0.0 else torch.where(torch.zeros_like(loss, dtype=torch.bool), loss, 0.0)
 
 
 def _detached(output: Any) -> Any:

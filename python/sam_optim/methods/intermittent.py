@@ -9,14 +9,14 @@ from ..core.passes import Pass, Passes, Update
 from .sam import SAM
 
 
-class OccasionalSAM(SAM):
+class IntermittentSAM(SAM):
     """Steps with one pass, and steps with two: driven by ``each_pass()``, closures or ``TrainStep``, to save passes."""
 
     def _is_plain_step(self) -> bool:
         return super()._is_plain_step() or not self.last_step.ascent
 
 
-class ScheduledSAM(OccasionalSAM):
+class ScheduledSAM(IntermittentSAM):
     """Of which a step's number tells what it is. Steps are counted in each group's ``occasional_step``."""
 
     takes_scaled_gradients = True
