@@ -9,16 +9,11 @@ import warnings
 import pytest
 import torch
 
-from sam_optim import GSAM, SAM, AgnosticSAM, SAMPa, TrainStep
-
-from .bases import Base
+from .bases import ADAMW, SGD
 from .cases import assert_same, batches, by_every_pass_closure, loss_of, make_net, weights_of
-from .methods import Method
+from .drivers import by_train_step, data_of_steps
+from .methods import named
 
-SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
-ADAMW = Base(torch.optim.AdamW, {"lr": 0.01})
-METHODS = [(Method(SAM, {"rho": 0.1}), SGD), (Method(SAM, {"rho": 0.5, "adaptive": True}), ADAMW)]
-METHODS += [(Method(GSAM, {"rho": 0.1}), SGD)]
 BACKEND = "aot_eager"
 
 
@@ -52,21 +47,21 @@ def train(method, base, drive, compiled, **more):
     return weights_of(model)
 
 
-@pytest.mark.parametrize("method, base", METHODS, ids=str)
+@pytest.mark.parametrize(("name", "base"), [("SAM", SGD), ("SAM adaptive", ADAMW), ("GSAM", SGD)], ids=str)
 @pytest.mark.parametrize("drive", [by_hand, by_passes, by_closure])
 @pytest.mark.parametrize("compiled", ["model", "step"])
-def test_same_bits_and_no_warning(method, base, drive, compiled):
+def test_same_bits_and_no_warning(name, base, drive, compiled):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        got = train(method, base, drive, compiled)
+        got = train(named(name), base, drive, compiled)
     assert [str(w.message) for w in seen if "Dynamo" in str(w.message)] == []
-    assert_same(got, train(method, base, drive, None))
+    assert_same(got, train(named(name), base, drive, None))
 
 
 @pytest.mark.filterwarnings("ignore:each_pass\\(\\) was left:UserWarning")
 def test_an_exception_in_a_compiled_step_leaves_the_weights():
     model = make_net(torch.float32)
-    optimizer = METHODS[0][0].make(model, SGD)
+    optimizer = named("SAM").make(model, SGD)
     before = weights_of(model)
 
     def step(batch):
@@ -80,7 +75,7 @@ def test_an_exception_in_a_compiled_step_leaves_the_weights():
     assert_same(weights_of(model), before)
 
 
-@pytest.mark.parametrize("method", [Method(AgnosticSAM, {"rho_train": 0.1}), Method(SAMPa, {"rho": 0.1})], ids=str)
+@pytest.mark.parametrize("method", [named("AgnosticSAM"), named("SAMPa")], ids=str)
 def test_train_step_with_a_compiled_model(method):
     results = []
     for compiles in (False, True):
@@ -88,9 +83,7 @@ def test_train_step_with_a_compiled_model(method):
         model = make_net(torch.float32)
         optimizer = method.make(model, SGD)
         evaluated = torch.compile(model, backend=BACKEND) if compiles else model
-        step = TrainStep(evaluated, optimizer, loss_of)
-        for batch, other in zip(batches(4, torch.float32), batches(4, torch.float32, size=5), strict=True):
-            step(batch, other)
+        by_train_step(optimizer, evaluated, data_of_steps(4, torch.float32))
         results.append(weights_of(model))
     assert_same(*results)
 

@@ -85,6 +85,19 @@ def test_bases_that_write_into_gradients(method):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_running_statistics_are_those_of_one_pass(method):
+    """On the training batch, then on that from memory. Weights stay, and the perturbation is too small to be seen."""
+    data, kinds = data_of_steps(4), ["train", *(method.needs & {"memory"})]
+    model, wanted = make_net(batch_norm=True), make_net(batch_norm=True)
+    radius = dict.fromkeys(method.rho_zero, 1e-9)
+    by_train_step(method.make(model, SGD, lr=0.0, **radius), model, data)
+    for own in data:
+        for kind in kinds:
+            wanted(own[kind][0])
+    torch.testing.assert_close(list(model.buffers()), list(wanted.buffers()), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.filterwarnings("ignore:each_pass")  # for some of them it is the last
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_step_that_is_left_restores_the_weights(method):

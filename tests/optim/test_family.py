@@ -27,7 +27,6 @@ from sam_optim import (
 
 from .bases import SGD
 from .cases import assert_same, batches, loss_of, make_net, step_by_hand, weights_of
-from .methods import Method
 
 
 def test_vasso_goes_on_from_an_average_that_began_at_zero():
@@ -105,7 +104,7 @@ def test_occasional_steps_between_are_the_bases_bit_for_bit():
     """And take one pass."""
     for cls, settings in ((IntervalSAM, {"every": 100, "start": 1}), (RandomizedSAM, {"probability": 0.0})):
         model, plain, calls = make_net(), make_net(), []
-        optimizer = Method(cls, {"rho": 0.1, **settings}).make(model, SGD)
+        optimizer = cls(model.parameters(), SGD.cls, rho=0.1, **settings, **SGD.settings)
         base = SGD.cls(plain.parameters(), **SGD.settings)
         step = TrainStep(model, optimizer, lambda m, b, calls=calls: (calls.append(None), loss_of(m, b))[1])
         for batch in batches(1):

@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import SAM, AgnosticSAM, SAMPa, TrainStep
+from sam_optim import SAM, TrainStep
 
-from .bases import Base
+from .bases import SGD, Base
 from .cases import batches, loss_of, make_net, weights_of
-from .methods import Method
+from .methods import named
 
 pytestmark = pytest.mark.gpu
 
-SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
 ADAMW = Base(torch.optim.AdamW, {"lr": 0.01, "capturable": True})
 IN_PARALLEL = [
-    Method(AgnosticSAM, {"rho_train": 0.1}),
-    Method(AgnosticSAM, {"rho_train": 0.1, "variant": "align", "smoothing": 0.5}),
-    Method(SAMPa, {"rho": 0.1}),
-    Method(SAMPa, {"rho": 0.1, "adaptive": True}),
+    named("AgnosticSAM"),
+    named("AgnosticSAM smoothed"),
+    named("AgnosticSAM align"),
+    named("SAMPa"),
+    named("SAMPa of lam 0"),
 ]
-METHODS = [Method(SAM, {"rho": 0.1}), Method(SAM, {"rho": 0.5, "adaptive": True}), *IN_PARALLEL]
+METHODS = [named("SAM"), named("SAM adaptive"), *IN_PARALLEL]
 
 
 @pytest.fixture(autouse=True, params=["cuda", "triton"])
@@ -89,7 +89,7 @@ def test_dropout_draws_the_same_masks_in_both_passes(capture):
         counter.add_(1)
         return nn.functional.cross_entropy(model.layers[3](hidden), batch[1])
 
-    step = TrainStep(model, Method(SAM, {"rho": 0.1}).make(model, SGD), loss_fn, capture=capture)
+    step = TrainStep(model, named("SAM").make(model, SGD), loss_fn, capture=capture)
     for batch in batches(10):
         step(tuple(t.cuda() for t in batch))
     assert counter.item() == 20
@@ -120,7 +120,7 @@ def test_eager_steps_between_replays():
     results = []
     for capture in (False, True):
         model = make_net().cuda()
-        optimizer = Method(SAM, {"rho": 0.1}).make(model, SGD)
+        optimizer = named("SAM").make(model, SGD)
         step = TrainStep(model, optimizer, loss_of, capture=capture)
         by_hand = TrainStep(model, optimizer, loss_of)
         for number, batch in enumerate(data):
@@ -155,7 +155,7 @@ def test_loading_state_between_replays(method):
 
 def test_an_exception_while_recording_leaves_the_weights():
     model = make_net().cuda()
-    optimizer = Method(SAM, {"rho": 0.1}).make(model, SGD)
+    optimizer = named("SAM").make(model, SGD)
     data = [tuple(t.cuda() for t in batch) for batch in batches(6)]
     fails = [False]
 
@@ -185,7 +185,7 @@ def test_passes_overlap(capture):
     torch.manual_seed(0)
     # Each kernel is long and leaves most of the GPU idle.
     model = nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(4)), nn.Linear(4096, 3)).cuda()
-    optimizer = Method(SAMPa, {"rho": 0.1}).make(model, SGD)
+    optimizer = named("SAMPa").make(model, SGD)
     step = TrainStep(model, optimizer, loss_of, passes="streams", capture=capture)
     batch = (torch.randn(8, 4096, device="cuda"), torch.randint(3, (8,), device="cuda"))
     for _ in range(6):

@@ -13,8 +13,6 @@ from sam_optim import SAM, InvalidSettingError, LookSAM, MomentumSAM, StepOrderE
 from .bases import KINDS
 from .cases import assert_same, batches, by_every_pass_closure, loss_of, make_net, step_by_hand, weights_of
 
-SOME_BASES = KINDS
-
 
 def parts_of(model):
     return list(model.layers[0].parameters()), list(model.layers[-1].parameters())
@@ -39,7 +37,7 @@ def by_new_list(optimizer, group):
 WAYS = [by_optimizer, by_base, by_list, by_new_list]
 
 
-@pytest.mark.parametrize("base", SOME_BASES, ids=str)
+@pytest.mark.parametrize("base", KINDS, ids=str)
 @pytest.mark.parametrize("add", WAYS)
 @pytest.mark.parametrize("drive", [step_by_hand, by_every_pass_closure])
 def test_an_added_group_is_trained(base, add, drive):

@@ -15,7 +15,7 @@ from sam_optim.training.streams import OneLane
 from .bases import ADAMW, FUSED, SGD
 from .cases import assert_same, batches, loss_of, make_net, step_by_hand, weights_of
 from .drivers import by_train_step, data_of_steps
-from .methods import Method, methods_with, named
+from .methods import methods_with, named
 from .stand_ins import Replayed
 
 
@@ -99,7 +99,7 @@ def test_every_driver(monkeypatch, passes, capture):
 @pytest.mark.parametrize("base", [SGD, ADAMW], ids=str)
 def test_rho_zero_is_the_base_on_the_masters(base):
     low, wide = make_pair()
-    own = Method(SAM, {"rho": 0.0}).make(low, base, master_weights=True)
+    own = named("SAM").make(low, base, rho=0.0, master_weights=True)
     plain = base.cls(wide.parameters(), **base.settings)
     for batch in batches(6, torch.bfloat16):
         step_by_hand(own, low, batch)

@@ -12,18 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import AgnosticSAM, FriendlySAM, LookSAM, SAMPa, VaSSO
+from sam_optim import SAMPa, VaSSO
 
 from .bases import ADAMW, PLAIN_SGD, SGD, UNFUSED
 from .cases import weights_of
-from .methods import Method
+from .methods import methods_with, named
 
-BY_PARAMETER = [
-    Method(FriendlySAM, {"rho": 0.1}),
-    Method(VaSSO, {"rho": 0.1, "theta": 0.3}),
-    Method(LookSAM, {"rho": 0.1, "k": 3}),
-    Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5}),
-]
+# What SAMPa keeps is of one step alone.
+BY_PARAMETER = methods_with(keeps_state=True, uses_previous_batch=False)
 
 
 class Parts(nn.Module):
@@ -92,7 +88,7 @@ def test_a_new_head_does_not_inherit(method):
             torch.testing.assert_close(weights_of(model), weights_of(wide_model), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", BY_PARAMETER[:2], ids=str)
+@pytest.mark.parametrize("method", [named("FriendlySAM"), named("VaSSO")], ids=str)
 def test_a_changed_shape_starts_anew(method):
     weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = method.cls([weight], torch.optim.SGD, lr=0.1, **method.settings)

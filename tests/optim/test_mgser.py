@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from sam_optim import MGSERSAM, SAM, InvalidSettingError, StepOrderError, TrainStep
+from sam_optim import MGSERSAM, InvalidSettingError, StepOrderError, TrainStep
 from sam_optim.training.streams import OneLane
 
 from .bases import KINDS, PLAIN_SGD, SGD
 from .cases import assert_same, batches, loss_of, make_net, memory_loss, weights_of
-from .methods import Method, named
+from .methods import named
 from .stand_ins import Replayed, Reversed
 
 METHOD = named("MGSERSAM")
@@ -75,9 +75,9 @@ def test_closed_form(backend):
 def test_an_empty_memory_is_sam(base, driver):
     """Bit for bit, in the weights and in the base optimizer's state."""
     results = []
-    for cls, run in ((MGSERSAM, driver), (SAM, None)):
+    for method, run in ((METHOD, driver), (named("SAM"), None)):
         model = make_net()
-        optimizer = Method(cls, {"rho": 0.1}).make(model, base)
+        optimizer = method.make(model, base)
         for batch in batches(4):
             if run is not None:
                 run(optimizer, model, batch, None)

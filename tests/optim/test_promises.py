@@ -23,11 +23,11 @@ from sam_optim import (
     Update,
 )
 
-from .bases import Base
+from .bases import SGD
 from .cases import assert_same, batches, loss_of, make_net, weights_of
-from .methods import METHODS, Method
+from .drivers import by_each_pass, data_of_steps
+from .methods import METHODS, Method, methods_with, named
 
-SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -44,28 +44,16 @@ def make(method):
     return model, method.make(model, SGD)
 
 
-def own_batches(number):
-    data, others = batches(4), batches(4, size=5)
-    return {
-        "train": data[number],
-        "previous": data[number - 1],
-        "validation": others[number],
-        "memory": others[number - 1],
-    }
-
-
-def by_scaler(optimizer, model, number, scaler):
-    own = own_batches(number)
+def by_scaler(optimizer, model, data, scaler):
     for p in optimizer.each_pass(step=lambda: scaler.step(optimizer)):
-        scaler.scale(loss_of(model, own[p.data])).backward()
+        scaler.scale(loss_of(model, data[p.data])).backward()
     if optimizer.last_step.descent:  # there is none in SAMPa's first step, and nothing that the scaler has seen
         scaler.update()
 
 
-def by_unscaling(optimizer, model, number, scaler):
-    own = own_batches(number)
+def by_unscaling(optimizer, model, data, scaler):
     for p in optimizer.each_pass(step=lambda: scaler.step(optimizer)):
-        scaler.scale(loss_of(model, own[p.data])).backward()
+        scaler.scale(loss_of(model, data[p.data])).backward()
         if p.last:
             optimizer.combine_gradients()
             scaler.unscale_(optimizer)
@@ -74,10 +62,7 @@ def by_unscaling(optimizer, model, number, scaler):
 
 def unscaled(method):
     model, optimizer = make(method)
-    for number in range(4):
-        own = own_batches(number)
-        for p in optimizer.each_pass():
-            loss_of(model, own[p.data]).backward()
+    by_each_pass(optimizer, model, data_of_steps(4))
     return weights_of(model)
 
 
@@ -89,9 +74,9 @@ def test_grad_scaler_gives_the_same_steps_or_is_refused(method, drive):
     before = weights_of(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     promised = optimizer.takes_scaled_gradients
-    for number in range(4):
+    for data in data_of_steps(4):
         try:
-            drive(optimizer, model, number, scaler)
+            drive(optimizer, model, data, scaler)
         except StepOrderError as error:
             assert "cannot be used with GradScaler" in str(error) and not promised
             assert_same(weights_of(model), before)
@@ -108,9 +93,23 @@ def test_grad_scaler_gives_the_same_steps_or_is_refused(method, drive):
 def test_a_grad_scaler_that_is_switched_off_is_none(method):
     model, optimizer = make(method)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for number in range(4):
-        by_scaler(optimizer, model, number, scaler)
+    for data in data_of_steps(4):
+        by_scaler(optimizer, model, data, scaler)
     assert_same(weights_of(model), unscaled(method))
+
+
+@pytest.mark.parametrize("method", methods_with(perturbs_micro_batches=False), ids=str)
+def test_micro_batches_are_refused(method):
+    model, optimizer = make(method)
+    with pytest.raises(InvalidSettingError, match="micro-batch"):
+        TrainStep(model, optimizer, loss_of, micro_batches=2, perturbation="micro_batch")
+
+
+@pytest.mark.parametrize("method", methods_with(is_capturable=False), ids=str)
+def test_capture_is_refused(method):
+    model, optimizer = make(method)
+    with pytest.raises(InvalidSettingError, match="steps differ"):
+        TrainStep(model, optimizer, loss_of, capture=True)
 
 
 def test_methods_that_promise_it_under_some_settings():
@@ -184,7 +183,7 @@ def test_methods_of_ones_own_are_refused_unless_they_declare_it(cls):
     before = weights_of(model)
     scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(StepOrderError, match="takes_scaled_gradients = True"):
-        by_scaler(optimizer, model, 0, scaler)
+        by_scaler(optimizer, model, data_of_steps(1)[0], scaler)
     loss_of(model, batches(1)[0]).backward()
     optimizer.first_step(zero_grad=True)
     scaler.scale(loss_of(model, batches(1)[0])).backward()
@@ -204,8 +203,8 @@ def test_a_method_of_ones_own_that_declares_it():
     for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**10), torch.amp.GradScaler("cpu", enabled=False)):
         model = make_net()
         optimizer = Declared(model.parameters(), torch.optim.SGD, {}, lr=0.05, momentum=0.9)
-        for number in range(4):
-            by_scaler(optimizer, model, number, scaler)
+        for data in data_of_steps(4):
+            by_scaler(optimizer, model, data, scaler)
         results.append(weights_of(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -217,15 +216,13 @@ def test_published_examples_are_refused_since_their_perturbation_has_the_gradien
     optimizer = example(name, cls)(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.05)
     before = weights_of(model)
     with pytest.raises(StepOrderError, match="cannot be used with GradScaler"):
-        by_scaler(optimizer, model, 0, torch.amp.GradScaler("cpu", init_scale=2.0**16))
+        by_scaler(optimizer, model, data_of_steps(1)[0], torch.amp.GradScaler("cpu", init_scale=2.0**16))
     assert_same(weights_of(model), before)
 
 
 def test_the_first_step_of_sampa_is_refused_too():
     """It makes no update, and would keep a scaled gradient."""
-    from sam_optim import SAMPa
-
-    model, optimizer = make(Method(SAMPa, {"rho": 0.1}))
+    model, optimizer = make(named("SAMPa"))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model, batches(1)[0])).backward()
     optimizer.first_step()

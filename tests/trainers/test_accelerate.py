@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sam_optim import GSAM, SAM, AgnosticSAM, FriendlySAM, StepOrderError
+from sam_optim import StepOrderError
 
-from ..optim.bases import Base
+from ..optim.bases import SGD
 from ..optim.cases import assert_same, batches, loss_of, make_net, weights_of
-from ..optim.methods import Method
+from ..optim.methods import named
 
 accelerate = pytest.importorskip("accelerate")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
-METHODS = [Method(SAM, {"rho": 0.1}), Method(GSAM, {"rho": 0.1}), Method(AgnosticSAM, {"rho_train": 0.1})]
+METHODS = [named("SAM"), named("GSAM"), named("AgnosticSAM")]
 
 
 @pytest.fixture
@@ -111,7 +110,7 @@ def test_grad_scaler_of_the_wrapper(make_accelerator):
 def test_grad_scaler_is_refused_before_the_first_pass(make_accelerator):
     make_accelerator()
     model = make_net(torch.float32)
-    optimizer = Method(FriendlySAM, {"rho": 0.1}).make(model, SGD)
+    optimizer = named("FriendlySAM").make(model, SGD)
     prepared = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(StepOrderError, match="cannot be used with GradScaler"):
         next(optimizer.each_pass(step=prepared.step))

@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sam_optim import AESAM, CRSAM, GSAM, SAM, WSAM, FriendlySAM, InvalidSettingError, LookSAM, SAMPa, StepOrderError
+from sam_optim import SAM, FriendlySAM, InvalidSettingError, SAMPa, StepOrderError
 
-from ..optim.bases import Base
+from ..optim.bases import SGD
 from ..optim.cases import assert_same, batches, loss_of, make_net, weights_of
-from ..optim.methods import Method
+from ..optim.methods import Method, named
 
 lightning = pytest.importorskip("lightning.pytorch")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-SGD = Base(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
-METHODS = [Method(SAM, {"rho": 0.1}), Method(GSAM, {"rho": 0.1})]
+METHODS = [named("SAM"), named("GSAM")]
 STEPS, SIZE = 5, 12
 
 
@@ -98,7 +97,7 @@ def test_automatic_optimization_clips():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [*METHODS, Method(SAMPa, {"rho": 0.1})], ids=str)
+@pytest.mark.parametrize("method", [*METHODS, named("SAMPa")], ids=str)
 def test_manual_optimization(method):
     if method.cls is SAMPa:
         model = make_net()
@@ -176,16 +175,7 @@ def test_accumulation_in_automatic_optimization_is_refused(kind):
 
 
 @pytest.mark.parametrize(
-    "method",
-    [
-        Method(GSAM, {"rho": 0.1}),
-        Method(CRSAM, {"rho": 0.1}),
-        Method(LookSAM, {"rho": 0.1, "k": 2}),
-        Method(WSAM, {"rho": 0.1}),
-        Method(FriendlySAM, {"rho": 0.1}),
-        Method(AESAM, {"rho": 0.1}),
-    ],
-    ids=str,
+    "method", list(map(named, ["GSAM", "CRSAM", "LookSAM", "WSAM", "FriendlySAM", "AESAM"])), ids=str
 )
 def test_clipping_each_pass_is_refused_where_it_changes_the_method(method):
     module = Automatic(method)

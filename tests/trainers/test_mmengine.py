@@ -228,7 +228,7 @@ def test_same_dropout_in_all_passes_and_statistics_once(mm, tmp_path):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["SAM", "SAMPa", "Momentum-SAM"])
+@pytest.mark.parametrize("name", ["SAM", "SAMPa", "MomentumSAM"])
 @pytest.mark.parametrize("failing", [9, 10, 11, 12])
 def test_exceptions_leave_the_weights(mm, tmp_path, name, failing):
     """In any pass and between them: what a step has moved by then is moved back, and the Runner is as it was."""
