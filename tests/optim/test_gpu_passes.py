@@ -20,7 +20,7 @@ ADAMW = Base(torch.optim.AdamW, {"lr": 0.01, "capturable": True})
 IN_PARALLEL = [
     named("AgnosticSAM"),
     named("AgnosticSAM smoothed"),
-    named("AgnosticSAM align"),
+    named("AlignSAM"),
     named("SAMPa"),
     named("SAMPa of lam 0"),
 ]
