@@ -48,7 +48,7 @@ from .bases import Base, TensorList
 from .errors import DeviceChangedError, SharedMemoryError
 from .host import forget_old_weights, inverse_of, is_set, pick
 from .plan import Plan
-from .registry import backend_for
+from .registry import backend_of
 from .report import LaunchReport
 from .rules import Fixed, LaunchRule, Normalized, RuleLike, is_known
 from .scales import Scale, flattened, float64
@@ -350,7 +350,7 @@ def _is_fused(rule: RuleLike, plan: Plan, backend: str | None) -> TypeGuard[Laun
     """Whether one launch can take the Gram matrix, apply the rule and use its coefficients."""
     if plan.parts or plan.sums_over_ranks:
         return False
-    return is_known(rule) or backend_for(plan.device, backend).knows(rule)
+    return is_known(rule) or backend_of(plan, backend).knows(rule)
 
 
 def _launch(operation: Callable[[Backend, _Arguments], _Result], arguments: _Arguments, backend: str | None) -> _Result:
@@ -358,11 +358,11 @@ def _launch(operation: Callable[[Backend, _Arguments], _Result], arguments: _Arg
     plan = arguments.plan
     try:
         try:
-            return operation(backend_for(plan.device, backend), arguments)
+            return operation(backend_of(plan, backend), arguments)
         except DeviceChangedError:
             if plan.parts:
                 raise ValueError("parameters have been moved to several devices; make a new plan") from None
-            return operation(backend_for(plan.device, backend), arguments)
+            return operation(backend_of(plan, backend), arguments)
     except SharedMemoryError:
         return operation(reference.backend, arguments)
     finally:

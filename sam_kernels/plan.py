@@ -35,6 +35,7 @@ class Plan:
         unreadable: those, and why. They may be in the list, as frozen quantised weights are in a model's, but never
             have a gradient: an operation that is given one raises the error.
         shares: how DTensors among them are spread over ranks; empty if there are none.
+        parts: plans of one device each, with the indices of their tensors; empty if there is only one device.
         sums_over_ranks: whether a Gram matrix takes a sum over ranks, which no launch can make.
 
     Raises:
@@ -82,14 +83,15 @@ class Plan:
             self._leave_out_unreadable(layouts)
         self.layouts: list[Layout] = layouts  # type: ignore[assignment]
         self.bindings: dict[str, Any] = {}  # the tables of native backends, by their names
+        self.backends: dict[str | None, Any] = {}  # chosen for its device, by what was asked for
         self.memory: dict[Any, tuple[Any, bool]] = {}  # what was found of shared memory, and for which addresses
         devices = dict.fromkeys(layout.device for layout in self.layouts)
         self.device = next(iter(devices), torch.device("cpu"))
-        self._parts: list[tuple[Plan, list[int]]] = []
+        self.parts: list[tuple[Plan, list[int]]] = []
         if len(devices) > 1:
             for device in devices:
                 index = [i for i, layout in enumerate(self.layouts) if layout.device == device]
-                self._parts.append((self.subset(index), index))
+                self.parts.append((self.subset(index), index))
 
     def _layout_of(self, index: int) -> Layout | None:
         tensor, name = self.tensors[index], self.names[index]
@@ -161,11 +163,6 @@ class Plan:
             whole = len(self.shares) == 1
             self._by_share = [self] if whole else [self.subset(share.index) for share in self.shares]
         return self._by_share
-
-    @property
-    def parts(self) -> list[tuple[Plan, list[int]]]:
-        """Plans of one device each, with the indices of their tensors; empty if there is only one device."""
-        return self._parts
 
     def __len__(self) -> int:
         return len(self.params)

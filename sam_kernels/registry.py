@@ -28,6 +28,8 @@ _AUTOMATIC = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 ENVIRONMENT_VARIABLE = "SAM_KERNELS_BACKEND"
 
+_graph = torch.autograd.graph
+
 
 class BackendStatus(NamedTuple):
     """Whether a backend can be used, and what it is or why it cannot."""
@@ -70,9 +72,19 @@ def backend_for(device: torch.device, wanted: str | None = None) -> Backend:
     return found
 
 
+def backend_of(plan: Plan, wanted: str | None = None) -> Backend:
+    """As :func:`backend_for`, for a plan's tensors: chosen once, as long as they stay on their device."""
+    if _copies_what_is_written():
+        return foreach.backend
+    chosen: Backend | None = plan.backends.get(wanted)
+    if chosen is None:
+        chosen = plan.backends[wanted] = backend_for(plan.device, wanted)
+    return chosen
+
+
 def _copies_what_is_written() -> bool:
     """Within ``allow_mutation_on_saved_tensors()`` torch copies tensors before its own operations write into them."""
-    return getattr(torch.autograd.graph, "_allow_mutation_on_saved_tensors_enabled", False)
+    return getattr(_graph, "_allow_mutation_on_saved_tensors_enabled", False)
 
 
 def backend_named(name: str) -> Backend:
@@ -103,5 +115,5 @@ def has_updates(plan: Plan, wanted: str | None = None) -> bool:
     """Whether updates by a base optimizer are worth making here: on all devices by kernels, or by the definition."""
     if plan.bindings:  # of a native backend
         return True
-    devices = [part.device for part, _ in plan.parts] or [plan.device]
-    return all(backend_for(device, wanted) is not foreach.backend for device in devices)
+    parts = [part for part, _ in plan.parts] or [plan]
+    return all(backend_of(part, wanted) is not foreach.backend for part in parts)

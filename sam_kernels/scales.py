@@ -30,7 +30,7 @@ def flattened(scale: Scale, groups: int, lists: int) -> FlatScale:
         ValueError: if ``scale`` has fewer entries than there are groups, or not one for each list, or an entry that is
             not finite.
     """
-    if isinstance(scale, NUMBER):
+    if not isinstance(scale, (list, tuple)) and isinstance(scale, NUMBER):
         return [_entry(scale)] * (lists * groups)
     try:
         flat = [_entry(value) for group in scale for value in group]
@@ -63,7 +63,7 @@ def float64(values: Tensor | Sequence[Any]) -> Tensor:
 
 
 def _entry(value: float | Tensor) -> float | Tensor:
-    if isinstance(value, Tensor) and value.device.type != "cpu":
+    if type(value) is not float and isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach()
     number = float(value)
     if not math.isfinite(number):

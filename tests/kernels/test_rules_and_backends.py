@@ -73,7 +73,7 @@ def split_in_parts(plan: sk.Plan) -> sk.Plan:
     """Treats every second tensor as if it were on a device of its own."""
     for start in (0, 1):
         index = list(range(start, len(plan), 2))
-        plan._parts.append((plan.subset(index), index))
+        plan.parts.append((plan.subset(index), index))
     return plan
 
 
