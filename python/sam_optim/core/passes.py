@@ -68,7 +68,7 @@ class Pass(_Fields):
     ) -> Self:
         if data not in _DATA:
             raise InvalidSettingError(f"Invalid data of a Pass: {data!r}; it is one of {', '.join(_DATA)}")
-        return super().__new__(cls, data, perturbed, kept, may_be_empty, last, weights)
+        return tuple.__new__(cls, (data, perturbed, kept, may_be_empty, last, weights))
 
     @property
     def updates_statistics(self) -> bool:

@@ -182,7 +182,8 @@ class Stepper:
             except StopIteration:
                 self._end()
                 return None
-            self._tell(run.waiting)
+            if self._followers:
+                self._tell(run.waiting)
         except BaseException:
             self.restore()
             raise
