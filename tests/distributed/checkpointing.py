@@ -12,18 +12,18 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
-from sam_optim import AgnosticSAM, FriendlySAM, LookSAM, SharpnessAwareOptimizer, TrainStep, VaSSO
+from sam_optim import SharpnessAwareOptimizer, TrainStep
 
-from ..optim.bases import Base
-from ..optim.methods import Method
-from .programs import ADAMW, SGD, UNFUSED, loss_of, make_model, sharded, train, whole
+from ..optim.bases import ADAMW, PLAIN_SGD, SGD, UNFUSED
+from ..optim.methods import named
+from .programs import loss_of, make_model, sharded, train, whole
 
 CASES = [
-    (Method(FriendlySAM, {"rho": 0.1}), ADAMW, StateDictOptions()),
-    (Method(VaSSO, {"rho": 0.1, "theta": 0.3}), SGD, StateDictOptions(flatten_optimizer_state_dict=True)),
-    (Method(LookSAM, {"rho": 0.1, "k": 3}), UNFUSED, StateDictOptions()),
-    (Method(AgnosticSAM, {"rho_train": 0.1, "smoothing": 0.5}), Base(torch.optim.SGD, {"lr": 0.1}), StateDictOptions()),
-    (Method(FriendlySAM, {"rho": 0.1}), ADAMW, StateDictOptions(full_state_dict=True)),
+    (named("FriendlySAM"), ADAMW, StateDictOptions()),
+    (named("VaSSO"), SGD, StateDictOptions(flatten_optimizer_state_dict=True)),
+    (named("LookSAM"), UNFUSED, StateDictOptions()),
+    (named("AgnosticSAM smoothed"), PLAIN_SGD, StateDictOptions()),
+    (named("FriendlySAM"), ADAMW, StateDictOptions(full_state_dict=True)),
 ]
 
 

@@ -15,15 +15,16 @@ import sam_kernels as sk
 from sam_kernels import Peers
 from sam_optim import GSAM, SAM, InvalidSettingError, StepOrderError, TrainStep
 
-from ..optim.methods import Method
-from .programs import ADAMW, METHODS, SGD, assert_close, data, loss_of, make_model, of_rank
+from ..optim.bases import ADAMW, SGD
+from ..optim.methods import Method, named
+from .programs import PAIRS, assert_close, data, loss_of, make_model, of_rank
 
 STEPS = 4
 
 
 def pipeline_stages(rank: int, ranks: int) -> None:
     """Every method on two stages, driven by torch's pipeline schedules, as by one process."""
-    for method, base in METHODS:
+    for method, base in PAIRS:
         whole, wanted = make_model(), make_model()
         own = [whole[:2], whole[2:]][rank]
         optimizer = method.make(own, base, process_group=torch.distributed.group.WORLD)
@@ -153,7 +154,7 @@ def pipeline_of_shards(rank: int, ranks: int) -> None:
     """Two stages, each FSDP2's over two ranks: sums over shards within a stage, then over stages."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))
     stage_number, shard = mesh.get_coordinate() or (0, 0)
-    for method, base in ((Method(SAM, {"rho": 0.1}), SGD), (Method(GSAM, {"rho": 0.1}), ADAMW)):
+    for method, base in ((named("SAM"), SGD), (named("GSAM"), ADAMW)):
         whole, wanted = make_model(), make_model()
         own = [whole[:2], whole[2:]][stage_number]
         fully_shard(own, mesh=mesh["shard"])

@@ -19,46 +19,27 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import sam_kernels as sk
 from sam_optim import (
-    AESAM,
-    CRSAM,
-    GSAM,
-    MGSERSAM,
     SAM,
-    WSAM,
-    AgnosticSAM,
-    FriendlySAM,
     InvalidSettingError,
-    LookSAM,
-    MomentumSAM,
     SAMPa,
     StabilityMonitor,
     TrainStep,
 )
 
-from ..optim.bases import Base
+from ..optim.bases import ADAMW, SGD, UNFUSED, Base
 from ..optim.cases import batches
-from ..optim.methods import Method
+from ..optim.methods import METHODS, named
 
 # Sizes that two ranks cannot share out evenly: 5 and 1, where a rank has nothing at all.
 SIZES = (7, 5, 1)
 
-SGD = Base(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01})
-ADAMW = Base(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1})
-UNFUSED = Base(torch.optim.RMSprop, {"lr": 0.01}, fused=False)
-METHODS = [
-    (Method(SAM, {"rho": 0.1}), SGD),
-    (Method(SAM, {"rho": 0.1}), ADAMW),
-    (Method(SAM, {"rho": 0.1}), UNFUSED),
-    (Method(SAM, {"rho": 0.5, "adaptive": "weights"}), SGD),
-    (Method(GSAM, {"rho": 0.1}), SGD),
-    (Method(FriendlySAM, {"rho": 0.1}), ADAMW),
-    (Method(AgnosticSAM, {"rho_train": 0.1}), SGD),
-    (Method(SAMPa, {"rho": 0.1}), SGD),
-    (Method(AESAM, {"rho": 0.1}), SGD),
-    (Method(MomentumSAM, {"rho": 0.1}), ADAMW),
-    (Method(CRSAM, {"rho": 0.1}), SGD),
-    (Method(MGSERSAM, {"rho": 0.1}), UNFUSED),
-    (Method(LookSAM, {"rho": 0.1, "k": 2, "alpha": 0.5}), SGD),
+# Every method on its own, and what a base keeps for each weight: a momentum, two moments, and what it likes.
+PAIRS = [
+    *((method, SGD) for method in METHODS),
+    *((named("SAM"), base) for base in (ADAMW, UNFUSED)),
+    (named("FriendlySAM"), ADAMW),
+    (named("MomentumSAM"), ADAMW),
+    (named("MGSERSAM"), UNFUSED),
 ]
 
 
@@ -100,16 +81,13 @@ def data(count: int) -> list[tuple[Tensor, Tensor]]:
 def train(step: TrainStep, rank: int, ranks: int, steps: int = 4) -> None:
     for batch, other in zip(data(steps), data(2 * steps)[steps:], strict=True):
         own, own_other = of_rank(batch, rank, ranks), of_rank(other, rank, ranks)
-        if isinstance(step.optimizer, MGSERSAM):
-            step(own, memory_batch=own_other)
-        else:
-            step(own, own_other)
+        step(own, own_other, memory_batch=own_other)
 
 
 def fsdp_trains_like_one_process(rank: int, ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
-    for method, base in METHODS:
-        for options in ({}, {"reshard_after_forward": False}):
+    for method, base in PAIRS:
+        for options in ({}, {"reshard_after_forward": False}) if method is named("SAM") else ({},):
             model, wanted = sharded(make_model(), mesh, **options), make_model()
             optimizer = method.make(model, base)
             train(TrainStep(model, optimizer, loss_of), rank, ranks)
@@ -120,12 +98,18 @@ def fsdp_trains_like_one_process(rank: int, ranks: int) -> None:
                 assert all(isinstance(v, DTensor) for k, v in entries.items() if k != "step")
 
 
+FSDP_1 = [
+    *((named("SAM"), base) for base in (ADAMW, UNFUSED)),
+    *((named(name), SGD) for name in ("ASAM", "GSAM", "SAMPa")),
+]
+
+
 def fsdp_of_version_1(rank: int, ranks: int) -> None:
     """Flat shards: refused without a process group, and with it trained like one process."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for use_orig_params in (False, True):
-        for method, base in (*METHODS[1:5], (Method(SAMPa, {"rho": 0.1}), SGD)):
+        for method, base in FSDP_1:
             if method.settings.get("adaptive") == "weights" and not use_orig_params:
                 continue  # flat parameters have no names to choose by
             wanted = make_model()
@@ -168,16 +152,16 @@ def norms_are_global(rank: int, ranks: int) -> None:
 
 def micro_batches_and_clipping(rank: int, ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
-    for cls in (SAM, GSAM):
+    for name in ("SAM", "GSAM"):
         for options in ({"micro_batches": 3}, {"max_grad_norm": 0.1}):
             model, wanted = sharded(make_model(), mesh), make_model()
             for own, place in ((model, (rank, ranks)), (wanted, (0, 1))):
-                train(TrainStep(own, Method(cls, {"rho": 0.1}).make(own, SGD), loss_of, **options), *place)
+                train(TrainStep(own, named(name).make(own, SGD), loss_of, **options), *place)
             assert_close(model, wanted)
     # The same clipping by hand.
     model, wanted = sharded(make_model(), mesh), make_model()
     for own, place in ((model, (rank, ranks)), (wanted, (0, 1))):
-        optimizer = Method(GSAM, {"rho": 0.1}).make(own, SGD)
+        optimizer = named("GSAM").make(own, SGD)
         for batch in data(3):
             for p in optimizer.each_pass():
                 loss_of(own, of_rank(batch, *place)).backward()
@@ -189,7 +173,7 @@ def micro_batches_and_clipping(rank: int, ranks: int) -> None:
     model = sharded(make_model(), mesh)
     step = TrainStep(
         model,
-        Method(SAM, {"rho": 0.1}).make(model, SGD),
+        named("SAM").make(model, SGD),
         loss_of,
         micro_batches=2,
         perturbation="micro_batch",
@@ -306,10 +290,10 @@ def checkpoints(rank: int, ranks: int) -> None:
 
     mesh = init_device_mesh("cpu", (ranks,))
     for method, base, own_dict in (
-        (Method(SAM, {"rho": 0.1}), ADAMW, False),
-        (Method(SAM, {"rho": 0.1}), SGD, True),
-        (Method(FriendlySAM, {"rho": 0.1}), SGD, True),
-        (Method(FriendlySAM, {"rho": 0.1}), UNFUSED, False),
+        (named("SAM"), ADAMW, False),
+        (named("SAM"), SGD, True),
+        (named("FriendlySAM"), SGD, True),
+        (named("FriendlySAM"), UNFUSED, False),
     ):
         model = sharded(make_model(), mesh)
         optimizer = method.make(model, base)
@@ -338,7 +322,7 @@ def data_parallel(rank: int, ranks: int) -> None:
     model, wanted = make_model(), make_model()
     wrapped = nn.parallel.DistributedDataParallel(model)
     for own, place in ((wrapped, (rank, ranks)), (wanted, (0, 1))):
-        step = TrainStep(own, Method(SAM, {"rho": 0.1}).make(own, SGD), loss_of, micro_batches=2)
+        step = TrainStep(own, named("SAM").make(own, SGD), loss_of, micro_batches=2)
         train(step, *place)
     assert_close(model, wanted)
     for param in model.parameters():
@@ -349,17 +333,8 @@ def data_parallel(rank: int, ranks: int) -> None:
 
 def gradients_in_buckets(rank: int, ranks: int) -> None:
     """Where gradients are views of its buckets, DistributedDataParallel writes the next over those of a pass."""
-    kept = [
-        Method(GSAM, {"rho": 0.1}),
-        Method(WSAM, {"rho": 0.1, "gamma": 0.3}),
-        Method(CRSAM, {"rho": 0.1}),
-        Method(LookSAM, {"rho": 0.1, "k": 2}),
-        Method(SAMPa, {"rho": 0.1}),
-        Method(AgnosticSAM, {"rho_train": 0.1}),
-        Method(MGSERSAM, {"rho": 0.1}),
-        Method(SAM, {"rho": 0.1}),
-    ]
-    for method in kept:
+    for name in ("GSAM", "WSAM", "CRSAM", "LookSAM", "SAMPa", "AgnosticSAM", "MGSERSAM", "SAM"):
+        method = named(name)
         model, wanted = make_model(), make_model()
         wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         for own, place in ((wrapped, (rank, ranks)), (wanted, (0, 1))):
@@ -371,15 +346,16 @@ def zero_redundancy(rank: int, ranks: int) -> None:
     """ZeroRedundancyOptimizer as the base: each rank updates its share of the weights, all perturb all of them."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch.jit
 
-    for cls, base in ((SAM, SGD), (SAM, ADAMW), (GSAM, SGD), (SAM, UNFUSED)):
+    for name, base in (("SAM", SGD), ("SAM", ADAMW), ("GSAM", SGD), ("SAM", UNFUSED)):
+        cls, settings = named(name).cls, named(name).settings
         model, wanted = make_model(), make_model()
         wrapped = nn.parallel.DistributedDataParallel(model)
         zero = ZeroRedundancyOptimizer(wrapped.parameters(), base.cls, **base.settings)
-        optimizer = cls(wrapped.parameters(), zero, rho=0.1)
+        optimizer = cls(wrapped.parameters(), zero, **settings)
         schedulers = []
         for own, place, opt in (
             (wrapped, (rank, ranks), optimizer),
-            (wanted, (0, 1), Method(cls, {"rho": 0.1}).make(wanted, base)),
+            (wanted, (0, 1), named(name).make(wanted, base)),
         ):
             schedulers.append(torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5))
             for _ in range(2):  # a learning rate of the optimizer's reaches the shares
@@ -416,7 +392,7 @@ def grad_scaler(rank: int, ranks: int) -> None:
 
 def _scaled_steps(model: nn.Module, base: Base, overflow_in: int | None, rank: int, ranks: int) -> float:
     """Three steps of SAM; in the second a gradient of the last rank overflows. Returns the scale that is left."""
-    optimizer = Method(SAM, {"rho": 0.1}).make(model, base)
+    optimizer = named("SAM").make(model, base)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for number, batch in enumerate(data(3)):
         x, y = of_rank((batch[0].float(), batch[1].float()), rank, ranks)
@@ -479,7 +455,7 @@ def mmengine_replicas(rank: int, ranks: int) -> None:
         def forward(self, x: Tensor, y: Tensor, mode: str = "loss") -> dict[str, Tensor]:
             return {"loss": (self.net(x).squeeze(1) - y).pow(2).mean()}
 
-    for method in (Method(SAM, {"rho": 0.1}), Method(GSAM, {"rho": 0.1}), Method(SAMPa, {"rho": 0.1})):
+    for method in (named("SAM"), named("GSAM"), named("SAMPa")):
         model, wanted = MMDistributedDataParallel(Regressor()), make_model()
         optimizer = method.make(model, SGD)
         wrapper = OptimWrapper(optimizer, accumulative_counts=2, clip_grad={"max_norm": 0.5})
@@ -520,7 +496,7 @@ def trainer_replicas(rank: int, ranks: int, folder: str) -> None:
 
     entries = [{"x": a, "labels": b} for x, y in data(3) for a, b in zip(x, y, strict=True)]
     samples = len(entries) // 3
-    for method in (Method(GSAM, {"rho": 0.1}), Method(SAMPa, {"rho": 0.1})):
+    for method in (named("GSAM"), named("SAMPa")):
         model, wanted = Regressor(), make_model()
         options = transformers.TrainingArguments(
             output_dir=folder,
