@@ -215,7 +215,7 @@ def test_clipping_does_not_reach_a_gradient_that_is_kept():
     class Keeps(SAM):
         def passes(self):
             g = yield Pass()
-            self.ascend(g, rule=self._rule, scale=self._radii())
+            self.ascend(g, rule=self._rule, scale=self.radii())
             g_plus = yield Pass(perturbed=True, kept=True, last=True)
             before = [x.clone() for x in g_plus]
             yield Update(g_plus)

@@ -338,7 +338,7 @@ class _Deflecting(SAM):
 
     def passes(self):
         g = yield Pass(kept=True)
-        self.ascend(g, rule=self._rule, scale=self._radii())
+        self.ascend(g, rule=self._rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True)
         yield Update(g_plus, g, rule=Deflected(alpha=0.3))
 

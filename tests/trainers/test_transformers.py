@@ -361,7 +361,7 @@ def test_grad_scaler(tmp_path):
 class Silent(SAM):
     def passes(self):
         g = yield Pass()
-        self.ascend(g, rule=self._rule, scale=self._radii())
+        self.ascend(g, rule=self._rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True)
         yield Update(g_plus)
 

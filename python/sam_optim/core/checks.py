@@ -199,5 +199,7 @@ def radius(rho: Any, name: str = "rho") -> float | Tensor:
 
 def is_zero(rho: float | Tensor) -> bool:
     """Whether a radius is known to be zero."""
+    if type(rho) is float and rho > 0.0:
+        return False
     rho = radius(rho)
     return not isinstance(rho, Tensor) and rho == 0.0

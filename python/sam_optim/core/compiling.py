@@ -40,7 +40,7 @@ def untraced(method: Method) -> Method:
 
 def _is_compiler_looking() -> bool:
     """Whether a compiled function is being traced, or runs and has called what is not compiled."""
-    return torch.compiler.is_compiling() or _callback() is not None
+    return torch.compiler.is_dynamo_compiling() or _callback() is not None
 
 
 def prepare() -> None:

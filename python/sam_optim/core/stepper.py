@@ -79,7 +79,7 @@ class Stepper:
         """
         self.refuse_second_begin(action)
         self._clear_leftovers()
-        self._begin(is_told_of_passes=True)
+        self._begin(self.optimizer, is_told_of_passes=True)
         return self.waiting
 
     @untraced
@@ -105,7 +105,7 @@ class Stepper:
             if self._followers:
                 self._tell(None)
             gradients = gradients_of(optimizer._params())
-            run = step.run or self._begin()
+            run = step.run or self._begin(optimizer)
             if run is None:
                 return None
             waiting = run.waiting
@@ -139,7 +139,7 @@ class Stepper:
         step.runs_in_parallel = True
         run: BegunStep | None = None
         try:
-            run = self._begin(is_told_of_passes=True)
+            run = self._begin(self.optimizer, is_told_of_passes=True)
             while run is not None:
                 group = PassGroup(run.expected)
                 yield group
@@ -158,13 +158,13 @@ class Stepper:
             if run is not None and step.run is run:
                 self.restore()
 
-    def _begin(self, is_told_of_passes: bool = False) -> BegunStep | None:
+    def _begin(self, optimizer: SharpnessAwareOptimizer, is_told_of_passes: bool = False) -> BegunStep | None:
         """Begins a step with the plan as it is; None if the method wants no gradient for it.
 
         Args:
             is_told_of_passes: the driver makes as many as are asked for, and not two whatever they are.
         """
-        optimizer, step = self.optimizer, self.step
+        step = self.step
         plans = optimizer._plans
         if _under_way:
             self._refuse_shared_parameters()
@@ -254,12 +254,12 @@ class Stepper:
             finally:
                 step.handler = handler
         elif step.is_in_step_call:
-            updating.make(self, update)
+            updating.make(self, optimizer, update)
         elif step.caller is None and optimizer._needs_no_step_call():
             # As through step(), which would only come back here.
             step.arguments = (optimizer,), {}
             try:
-                updating.make(self, update)
+                updating.make(self, optimizer, update)
             finally:
                 step.arguments = None
         else:

@@ -19,6 +19,7 @@ from .report import StepReport
 from .step_hooks import post_hooks_of, pre_hooks_of, run_post_hooks, run_pre_hooks
 
 if TYPE_CHECKING:
+    from .optimizer import SharpnessAwareOptimizer
     from .stepper import Stepper
 
 Hooks = list[Callable[..., Any]]
@@ -29,9 +30,9 @@ def ones(gram: Tensor) -> Tensor:
     return torch.ones_like(gram[0])
 
 
-def make(stepper: Stepper, update: Update) -> None:
+def make(stepper: Stepper, optimizer: SharpnessAwareOptimizer, update: Update) -> None:
     """Restores the weights and updates them by the base optimizer, within its ``step()``; runs the step's hooks."""
-    optimizer, step = stepper.optimizer, stepper.step
+    step = stepper.step
     lists, rule = update.lists, update.rule
     # GradScaler sets its scale and overflow flag as attributes around step().
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
@@ -73,7 +74,7 @@ def make(stepper: Stepper, update: Update) -> None:
             outcome = outcome._replace(report=outcome.report.unscaled(grad_scale))
     step.report = StepReport(ascent, outcome.report, outcome)
     if fused:
-        _run_post_hooks_of_base(stepper)
+        _run_post_hooks_of_base(optimizer)
     if post_hooks_of(optimizer):
         step.post_hooks_due = step.arguments
         if run is None or run.update is None:
@@ -146,9 +147,9 @@ def _gradient_in_place(stepper: Stepper, descent: Descent) -> Gradients | None:
     )
 
 
-def _run_post_hooks_of_base(stepper: Stepper) -> None:
-    base = stepper.optimizer._base
+def _run_post_hooks_of_base(optimizer: SharpnessAwareOptimizer) -> None:
+    base = optimizer._base
     hooks = post_hooks_of(base, with_global=False)
     if hooks:
         run_post_hooks(base, hooks, ((base,), {}))
-        stepper.optimizer._plans.catch_up(unseen=True)
+        optimizer._plans.catch_up(unseen=True)

@@ -72,7 +72,7 @@ class AESAM(IntermittentSAM):
     def passes(self) -> Passes:
         g = yield Pass()
         if self._is_large(g):
-            self.ascend(g, rule=self._rule, scale=self._radii())
+            self.ascend(g, rule=self._rule, scale=self.radii())
             g = yield Pass(perturbed=True, last=True)
         yield Update(g)
 

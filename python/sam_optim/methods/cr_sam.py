@@ -64,9 +64,9 @@ class CRSAM(SAM):
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
-        self.ascend(g, rule=self._rule, scale=self._radii())
+        self.ascend(g, rule=self._rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True, kept=True)
-        self.ascend(g, rule=self._rule, scale=[[-rho] for [rho] in self._radii()])
+        self.ascend(g, rule=self._rule, scale=[[-rho] for [rho] in self.radii()])
         g_minus = yield Pass(perturbed=True, kept=True, last=True)
         weights = [[1.0 + gamma + beta, gamma - beta, -2.0 * gamma] for gamma, beta in self.per_group("gamma", "beta")]
         yield Update(g_plus, g_minus, g, scale=weights)

@@ -69,11 +69,11 @@ class FriendlySAM(SAM):
     def passes(self) -> Passes:
         g = yield Pass()
         if not self.has_method_state("average"):
-            self.ascend(g, rule=self._rule, scale=self._radii())
+            self.ascend(g, rule=self._rule, scale=self.radii())
         else:
             # Parameters that had no gradient so far have no average to take away.
             average = [None if x is None else m for x, m in zip(g, self.method_state("average"), strict=True)]
-            self.ascend(g, average, rule=self._difference, scale=[[rho, rho] for [rho] in self._radii()])
+            self.ascend(g, average, rule=self._difference, scale=[[rho, rho] for [rho] in self.radii()])
         self.moving_average("average", g, self.lmbda, starts_at_gradient=True)
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus)

@@ -60,6 +60,6 @@ class GNP(SAM):
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
-        self.ascend(g, rule=self._rule, scale=self._radii())
+        self.ascend(g, rule=self._rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g, g_plus, scale=[[1.0 - alpha, alpha] for [alpha] in self.per_group("alpha")])

@@ -58,6 +58,6 @@ class GSAM(SAM):
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
-        self.ascend(g, rule=self._rule, scale=self._radii())
+        self.ascend(g, rule=self._rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus, g, rule=Deflected(alpha=self.alpha))

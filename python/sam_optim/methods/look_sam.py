@@ -74,7 +74,7 @@ class LookSAM(SAM):
         step, k = self.param_groups[0]["looksam_step"], self.k
         if step % k == 0 or not self.has_method_state("direction"):
             g = yield Pass(kept=True)
-            self.ascend(g, rule=self._rule, scale=self._radii())
+            self.ascend(g, rule=self._rule, scale=self.radii())
             g_plus = yield Pass(perturbed=True, kept=True, last=True)
             yield Update(g_plus)
             if k > 1:

@@ -79,7 +79,7 @@ class MGSERSAM(SAM):
     def passes(self) -> Passes:
         g_task, g_memory = yield [Pass(kept=True), Pass(MEMORY, kept=True, may_be_empty=True)]
         rule = NormalizedSum(epsilon=self._rule.epsilon)
-        self.ascend(g_task, g_memory, rule=rule, scale=[[rho, rho] for [rho] in self._radii()])
+        self.ascend(g_task, g_memory, rule=rule, scale=[[rho, rho] for [rho] in self.radii()])
         g_task_plus, g_memory_plus = yield [
             Pass(perturbed=True, kept=True),
             Pass(MEMORY, perturbed=True, kept=True, may_be_empty=True, last=True),

@@ -79,7 +79,7 @@ class MomentumSAM(SAM):
         momentum = self._momentum()
         if any(v is not None for v in momentum):
             # A base that maximises keeps the momentum of -f.
-            self.ascend(momentum, rule=self._rule, scale=[[-rho] for [rho] in self._radii()], follows_maximize=False)
+            self.ascend(momentum, rule=self._rule, scale=[[-rho] for [rho] in self.radii()], follows_maximize=False)
         g_plus = yield Pass(last=True)
         yield Update(g_plus)
 

@@ -91,7 +91,7 @@ class SAM(SharpnessAwareOptimizer):
 
     def passes(self) -> Passes:
         g = yield Pass()
-        self.ascend(g, rule=self._rule, scale=self._radii())
+        self.ascend(g, rule=self._rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus)
 
@@ -99,11 +99,8 @@ class SAM(SharpnessAwareOptimizer):
     def _rule(self) -> Normalized:
         return _normalized(self.perturb_eps)
 
-    def _radii(self) -> list[list[float | Tensor]]:
-        return self.radii()
-
     def _is_plain_step(self) -> bool:
-        return all(is_zero(group["rho"]) for group in self.param_groups)
+        return all(is_zero(group["rho"]) for group in self._base.param_groups)
 
     def validate_group(self, group: dict[str, Any]) -> None:
         super().validate_group(group)

@@ -88,14 +88,14 @@ class SAMPa(SAM):
             return
         g_y = self.method_state(_Y_GRADIENT)
         if self.runs_in_parallel:
-            tilde = self.ascent_point(g_y, rule=self._rule, scale=self._radii())
+            tilde = self.ascent_point(g_y, rule=self._rule, scale=self.radii())
             ahead = self.look_ahead_point(g_y)
             g_tilde, g_y_next = yield [
                 Pass(PREVIOUS, perturbed=True, kept=True, weights=tilde),
                 Pass(kept=True, last=True, weights=ahead),
             ]
         else:
-            self.ascend(g_y, rule=self._rule, scale=self._radii())
+            self.ascend(g_y, rule=self._rule, scale=self.radii())
             g_tilde = yield Pass(PREVIOUS, perturbed=True, kept=True)
             self.look_ahead(g_y)
             g_y_next = yield Pass(kept=True, last=True)

@@ -24,6 +24,6 @@ class StableSAM(SAM):
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
-        self.ascend(g, rule=self._rule, scale=self._radii())
+        self.ascend(g, rule=self._rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus, g, rule=NormMatched())

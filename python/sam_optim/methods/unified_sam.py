@@ -62,7 +62,7 @@ class UnifiedSAM(SAM):
 
     def passes(self) -> Passes:
         g = yield Pass()
-        self.ascend(g, rule=self._mixed, scale=self._radii())
+        self.ascend(g, rule=self._mixed, scale=self.radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus)
 

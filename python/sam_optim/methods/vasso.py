@@ -62,6 +62,6 @@ class VaSSO(SAM):
     def passes(self) -> Passes:
         g = yield Pass()
         direction = self.moving_average("direction", g, 1.0 - self.theta, starts_at_gradient=True)
-        self.ascend(direction, rule=self._rule, scale=self._radii())
+        self.ascend(direction, rule=self._rule, scale=self.radii())
         g_plus = yield Pass(perturbed=True, last=True)
         yield Update(g_plus)

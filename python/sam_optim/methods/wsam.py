@@ -72,7 +72,7 @@ class WSAM(SAM):
 
     def passes(self) -> Passes:
         g = yield Pass(kept=True)
-        self.ascend(g, rule=self._rule, scale=self._radii())
+        self.ascend(g, rule=self._rule, scale=self.radii())
         decouple = self.decouple
         g_plus = yield Pass(perturbed=True, kept=decouple, last=True)
         weights = [gamma / (1.0 - gamma) for [gamma] in self.per_group("gamma")]
