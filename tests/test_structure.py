@@ -49,6 +49,15 @@ def test_rooms_import_as_they_may():
             assert not wrong, f"{path.name} of {room} imports from {wrong}"
 
 
+def test_no_test_module_imports_from_another():
+    """What tests share is in modules beside them."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                last = (node.module or "").split(".")[-1]
+                assert not last.startswith("test_"), f"{path.name} imports from {last}"
+
+
 @sources
 def test_the_kernels_know_nothing_of_the_methods():
     for path in (ROOT / "sam_kernels").rglob("*.py"):

@@ -18,7 +18,7 @@ from sam_kernels.cuda import Tuning
 from sam_kernels.cuda import backend as cuda
 
 from ..kernels.cases import DTYPE_PAIRS, Problem, assert_backends_agree, poisoned_snapshot
-from ..kernels.test_masters import LOW, Trained, both
+from ..kernels.masters import LOW, Trained, both
 from ..targets import Target
 
 SIZES = [0, 1, 7, 700, 2049, 40_000]

@@ -12,8 +12,8 @@ import sam_kernels as sk
 from sam_kernels.backends.contract import AscentArguments, GramArguments
 from sam_kernels.cuda import Tuning
 
+from ..kernels.agreement import descent
 from ..kernels.cases import Problem, assert_backends_agree, poisoned_snapshot, same_bits
-from ..kernels.test_parity import descent
 from .everything import everything, same
 from .shim import ROOT, native
 

@@ -7,8 +7,8 @@ import torch
 
 import sam_kernels as sk
 
+from .agreement import agree, by_dtypes
 from .cases import NAN, Problem, poisoned_snapshot, same_bits
-from .test_parity import agree, by_dtypes
 
 LOOK_AHEAD_OPTIONS = [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "adam"]
 

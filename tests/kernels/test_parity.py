@@ -11,15 +11,8 @@ import sam_kernels as sk
 from sam_kernels.backends.contract import AscentArguments
 
 from ..targets import target_named
-from .cases import DTYPE_PAIRS, FORMS, Problem, assert_backends_agree, poisoned_snapshot, same_bits
-
-SCALES = {k: [[0.05 * (g + 1) * (-1) ** i for i in range(k)] for g in range(2)] for k in (1, 2, 3)}
-
-by_dtypes = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
-
-
-def agree(target, problem, run):
-    assert_backends_agree(problem, run, target.name, target.device)
+from .agreement import SCALES, agree, by_dtypes, descent
+from .cases import FORMS, Problem, poisoned_snapshot, same_bits
 
 
 @by_dtypes
@@ -91,16 +84,6 @@ def test_perturb_combine_restore(target, dtypes, lists):
 
     agree(target, Problem.random(target.sizes, *dtypes, adaptive=True, lists=lists), perturb)
     agree(target, Problem.random(target.sizes, *dtypes, lists=lists), combine)
-
-
-def descent(problem, base, backend, **arguments):
-    """Perturb with snapshot, then descend; both with the same backend."""
-    plan = problem.plan()
-    snapshot = poisoned_snapshot(plan)
-    sk.perturb_(plan, problem.xs, [1.0] * len(problem.xs), snapshot=snapshot, backend=backend)
-    report = sk.descent_(plan, problem.xs, base, snapshot=snapshot, backend=backend, **arguments)
-    assert not snapshot.is_taken
-    return report
 
 
 @by_dtypes
