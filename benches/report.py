@@ -199,36 +199,36 @@ def scaling_table(results: Results, what: str) -> str:
 def page(results: Results) -> str:
     parts = [
         "# Performance",
-        """Written by `python -m benches.report` from `benches/results`; nothing here is typed by hand. Times are
-medians of one run; contenders take turns, each in a process of its own, after all of them have been checked to make
-the same step. The copy is `Tensor.copy_` in the same run.""",
+        """This page is written by `python -m benches.report` from `benches/results`; no number in it is typed by hand.
+Times are medians of one run. The contenders take turns, each in a process of its own; before that, all of them are
+checked to make the same step. "Of copy" compares the bandwidth with that of `Tensor.copy_` in the same run.""",
         f"CPU: {results.machine}.",
         "## The optimizer side of a step",
-        "`first_step() + second_step()`, float32, and how many times slower than sam-kernels the peers are.",
+        "Time of `first_step() + second_step()`, float32. In brackets: how many times slower than sam-kernels a peer is.",
         step_table(results),
     ]
     memory = memory_table(results)
     if memory:
         parts += [
             "### Memory",
-            "Peak of what a step has allocated besides parameters and gradients, the base optimizer's state included, "
-            "in bytes a parameter (a float32 parameter has 4).",
+            "The peak of what a step has allocated besides parameters and gradients, with the base optimizer's state, "
+            "in bytes a parameter. A float32 parameter itself has 4.",
             memory,
         ]
     if results.in_bfloat16:
         parts += [
             "### Models in bfloat16",
-            "ResNet-50's shapes with weights and gradients in bfloat16: `master_weights=True`, the same written with "
-            "care in torch's foreach operations, and training the weights without masters, which loses small "
-            "perturbations and updates. A step with masters moves 30 bytes a parameter with SGD, 38 with AdamW; bytes "
-            "a parameter are the peak memory besides weights and gradients.",
+            "ResNet-50's shapes with weights and gradients in bfloat16, in three ways: with `master_weights=True`; the "
+            "same written with care in torch's foreach operations; and without masters, which loses small "
+            "perturbations and updates. A step with masters moves 30 bytes a parameter with SGD and 38 with AdamW. "
+            "The last column is the peak memory besides weights and gradients.",
             in_bfloat16_table(results),
         ]
     if results.variants:
         parts += [
             "### SAM's family",
-            "The optimizer side of a step, ResNet-50's shapes, SGD with momentum. LookSAM's is a step with two "
-            "passes; four of five take one with ours, and two with the peer's.",
+            "The optimizer side of a step, ResNet-50's shapes, SGD with momentum. LookSAM's time is that of a step "
+            "with two passes. Four of five steps take only one pass with ours, but two with the peer's.",
             variants_table(results),
         ]
     if results.scaling:
@@ -242,10 +242,10 @@ the same step. The copy is `Tensor.copy_` in the same run.""",
     if results.training:
         parts += [
             "## Whole training steps",
-            """Small networks on random data; the time includes forward and backward, with half the interquartile range
-as spread. The optimizer's share is that of its calls, timed by themselves. On a processor the passes decide: who uses
-SAM pays for two of them, and the optimizer's calls are what can be saved. Agnostic-SAM makes four passes, two of them
-on a quarter of the batch.""",
+            """Small networks on random data. The time includes forward and backward passes; the spread is half the
+interquartile range. The optimizer's share is that of its calls, timed by themselves. On a CPU the passes take
+nearly all of the time: SAM needs two, and only the optimizer's calls can be made cheaper. Agnostic-SAM makes four
+passes, two of them on a quarter of the batch.""",
             training_table(results),
         ]
     parts += ["## GPU", gpu_report.section(RESULTS / "gpu", IMAGES)]

@@ -8,10 +8,15 @@ from ..tables import table
 from .records import Row
 from .targets import OURS, Evidence, targets
 
-NOTHING = """Nothing has been measured on a GPU yet. `make gpu-evidence` takes two times five minutes: every operation
-once, the time of a step of ResNet-50, ViT-B/16, GPT-2 and a model of 1.24 B parameters by the CUDA and the Triton
-kernels and by their peers, compute-sanitizer, the tests that need a GPU, whole training steps, and sweeps. What it
-finds is written to `benches/results/gpu` row by row, and this section from that, however far it came."""
+NOTHING = """Nothing has been measured on a GPU yet. `make gpu-evidence` will do it, in two parts of five minutes:
+
+* every operation once,
+* the time of a step of ResNet-50, ViT-B/16, GPT-2 and a model of 1.24 B parameters, by the CUDA kernels, the Triton
+  kernels and their peers,
+* compute-sanitizer, and the tests that need a GPU,
+* whole training steps, and sweeps.
+
+It writes its results to `benches/results/gpu` row by row. This section is made from whatever is there."""
 
 
 def summary(folder: Path) -> str | None:
