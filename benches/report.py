@@ -204,7 +204,7 @@ Times are medians of one run. The contenders take turns, each in a process of it
 checked to make the same step. "Of copy" compares the bandwidth with that of `Tensor.copy_` in the same run.""",
         f"CPU: {results.machine}.",
         "## The optimizer side of a step",
-        "Time of `first_step() + second_step()`, float32. In brackets: how many times slower than sam-kernels a peer is.",
+        "Time of `first_step() + second_step()`, float32. In brackets: how many times slower than sam-kernels it is.",
         step_table(results),
     ]
     memory = memory_table(results)
