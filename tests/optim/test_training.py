@@ -377,14 +377,14 @@ def test_bases_with_a_state_dict_of_their_own(method, base):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("base", "adaptive"), [(SGD, False), (ADAMW, True)], ids=str)
-def test_ten_thousand_steps_with_lr_zero_keep_every_bit(base, dtype, adaptive):
+def test_thousands_of_steps_with_lr_zero_keep_every_bit(base, dtype, adaptive):
     weights = [nn.Parameter(torch.randn(n).to(dtype)) for n in (1, 17, 600)]
     with torch.no_grad():
         weights[1][:2] = torch.tensor([-0.0, 0.0])
     before = [w.detach().clone() for w in weights]
     optimizer = SAM(weights, base.cls, rho=0.5, adaptive=adaptive, **{**base.settings, "lr": 0.0})
     gradients = [[torch.randn_like(w) for w in weights] for _ in range(10)]
-    for step in range(10_000):
+    for step in range(10_000 if dtype is torch.bfloat16 else 1_000):
         for move, offset in ((optimizer.first_step, 0), (optimizer.second_step, 3)):
             for w, g in zip(weights, gradients[(step + offset) % 10], strict=True):
                 w.grad = g
