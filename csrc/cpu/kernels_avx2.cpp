@@ -1,4 +1,5 @@
-// The same kernels for x86-64 processors with AVX2 and F16C. See "Instruction sets" in docs/design.md for what it buys.
+// The same kernels for x86-64 processors with AVX2 and F16C. "Instruction sets" in docs/measurements.md says what it
+// buys.
 #include "kernels.h"
 
 #include <cmath>

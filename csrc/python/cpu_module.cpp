@@ -1,4 +1,4 @@
-// sam_kernels._cpu: the table of tensors and the launches of the CPU backend, for sam_kernels/cpu.py.
+// sam_kernels._cpu: the table of tensors and the launches of the CPU backend, for sam_kernels/backends/cpu.py.
 #include <algorithm>
 #include <limits>
 #include <vector>

@@ -1,4 +1,4 @@
-// sam_kernels._cuda: the table of tensors and the launches of the CUDA backend, for sam_kernels/cuda.py.
+// sam_kernels._cuda: the table of tensors and the launches of the CUDA backend, for sam_kernels/backends/cuda.py.
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
@@ -28,7 +28,7 @@ constexpr dlpack::DeviceType kDeviceType = dlpack::kCuda;
 // Float64 numbers at the start of the scratch memory that hold the tickets.
 constexpr int kTicketDoubles = 2;
 
-// As in sam_kernels/cuda.py, which says what it means and has the defaults.
+// As in sam_kernels/backends/cuda.py, which says what it means and has the defaults.
 struct Tuning {
     int chunk_size;
     int threads;
