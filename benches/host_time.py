@@ -80,12 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="hot ones; a tenth of them between passes")
     steps = parser.parse_args().steps
-    torch.set_num_threads(1)
     print("median (a tenth is faster than), in microseconds")
     for base in BASES:
         for tensors in TENSORS:
             hot = measure(base, tensors, True, steps)
-            cold = measure(base, tensors, False, max(20, steps // 10))
+            cold = measure(base, tensors, False, max(5, steps // 10))
             print(
                 f"SAM with {base}, {tensors} tensors: hot {hot.median:.0f} ({hot.fast:.0f}), "
                 f"between passes {cold.median:.0f} ({cold.fast:.0f})"
@@ -93,4 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
