@@ -85,6 +85,7 @@ template <class W, class G>
 struct Uniform {
     using T = float;
     static constexpr int N = 16 / int(sizeof(W));
+    static constexpr bool kIsMixed = sizeof(W) != sizeof(G);
     using Own = Elements<W, N>;
     using Gradient = Elements<G, N>;
 
@@ -130,6 +131,7 @@ template <class T_>
 struct Single {
     using T = T_;
     static constexpr int N = 1;
+    static constexpr bool kIsMixed = false;
 
     struct Own {
         T value;
@@ -138,8 +140,13 @@ struct Single {
     };
     using Gradient = Own;
 
-    template <Reuse reuse = Reuse::Once>
+    template <Reuse = Reuse::Once>
     static SAMK_DEVICE Own own(const Source& source, int index) {
+        return element(source, index);
+    }
+    static SAMK_DEVICE Gradient gradient(const Source& source, int index) { return element(source, index); }
+
+    static SAMK_DEVICE Own element(const Source& source, int index) {
         switch (source.dtype) {
             case DType::Float32: return {T(__ldcg(place<float>(source, index)))};
             case DType::Float64: return {T(__ldcg(place<double>(source, index)))};
@@ -149,7 +156,6 @@ struct Single {
         }
         return {T(0)};
     }
-    static SAMK_DEVICE Gradient gradient(const Source& source, int index) { return own(source, index); }
 
     static SAMK_DEVICE void store(const Source& target, int index, const Own& own) {
         const T value = own.value;
@@ -165,13 +171,14 @@ struct Single {
         store(target, index, own);
     }
     static SAMK_DEVICE void restore(const Source& target, const Source& source, int index, const Own& = {}) {
-        if (target.dtype == source.dtype)
+        if (kIsDouble || target.dtype == source.dtype)
             copy(target, source, index);
         else
-            store(target, index, own(source, index));
+            store(target, index, element(source, index));
     }
     // Bit for bit: a conversion there and back would change the bits of a NaN.
     static SAMK_DEVICE void copy(const Source& target, const Source& source, int index, const Own& = {}) {
+        if constexpr (kIsDouble) return copy_as<double>(target, source, index);
         switch (size_of(target.dtype)) {
             case 2: copy_as<uint16_t>(target, source, index); break;
             case 4: copy_as<uint32_t>(target, source, index); break;
@@ -180,6 +187,9 @@ struct Single {
     }
 
 private:
+    // Then weights and their copies are float64 as well.
+    static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
+
     template <class S>
     static SAMK_DEVICE S* place(const Source& source, int index) {
         return reinterpret_cast<S*>(source.pointer) + index;

@@ -17,7 +17,7 @@ SAMK_KERNEL descent_kernel(SAMK_PARAMETERS p) {
 template <class Base>
 SAMK_KERNEL rule_descent_kernel(SAMK_PARAMETERS p) {
     SAMK_SHARED(Shared, shared);
-    gram_phase<1>(p, shared);  // an update's loops leave no registers for more
+    gram_phase(p, shared);
     grid_barrier();
     finish_gram(p, shared, blockIdx.x == 0);
     update_phase<Base>(p, shared, shared.coefficients, &shared.finite);

@@ -37,8 +37,12 @@ SAMK_DEVICE void block_sums(Shared& shared, double (&values)[count]) {
 template <int lists>
 constexpr int kPairs = pair_count(lists);
 
-// ahead: loads of one column alone that are under way at a time, to hide the memory's latency.
-template <int lists, int ahead>
+// Vectors that a thread has under way at a time, to hide the memory's latency: of one gradient; of pairs of a gradient and
+// its weight, or of two gradients. More would need more registers than there are.
+constexpr int kGradientsAhead = 4;
+constexpr int kPairsAhead = 2;
+
+template <int lists>
 struct GramBody {
     const Packed& p;
     double (&sums)[kPairs<lists>];
@@ -46,36 +50,41 @@ struct GramBody {
     template <class A>
     SAMK_DEVICE void run(const Work& work, const Share& share) const {
         int i = share.first;
-        if (p.is(Header::kWeightedGram) && work.eta >= 0.0) {
-#pragma unroll 1
-            for (; i < share.end; i += share.stride) {
-                // The geometry is that of the weights themselves, not of perturbed ones.
-                const typename A::Own w = A::template own<Reuse::Again>(work.unperturbed(), i);
-                typename A::Gradient x[lists];
-                load<A>(work, i, x);
-                add<A, true>(x, w, work.eta);
-            }
-            return;
-        }
-        if (lists == 1 && A::N > 1 && ahead > 1) {
-#pragma unroll 1
-            for (; i + (ahead - 1) * share.stride < share.end; i += ahead * share.stride) {
-                typename A::Gradient x[ahead][lists];
-#pragma unroll
-                for (int k = 0; k < ahead; ++k) load<A>(work, i + k * share.stride, x[k]);
-#pragma unroll
-                for (int k = 0; k < ahead; ++k) add<A, false>(x[k], {}, 0.0);
-            }
-        }
-#pragma unroll 1
-        for (; i < share.end; i += share.stride) {
-            typename A::Gradient x[lists];
-            load<A>(work, i, x);
-            add<A, false>(x, {}, 0.0);
+        if (is_weighted(p, work)) {
+            if constexpr (lists <= 2 && A::N > 1) i = walk<A, true, kPairsAhead>(work, share, i);
+            walk<A, true, 1>(work, share, i);
+        } else if constexpr (!A::kIsMixed) {  // those read gradients alone as path_of_gradients() says
+            if constexpr (lists <= 2 && A::N > 1)
+                i = walk<A, false, lists == 1 ? kGradientsAhead : kPairsAhead>(work, share, i);
+            walk<A, false, 1>(work, share, i);
         }
     }
 
+    // Whether the chunk's gradients are weighted by its weights. Gradients alone can be read in larger vectors.
+    static SAMK_DEVICE bool is_weighted(const Packed& p, const Work& work) {
+        return p.is(Header::kWeightedGram) && work.eta >= 0.0;
+    }
+
 private:
+    // From element i of the thread's share on, `ahead` vectors at a time; where it stopped.
+    template <class A, bool weighted, int ahead>
+    SAMK_DEVICE int walk(const Work& work, const Share& share, int i) const {
+#pragma unroll 1
+        for (; i + (ahead - 1) * share.stride < share.end; i += ahead * share.stride) {
+            typename A::Own w[ahead] = {};
+            typename A::Gradient x[ahead][lists];
+#pragma unroll
+            for (int k = 0; k < ahead; ++k) {
+                // The geometry is that of the weights themselves, not of perturbed ones.
+                if (weighted) w[k] = A::template own<Reuse::Again>(work.unperturbed(), i + k * share.stride);
+                load<A>(work, i + k * share.stride, x[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < ahead; ++k) add<A, weighted>(x[k], w[k], work.eta);
+        }
+        return i;
+    }
+
     template <class A>
     static SAMK_DEVICE void load(const Work& work, int index, typename A::Gradient (&x)[lists]) {
 #pragma unroll
@@ -105,7 +114,7 @@ private:
     }
 };
 
-template <int lists, int ahead>
+template <int lists>
 SAMK_DEVICE void gram_phase_of(const Packed& p, Shared& shared) {
     const uint32_t chunks = p.header.chunks;
     const uint32_t virtual_blocks = chunks < kVirtualBlocks ? chunks : kVirtualBlocks;
@@ -114,13 +123,18 @@ SAMK_DEVICE void gram_phase_of(const Packed& p, Shared& shared) {
     uint32_t v = blockIdx.x, index = v;
     const auto is_last_of_block = [&] { return index + kVirtualBlocks >= chunks; };
     int slot = 0;
-    if (v < virtual_blocks) prepare(p, shared, slot, index, NothingMore{});
+    if (v < virtual_blocks) prepare(p, shared, slot, index, 0, NothingMore{});
     __syncthreads();
     while (v < virtual_blocks) {
         const uint32_t next = is_last_of_block() ? v + gridDim.x : index + kVirtualBlocks;
-        if (!is_last_of_block() || next < virtual_blocks) prepare(p, shared, slot ^ 1, next, NothingMore{});
+        if (!is_last_of_block() || next < virtual_blocks)
+            prepare(p, shared, slot ^ 1, next, shared.work[slot].row, NothingMore{});
+        const Work& work = shared.work[slot];
         // Rows that only hold a copy take part in what follows, not in the sums.
-        if (shared.work[slot].has_gradient()) on_path(shared.work[slot], GramBody<lists, ahead>{p, sums});
+        if (work.has_gradient()) {
+            using Body = GramBody<lists>;
+            on_path(work, Body{p, sums}, Body::is_weighted(p, work) ? work.path : path_of_gradients(work.path));
+        }
         if (is_last_of_block()) {
             block_sums(shared, sums);
             double* partial = p.header.partials + int64_t(p.header.first_slot + v) * kPairs<lists>;
@@ -139,12 +153,11 @@ SAMK_DEVICE void gram_phase_of(const Packed& p, Shared& shared) {
 }
 
 // Writes the partial sums of this launch.
-template <int ahead>
 SAMK_DEVICE void gram_phase(const Packed& p, Shared& shared) {
     switch (p.header.lists) {
-        case 1: gram_phase_of<1, ahead>(p, shared); break;
-        case 2: gram_phase_of<2, ahead>(p, shared); break;
-        case 3: gram_phase_of<3, ahead>(p, shared); break;
+        case 1: gram_phase_of<1>(p, shared); break;
+        case 2: gram_phase_of<2>(p, shared); break;
+        case 3: gram_phase_of<3>(p, shared); break;
     }
 }
 

@@ -44,6 +44,7 @@ struct Work {
     uint8_t flags;  // of the row's class
     int variant;    // of the base's update
     int count;
+    uint32_t row;
     double eta;
 
     // The lists that the row has and whose coefficient is not zero; an infinite entry of others must not become NaN.
@@ -83,8 +84,21 @@ struct Chunk {
     int count;
 };
 
-SAMK_DEVICE Chunk chunk_at(const Packed& p, uint32_t index) {
-    uint32_t low = 0, high = p.header.rows;  // the last row whose first chunk is not behind the wanted one
+// near: a row where the search begins, in steps that double. The row of the chunk before is a good one, for mostly the
+// wanted row is the same or the next; each step is a read that the one after it has to wait for.
+SAMK_DEVICE Chunk chunk_at(const Packed& p, uint32_t index, uint32_t near) {
+    // The last row whose first chunk is not behind the wanted one is in [low, high).
+    uint32_t low = near, high = near + 1;
+    if (p.start(near).first_chunk <= index) {
+        for (uint32_t step = 1; high < p.header.rows && p.start(high).first_chunk <= index; step *= 2)
+            low = high, high += step;
+        if (high > p.header.rows) high = p.header.rows;
+    } else {
+        low = near - 1;  // row 0 begins with chunk 0
+        for (uint32_t step = 1; p.start(low).first_chunk > index; step *= 2)
+            high = low, low = low > step ? low - step : 0;
+        if (low + 1 > high) high = low + 1;
+    }
     while (high - low > 1) {
         const uint32_t middle = (low + high) / 2;
         if (p.start(middle).first_chunk <= index)
@@ -180,10 +194,13 @@ struct BaseScalars {
         const auto& settings = group.settings.template of<Base>();
         TensorFacts facts = {(c.flags & RowClass::kFirst) != 0, {}};
         if constexpr (Base::kHasCorrections) {
-            const bool on_device = c.dtype[kStep] != DType::None;
-            if (on_device) look_up_step(p, shared, chunk, c, settings);
-            const double* corrections = on_device ? shared.corrections : c.corrections;
-            for (int i = 0; i < kMaxCorrections; ++i) facts.corrections[i] = corrections[i];
+            // Not by one pointer to either: it would point into two address spaces.
+            if (c.dtype[kStep] != DType::None) {
+                look_up_step(p, shared, chunk, c, settings);
+                for (int i = 0; i < kMaxCorrections; ++i) facts.corrections[i] = shared.corrections[i];
+            } else {
+                for (int i = 0; i < kMaxCorrections; ++i) facts.corrections[i] = c.corrections[i];
+            }
         }
         const double lr = learning_rate_of(group);
         work.variant = Base::variant(settings);
@@ -205,11 +222,11 @@ struct BaseScalars {
 
 // For all threads of the block; the first warp writes. A barrier must follow before anybody reads.
 template <class More>
-SAMK_DEVICE void prepare(const Packed& p, Shared& shared, int slot, uint32_t index, const More& more) {
+SAMK_DEVICE void prepare(const Packed& p, Shared& shared, int slot, uint32_t index, uint32_t near, const More& more) {
     const int lane = int(threadIdx.x);
     if (lane >= kWarp) return;
     Work& work = shared.work[slot];
-    const Chunk chunk = chunk_at(p, index);
+    const Chunk chunk = chunk_at(p, index, near);
     const RowClass& c = p.row_class(p.start(chunk.row).row_class);
     if (lane < kColumns) {
         const DType dtype = c.dtype[lane];
@@ -224,6 +241,7 @@ SAMK_DEVICE void prepare(const Packed& p, Shared& shared, int slot, uint32_t ind
         work.path = c.path;
         work.flags = c.flags;
         work.count = chunk.count;
+        work.row = chunk.row;
         work.eta = c.eta;
         more(p, shared, chunk, c, work);
     }
@@ -236,11 +254,12 @@ SAMK_DEVICE void for_chunks(const Packed& p, Shared& shared, const More& more, c
     // After a Gram phase the cache still holds the gradients of the last chunks.
     const bool reverse = p.is(Header::kReverse);
     int slot = 0;
-    if (blockIdx.x < chunks) prepare(p, shared, slot, reverse ? chunks - 1 - blockIdx.x : blockIdx.x, more);
+    const auto place_of = [&](uint32_t step) { return reverse ? chunks - 1 - step : step; };
+    if (blockIdx.x < chunks) prepare(p, shared, slot, place_of(blockIdx.x), reverse ? p.header.rows - 1 : 0, more);
     __syncthreads();
     for (uint32_t step = blockIdx.x; step < chunks; step += gridDim.x) {
         const uint32_t next = step + gridDim.x;
-        if (next < chunks) prepare(p, shared, slot ^ 1, reverse ? chunks - 1 - next : next, more);
+        if (next < chunks) prepare(p, shared, slot ^ 1, place_of(next), shared.work[slot].row, more);
         f(shared.work[slot]);
         __syncthreads();
         slot ^= 1;
@@ -248,6 +267,9 @@ SAMK_DEVICE void for_chunks(const Packed& p, Shared& shared, const More& more, c
 }
 
 SAMK_DEVICE bool is_vector_path(Path path) { return path != Path::SingleFloat && path != Path::SingleDouble; }
+
+// For loops that read no other column: 16 bytes at a time whatever the weights are.
+SAMK_DEVICE Path path_of_gradients(Path path) { return path == Path::Float32BFloat16 ? Path::BFloat16 : path; }
 
 // The elements [first, first + N), [first + stride, ...), up to `end`, which one thread works on.
 struct Share {
@@ -261,10 +283,10 @@ SAMK_DEVICE void run_range(const Work& work, const Body& body, int begin, int en
 
 // Calls body.run<access>(work, share) for all elements of the chunk, in vectors where the path has them.
 template <class Body>
-SAMK_DEVICE void on_path(const Work& work, const Body& body) {
+SAMK_DEVICE void on_path(const Work& work, const Body& body, Path path) {
     const int count = work.count;
-    const int whole = is_vector_path(work.path) ? count - count % 8 : 0;
-    switch (work.path) {
+    const int whole = is_vector_path(path) ? count - count % 8 : 0;
+    switch (path) {
         case Path::Float32: run_range<Uniform<float, float>>(work, body, 0, whole); break;
         case Path::BFloat16: run_range<Uniform<BFloat16, BFloat16>>(work, body, 0, whole); break;
         case Path::Float16: run_range<Uniform<Float16, Float16>>(work, body, 0, whole); break;
@@ -273,6 +295,11 @@ SAMK_DEVICE void on_path(const Work& work, const Body& body) {
         case Path::SingleDouble: run_range<Single<double>>(work, body, 0, count); return;
     }
     if (whole < count) run_range<Single<float>>(work, body, whole, count);
+}
+
+template <class Body>
+SAMK_DEVICE void on_path(const Work& work, const Body& body) {
+    on_path(work, body, work.path);
 }
 
 }  // namespace cuda

@@ -54,14 +54,25 @@ def build_cuda() -> Any:
 
 
 @cache
-def native() -> Any:
-    """The extension module, compiled once for each state of the sources."""
+def native(counts_lines: bool = False) -> Any:
+    """The extension module. A process can have one."""
+    return _module(library(counts_lines))
+
+
+@cache
+def library(counts_lines: bool = False) -> Path:
+    """The extension module's file, compiled once for each state of the sources.
+
+    Args:
+        counts_lines: writes down which lines have run when the process ends, for gcov, where ``GCOV_PREFIX`` says.
+    """
     build = build_cuda()
     if shutil.which(COMPILER.split()[0]) is None:
         pytest.skip("there is no C++ compiler")
     pybind11 = pytest.importorskip("pybind11")
     flags = [
         *FLAGS,
+        *(["--coverage", "-O0"] if counts_lines else []),
         f'-DSAMK_CUDA_SHIM="{ROOT / "tests/cuda_shim/shim.h"}"',
         f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_paths()['include']}",
@@ -71,8 +82,8 @@ def native() -> Any:
         if path.suffix in (".h", ".cuh", ".inl", ".cu", ".cpp"):
             identity.update(path.name.encode() + path.read_bytes())
     folder = ROOT / "build" / f"cuda-shim-{identity.hexdigest()[:16]}"
-    library = folder / "_cuda_shim.so"
-    if not library.exists():
+    built_library = folder / "_cuda_shim.so"
+    if not built_library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
 
@@ -84,9 +95,12 @@ def native() -> Any:
             units = [*(u for u in build.units() if u.name != "launch"), *map(build.Unit, HOST_SOURCES)]
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 objects = list(pool.map(compile_one, units))
-            _run([*COMPILER.split(), "-shared", *objects, "-o", f"{scratch}/library.so"])
-            Path(f"{scratch}/library.so").rename(library)
-    return _module(library)
+            linked = ["--coverage"] if counts_lines else []
+            _run([*COMPILER.split(), "-shared", *linked, *objects, "-o", f"{scratch}/library.so"])
+            for notes in Path(scratch).glob("*.gcno"):
+                notes.rename(folder / notes.name)
+            Path(f"{scratch}/library.so").rename(built_library)
+    return built_library
 
 
 def _module(path: Path) -> Any:
@@ -105,8 +119,8 @@ def _run(command: list[str]) -> None:
 class ShimBackend(CudaBackend):
     """The CUDA backend on tensors of the CPU."""
 
-    def __init__(self) -> None:
-        module = native()
+    def __init__(self, counts_lines: bool = False) -> None:
+        module = native(counts_lines)
         super().__init__(module, "cuda-shim")
         self.tuning = TUNING
         self._library = ctypes.CDLL(module.__file__)
