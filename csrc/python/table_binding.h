@@ -82,7 +82,7 @@ protected:
     void count_on_host(int lists);
     void store_host_steps() const;
 
-    // Of each group, from the tuples of sam_kernels/bases.py. `lr` is left out: it may lie on a device.
+    // Of each group, from the tuples of sam_kernels/bases. `lr` is left out: it may lie on a device.
     static std::vector<BaseSettings> read_settings(int base, const py::list& settings);
 
     void check_lists(int lists) const;
