@@ -552,6 +552,44 @@ def test_a_group_that_is_added_after_loading():
     assert [group["alpha"] for group in optimizer.param_groups] == [0.25] * 3
 
 
+@pytest.mark.parametrize(("cls", "name"), OWN)
+def test_a_group_that_has_not_got_its_settings_yet(cls, name):
+    """Whoever asks before the next step is told what it will have."""
+    optimizer = made(cls, **{name: OTHERS[cls][name]})
+    for groups in (optimizer.base_optimizer.param_groups, optimizer.param_groups):
+        groups.append({"params": params()})
+        assert getattr(optimizer, name) == OTHERS[cls][name]
+    one_step(optimizer)
+    assert [group[name] for group in optimizer.param_groups] == [OTHERS[cls][name]] * 3
+    optimizer.param_groups[:] = [{"params": params()}]
+    assert getattr(optimizer, name) == OTHERS[cls][name]
+    optimizer.param_groups.clear()
+    assert getattr(optimizer, name) == OTHERS[cls][name]
+
+
+@pytest.mark.parametrize("cls", [UnifiedSAM, WSAM, AgnosticSAM])
+def test_what_depends_on_settings_when_a_group_was_added_to_the_base(cls):
+    """What a class promises with its settings is asked for before a step begins."""
+    net = make_net()
+    *rest, last = net.parameters()
+    optimizer = made(cls, rest, **OTHERS[cls])
+    step = TrainStep(net, optimizer, loss_of)
+    optimizer.base_optimizer.add_param_group({"params": last})
+    before = last.detach().clone()
+    step(batches(1)[0], validation_batch=batches(1, size=5)[0])
+    assert not torch.equal(last, before)
+
+
+def test_a_radius_that_is_none_keeps_nobody_from_saving():
+    optimizer = made(SAM)
+    one_step(optimizer)
+    optimizer.param_groups[0]["rho"] = math.nan
+    optimizer.base_optimizer.add_param_group({"params": params()})
+    assert math.isnan(optimizer.state_dict()["param_groups"][0]["rho"])
+    with pytest.raises(InvalidSettingError, match="Invalid rho"):
+        one_step(optimizer)
+
+
 # ---------------------------------------------------------------------- bases with keys of the same name
 
 
@@ -633,6 +671,25 @@ def test_bases_of_pytorch_optimizer(cls, name):
         assert group[f"sam_optim_{setting}"] == others(cls)[setting]
         assert (setting in alone) == (setting in group) and group.get(setting) == alone.get(setting)
     assert optimizer.settings() == others(cls)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in OTHERS if OTHERS[cls]])
+def test_steps_with_a_base_that_has_each_key(cls):
+    """No key that we have put into the groups is taken for a misspelt one, in steps and in groups that come later."""
+    names = [name for name in OTHERS[cls] if name not in ("adaptive", "rho_val")]  # which no base may have
+
+    class Base(SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            for name in names:
+                self.defaults[name] = 0.5
+                self.param_groups[0][name] = 0.5
+
+    optimizer = made(cls, base=Base, **OTHERS[cls])
+    one_step(optimizer)
+    optimizer.add_param_group({**optimizer.param_groups[0], "params": params()})
+    one_step(optimizer)
+    assert optimizer.settings() == made(cls, **OTHERS[cls]).settings()
 
 
 def test_a_base_that_was_anothers_before():

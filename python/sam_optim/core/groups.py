@@ -99,7 +99,7 @@ def check_keys(optimizer: SharpnessAwareOptimizer, group: dict[str, Any]) -> Non
     def is_bases(key: str) -> bool:
         return is_of_base(optimizer, key)
 
-    method, of_base = type(optimizer), {*defaults_of(optimizer._base), *kept}
+    method, of_base = type(optimizer), {*defaults_of(optimizer._base), *kept, METHOD}
     check_group_keys(group, method, of_groups, of_base, is_bases, optimizer._fixed)
     for key in group if METHOD not in group else ():
         if isinstance(key, str) and key.startswith(PREFIX) and key not in of_groups:

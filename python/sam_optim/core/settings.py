@@ -107,6 +107,12 @@ class Setting(Generic[T]):
             value: T = own[self.name]
             return value
         key, groups = own["_keys"][self.name], optimizer.param_groups
+        try:
+            return self._of_all(groups, key)
+        except LookupError:  # a group was added to the base, and has not got its settings yet
+            return self._of_all([group for group in groups if key in group] or [optimizer.defaults], key)
+
+    def _of_all(self, groups: list[Group], key: str) -> T:
         first = groups[0][key]
         if len(groups) > 1 and not all(_equal(group[key], first) for group in groups):
             raise InvalidSettingError(self._difference(groups, key))

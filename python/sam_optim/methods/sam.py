@@ -104,15 +104,13 @@ class SAM(SharpnessAwareOptimizer):
 
     def validate_group(self, group: dict[str, Any]) -> None:
         super().validate_group(group)
-        if group["adaptive"] == "weights":
-            names = group.get("param_names") or [entry[0] for entry in group["params"] if isinstance(entry, tuple)]
-            if len(names) != len(group["params"]):
-                raise InvalidSettingError(
-                    "adaptive='weights' chooses parameters by their names: pass model.named_parameters() as params"
-                )
+        _refuse_unnamed(group)
 
     def geometry_of(self, group: dict[str, Any]) -> Sequence[float | None]:
-        self.validate_group(group)  # it is asked for where a group has changed
+        # Asked for where one of these has changed; a radius is looked at where it is used.
+        for name in ("adaptive", "eta", "perturb"):
+            self._declared[name].checked(group[name])
+        _refuse_unnamed(group)
         count = len(group["params"])
         if not group["adaptive"]:
             return [None] * count
@@ -126,3 +124,13 @@ class SAM(SharpnessAwareOptimizer):
 def _normalized(epsilon: float) -> Normalized:
     """Made once: it is asked for in every step."""
     return Normalized(epsilon=epsilon)
+
+
+def _refuse_unnamed(group: dict[str, Any]) -> None:
+    """Raises :class:`InvalidSettingError` where a group's parameters have no names to be chosen by."""
+    if group["adaptive"] == "weights":
+        names = group.get("param_names") or [entry[0] for entry in group["params"] if isinstance(entry, tuple)]
+        if len(names) != len(group["params"]):
+            raise InvalidSettingError(
+                "adaptive='weights' chooses parameters by their names: pass model.named_parameters() as params"
+            )
