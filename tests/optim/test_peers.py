@@ -127,6 +127,7 @@ EVERY_PASS = {
     "AESAM",
     "MomentumSAM",
     "AgnosticSAM",
+    "AlignSAM",
     "MGSERSAM",
     "SAMPa",
 }
