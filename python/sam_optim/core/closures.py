@@ -35,7 +35,7 @@ def run_closures(stepper: Stepper, closures: dict[str, Closure | None], closure_
         What the first of them returned; None if no pass was left.
     """
     optimizer = stepper.optimizer
-    draws = Draws(optimizer.devices(), generators=optimizer.generators)
+    draws = Draws(stepper.devices(), generators=optimizer.generators)
     losses: list[Any] = []
     if stepper.step.run is None:
         if closure_runs == "every_pass":

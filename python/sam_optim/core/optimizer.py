@@ -543,10 +543,6 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         """
         self._plans.catch_up(unseen)
 
-    def devices(self) -> set[torch.device]:
-        """Of the parameters."""
-        return {param.device for group in self.param_groups for param in group["params"]}
-
     # ------------------------------------------------------------------ groups and state
 
     @property

@@ -203,7 +203,7 @@ class Primitives:
         else:
             state[:] = new
 
-    def zero_gradients(self) -> Gradients:
+    def gradients_of_zeros(self) -> Gradients:
         """Gradients of zeros, None for parameters that no kernel can read."""
         params, unreadable = self._params(), self._plans.plan.unreadable
         return [None if i in unreadable else torch.zeros_like(p, requires_grad=False) for i, p in enumerate(params)]

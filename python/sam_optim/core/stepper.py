@@ -56,6 +56,10 @@ class Stepper:
         assert optimizer is not None, "the optimizer is gone"
         return optimizer
 
+    def devices(self) -> set[torch.device]:
+        """Of the parameters."""
+        return {param.device for group in self.optimizer.param_groups for param in group["params"]}
+
     @property
     def waiting(self) -> Pass | None:
         """The pass whose gradient the step under way waits for; None between steps."""

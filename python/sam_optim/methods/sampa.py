@@ -83,7 +83,7 @@ class SAMPa(SAM):
 
     def passes(self) -> Passes:
         if not self.has_method_state(_Y_GRADIENT):
-            first = (yield Pass(kept=True, last=True)) if self.warm_start == "gradient" else self.zero_gradients()
+            first = (yield Pass(kept=True, last=True)) if self.warm_start == "gradient" else self.gradients_of_zeros()
             self.set_method_state(_Y_GRADIENT, first)
             return
         g_y = self.method_state(_Y_GRADIENT)

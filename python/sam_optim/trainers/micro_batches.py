@@ -145,4 +145,4 @@ class MicroBatchPasses:
 
 
 def _random_state(optimizer: SharpnessAwareOptimizer) -> RandomState:
-    return RandomState(optimizer.devices(), optimizer.generators)
+    return RandomState(optimizer.stepper.devices(), optimizer.generators)
