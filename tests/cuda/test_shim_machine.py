@@ -65,8 +65,8 @@ def test_no_barrier_can_be_left_out(shim):
 
 
 def rows_in_a_launch(columns):
-    """A row is a word and one for each column; a class of rows takes 5 words, a group 9."""
-    return (native().TABLE_WORDS - 5 - 9) // (1 + columns)
+    """A row is a word and one for each column; a class of rows takes 5 words, a group 10."""
+    return (native().TABLE_WORDS - 5 - 10) // (1 + columns)
 
 
 def launches_for(count, columns):
