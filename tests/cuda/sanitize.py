@@ -181,6 +181,7 @@ def run_all(target: Target) -> list[str]:
     for name, tuning, check in checks(target):
         if own is not None:
             target.backend.tuning = tuning
+        print(name, flush=True)  # for whoever looks at one that hung
         try:
             check()
         except Exception as error:
