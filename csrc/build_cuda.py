@@ -135,11 +135,12 @@ def wanted_archs(toolkit: Toolkit) -> list[str]:
     return sorted(set(archs), key=int)
 
 
-def compile_kernels(toolkit: Toolkit, archs: list[str], folder: Path) -> Build:
+def compile_kernels(toolkit: Toolkit, archs: list[str], folder: Path, wanted: list[Unit] | None = None) -> Build:
     """Object files of all kernels. What has been compiled from the same files with the same flags is used again.
 
     Args:
         folder: for the results, which lie in a folder of their own in it.
+        wanted: some of the :func:`units`; None for all.
     """
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
@@ -148,6 +149,7 @@ def compile_kernels(toolkit: Toolkit, archs: list[str], folder: Path) -> Build:
     identity = hashlib.sha256(repr((flags, toolkit.version)).encode())
     for path in files:
         identity.update(path.name.encode() + path.read_bytes())
+    wanted = units() if wanted is None else wanted
     results = folder / f"cuda-{identity.hexdigest()[:16]}"
     results.mkdir(parents=True, exist_ok=True)
 
@@ -160,8 +162,8 @@ def compile_kernels(toolkit: Toolkit, archs: list[str], folder: Path) -> Build:
         return report.read_text()
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        reports = list(pool.map(compile_one, units()))
-    return Build([str(results / f"{unit.name}.o") for unit in units()], "\n".join(reports))
+        reports = list(pool.map(compile_one, wanted))
+    return Build([str(results / f"{unit.name}.o") for unit in wanted], "\n".join(reports))
 
 
 def _run(command: list[str]) -> str:

@@ -3,7 +3,7 @@
 ``reference`` is the definition in plain PyTorch; the other backends agree with it and are fast.
 """
 
-from .bases import SGD, Adam, AdamSettings, SGDSettings
+from .bases import SGD, Adam, AdamSettings, Lion, LionSettings, RMSprop, RMSpropSettings, SGDSettings
 from .errors import BackendUnavailableError, UnsupportedTensorError, WeightsConvertedError
 from .ops import apply_rule, ascent_, check_memory, combine_, descent_, gram, look_ahead_, perturb_, restore_
 from .plan import Plan
@@ -26,11 +26,15 @@ __all__ = [
     "Deflected",
     "Fixed",
     "LaunchReport",
+    "Lion",
+    "LionSettings",
     "NormMatched",
     "Normalized",
     "NormalizedSum",
     "Peers",
     "Plan",
+    "RMSprop",
+    "RMSpropSettings",
     "Rule",
     "RuleLike",
     "SGDSettings",

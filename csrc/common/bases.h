@@ -7,6 +7,8 @@
 #include <type_traits>
 
 #include "bases/adam.h"
+#include "bases/lion.h"
+#include "bases/rmsprop.h"
 #include "bases/sgd.h"
 
 namespace samk {
@@ -14,7 +16,7 @@ namespace samk {
 template <class... Each>
 struct BaseList {};
 
-using Bases = BaseList<Sgd, Adam>;
+using Bases = BaseList<Sgd, Adam, Lion, RMSprop>;
 
 // ---------------------------------------------------------------- one of them, by its place in the list
 

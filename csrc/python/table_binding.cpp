@@ -308,7 +308,19 @@ void TableBinding::check_state(int lists, int base, const std::vector<BaseSettin
     });
 }
 
+namespace {
+
+template <class... Each>
+py::list names_of(BaseList<Each...>) {
+    py::list names;
+    (names.append(Each::kName), ...);
+    return names;
+}
+
+}  // namespace
+
 void define_columns(py::module_& module) {
+    module.attr("BASES") = names_of(Bases{});
     module.attr("WEIGHT") = int(kWeight);
     module.attr("SNAPSHOT") = int(kSnapshot);
     module.attr("LIST") = int(kList);

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases import Base
+from ..bases import Base, TensorFacts
 from ..host import inverse_of, is_set
 from ..memory import shares_memory
 from ..plan import Plan
@@ -291,10 +291,9 @@ def _update(base: Base, index: int, settings: Any, weight: Tensor, gradient: Ten
         assert counter is not None
         counter += 1
         step = float(counter)
-    first = base.first is not None and bool(base.first[index])
-    updated, state = base.updated(
-        widened(weight), gradient, [widened(column) for column in columns], settings, step, first
-    )
+    facts = TensorFacts(base.first is not None and bool(base.first[index]), base.corrections(settings, step))
+    state = [widened(column) for column in columns]
+    updated, state = base.updated(widened(weight), gradient, state, settings, facts)
     for column, value in zip(columns, state, strict=True):
         column.copy_(value)
     if float(settings.lr) != 0.0:

@@ -14,25 +14,36 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .adam import Adam, AdamSettings
-from .base import FusedBase, TensorList
+from .base import FusedBase, TensorFacts, TensorList
+from .lion import Lion, LionSettings
+from .rmsprop import RMSprop, RMSpropSettings
 from .sgd import SGD, SGDSettings
 
 Base = FusedBase[Any]
 
-BASES: tuple[type[Base], ...] = (SGD, Adam)
+BASES: tuple[type[Base], ...] = (SGD, Adam, Lion, RMSprop)
 
 __all__ = [
     "BASES",
+    "KNOWN_CLASSES",
     "SGD",
     "Adam",
     "AdamSettings",
     "Base",
+    "Lion",
+    "LionSettings",
+    "RMSprop",
+    "RMSpropSettings",
     "SGDSettings",
+    "TensorFacts",
     "TensorList",
     "base_of",
     "settings_of",
 ]
 
+
+# Names of the optimizer classes whose updates these are.
+KNOWN_CLASSES = list(dict.fromkeys(name for base in BASES for _, name in base.classes))
 
 _BY_NAME = {name: base for base in BASES for name in base.classes}
 

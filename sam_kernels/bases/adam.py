@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .base import FusedBase, TensorList
+from .base import FusedBase, State, TensorFacts, TensorList, Updated
 
 
 class AdamSettings(NamedTuple):
@@ -38,12 +37,10 @@ class Adam(FusedBase[AdamSettings]):
             counts it up.
     """
 
-    code: ClassVar[str] = "adam"
-    classes: ClassVar[frozenset[tuple[str, str]]] = frozenset(
-        {("torch.optim.adam", "Adam"), ("torch.optim.adamw", "AdamW")}
-    )
-    state_keys: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    counts_steps: ClassVar[bool] = True
+    code = "adam"
+    classes = (("torch.optim.adam", "Adam"), ("torch.optim.adamw", "AdamW"))
+    state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    counts_steps = True
 
     settings: Sequence[AdamSettings]
     exp_avg: TensorList = ()
@@ -51,35 +48,32 @@ class Adam(FusedBase[AdamSettings]):
     max_exp_avg_sq: TensorList = ()
     step: TensorList = ()
 
-    @classmethod
-    def settings_of(cls, optimizer: Optimizer, group: dict[str, Any]) -> AdamSettings:
+    @staticmethod
+    def settings_of(optimizer: Any, group: dict[str, Any]) -> AdamSettings:
         g = group
         # Adam with decoupled_weight_decay is AdamW, whatever the class.
-        decoupled = g.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
-        beta1, beta2 = g["betas"]
+        decoupled = bool(g.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
+        betas = g["betas"]
         return AdamSettings(
-            g["lr"], beta1, beta2, g["eps"], g["weight_decay"], bool(decoupled), g["amsgrad"], g["maximize"]
+            g["lr"], betas[0], betas[1], g["eps"], g["weight_decay"], decoupled, g["amsgrad"], g["maximize"]
         )
 
-    @classmethod
-    def variant(cls, settings: AdamSettings) -> int:
-        return int(settings.amsgrad)
-
-    @classmethod
-    def states(cls, settings: AdamSettings) -> tuple[int, ...]:
-        return (0, 1, 2) if settings.amsgrad else (0, 1)
+    @staticmethod
+    def variant(s: AdamSettings) -> int:
+        return int(s.amsgrad)
 
     @staticmethod
-    def corrections(settings: AdamSettings, step: float) -> tuple[float, float]:
-        """1 - beta1^step, sqrt(1 - beta2^step)."""
-        return 1.0 - settings.beta1**step, math.sqrt(1.0 - settings.beta2**step)
+    def states(s: AdamSettings) -> tuple[int, ...]:
+        return (0, 1, 2) if s.amsgrad else (0, 1)
 
-    @classmethod
-    def updated(
-        cls, weight: Tensor, gradient: Tensor, state: list[Tensor], settings: AdamSettings, step: float, first: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        s, lr = settings, float(settings.lr)
-        bias_correction1, bias_correction2_sqrt = cls.corrections(s, step)
+    @staticmethod
+    def corrections(s: AdamSettings, step: float) -> tuple[float, float]:
+        """1 - beta1^step, sqrt(1 - beta2^step)."""
+        return 1.0 - s.beta1**step, math.sqrt(1.0 - s.beta2**step)
+
+    @staticmethod
+    def updated(weight: Tensor, gradient: Tensor, state: State, s: AdamSettings, facts: TensorFacts) -> Updated:
+        lr, (bias_correction1, bias_correction2_sqrt) = float(s.lr), facts.corrections
         gradient = -gradient if s.maximize else gradient
         if not s.decoupled:
             gradient = gradient + s.weight_decay * weight

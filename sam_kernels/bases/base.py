@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..host import pick
 from ..plan import Plan
@@ -16,6 +15,16 @@ from ..sharding import local_part
 
 TensorList = Sequence[Tensor | None]
 Settings = TypeVar("Settings", bound=tuple[Any, ...])
+# A tensor's state, and its weight and state after an update, in the type of the arithmetic.
+State = list[Tensor]
+Updated = tuple[Tensor, State]
+
+
+class TensorFacts(NamedTuple):
+    """What an update depends on beside the settings, as ``TensorFacts`` in ``csrc/common/bases/base.h``."""
+
+    first: bool  # the state is new
+    corrections: tuple[float, float]
 
 
 class FusedBase(ABC, Generic[Settings]):
@@ -33,8 +42,8 @@ class FusedBase(ABC, Generic[Settings]):
     """
 
     code: ClassVar[str]
-    classes: ClassVar[frozenset[tuple[str, str]]]
-    state_keys: ClassVar[tuple[str, ...]]
+    classes: ClassVar[Sequence[tuple[str, str]]]
+    state_keys: ClassVar[Sequence[str]]
     counts_steps: ClassVar[bool] = False
     marks_first: ClassVar[bool] = False
 
@@ -42,45 +51,41 @@ class FusedBase(ABC, Generic[Settings]):
     step: TensorList = ()
     first: bytearray | None = None
 
-    @classmethod
+    @staticmethod
     @abstractmethod
-    def settings_of(cls, optimizer: Optimizer, group: dict[str, Any]) -> Settings | None:
+    def settings_of(optimizer: Any, group: dict[str, Any]) -> Any:
         """A group's settings; None if the group's updates are others than these."""
 
-    @classmethod
-    def variant(cls, settings: Settings) -> int:
-        """Which of the forms that are compiled apart these settings need, as ``variant()`` of the struct."""
+    @staticmethod
+    def variant(s: Any) -> int:
+        """Which of the forms that are compiled apart the settings need, as ``variant()`` of the struct."""
         return 0
 
-    @classmethod
-    def states(cls, settings: Settings) -> tuple[int, ...]:
-        """Which state tensors they need, as ``states()`` of the struct."""
-        return tuple(range(len(cls.state_keys)))
+    @staticmethod
+    @abstractmethod
+    def states(s: Any) -> tuple[int, ...]:
+        """Which state tensors the settings need, as ``states()`` of the struct."""
 
-    @classmethod
-    def first_differs(cls, settings: Settings) -> bool:
+    @staticmethod
+    def first_differs(s: Any) -> bool:
         """Whether an update differs with state that is new and with state that is zero."""
         return False
 
     @staticmethod
-    def corrections(settings: Settings, step: float) -> tuple[float, float]:
+    def corrections(s: Any, step: float) -> tuple[float, float]:
         """Numbers that follow from the step count, as ``corrections()`` of the struct."""
         return 0.0, 0.0
 
-    @classmethod
+    @staticmethod
     @abstractmethod
-    def updated(
-        cls, weight: Tensor, gradient: Tensor, state: list[Tensor], settings: Settings, step: float, first: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The definition of the update: the new weight, and the new state.
+    def updated(weight: Tensor, gradient: Tensor, state: State, s: Any, facts: TensorFacts) -> Updated:
+        """The definition of the update; nothing is written.
 
-        All are in the type of the arithmetic, complex elements as pairs of real ones; nothing is written. For a
-        learning rate of zero the weight stays as it is, whatever this says.
+        For a learning rate of zero the weight stays as it is, whatever this says. Of complex elements all are given as
+        pairs of real ones.
 
         Args:
             state: those tensors that :meth:`states` names.
-            step: the step count, this step included.
-            first: whether the state is new.
         """
 
     @property

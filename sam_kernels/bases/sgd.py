@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .base import FusedBase, TensorList
+from .base import FusedBase, State, TensorFacts, TensorList, Updated
 
 
 class SGDSettings(NamedTuple):
@@ -34,42 +33,37 @@ class SGD(FusedBase[SGDSettings]):
         first: for each tensor, 1 where the momentum buffer has not been used yet. Cleared by the caller.
     """
 
-    code: ClassVar[str] = "sgd"
-    classes: ClassVar[frozenset[tuple[str, str]]] = frozenset({("torch.optim.sgd", "SGD")})
-    state_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
-    marks_first: ClassVar[bool] = True
+    code = "sgd"
+    classes = (("torch.optim.sgd", "SGD"),)
+    state_keys = ("momentum_buffer",)
+    marks_first = True
 
     settings: Sequence[SGDSettings]
     momentum_buffer: TensorList = ()
     first: bytearray = field(default_factory=bytearray)
 
-    @classmethod
-    def settings_of(cls, optimizer: Optimizer, group: dict[str, Any]) -> SGDSettings:
+    @staticmethod
+    def settings_of(optimizer: Any, group: dict[str, Any]) -> SGDSettings:
         g = group
         return SGDSettings(g["lr"], g["momentum"], g["dampening"], g["weight_decay"], g["nesterov"], g["maximize"])
 
-    @classmethod
-    def variant(cls, settings: SGDSettings) -> int:
-        if settings.momentum == 0.0:
-            return 0
-        return 2 if settings.nesterov else 1
+    @staticmethod
+    def variant(s: SGDSettings) -> int:
+        return 0 if s.momentum == 0.0 else 1 + s.nesterov
 
-    @classmethod
-    def states(cls, settings: SGDSettings) -> tuple[int, ...]:
-        return () if settings.momentum == 0.0 else (0,)
+    @staticmethod
+    def states(s: SGDSettings) -> tuple[int, ...]:
+        return () if s.momentum == 0.0 else (0,)
 
-    @classmethod
-    def first_differs(cls, settings: SGDSettings) -> bool:
-        return settings.dampening != 0.0
+    @staticmethod
+    def first_differs(s: SGDSettings) -> bool:
+        return s.dampening != 0.0
 
-    @classmethod
-    def updated(
-        cls, weight: Tensor, gradient: Tensor, state: list[Tensor], settings: SGDSettings, step: float, first: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        s = settings
+    @staticmethod
+    def updated(weight: Tensor, gradient: Tensor, state: State, s: SGDSettings, facts: TensorFacts) -> Updated:
         direction = (-gradient if s.maximize else gradient) + s.weight_decay * weight
         if s.momentum != 0.0:
-            buffer = direction if first else s.momentum * state[0] + (1.0 - s.dampening) * direction
+            buffer = direction if facts.first else s.momentum * state[0] + (1.0 - s.dampening) * direction
             state = [buffer]
             direction = direction + s.momentum * buffer if s.nesterov else buffer
         return weight - float(s.lr) * direction, state

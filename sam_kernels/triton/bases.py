@@ -130,6 +130,73 @@ def adam(weight, gradient, state, scalars, VARIANT: tl.constexpr):
     return tl.where(step_size == 0.0, weight, updated), new_state
 
 
+# ---------------------------------------------------------------- Lion
+
+
+@triton.jit
+def lion_scalars(group, row, flags, ACC: tl.constexpr):
+    """lr, 1 - beta1, 1 - beta2, L2 penalty, decay factor, sign."""
+    lr, decay, is_decoupled = learning_rate(group), setting(group, 2), setting(group, 3) != 0.0
+    return (
+        lr.to(ACC),
+        (1.0 - setting(group, 0)).to(ACC),
+        (1.0 - setting(group, 1)).to(ACC),
+        tl.where(is_decoupled, 0.0, decay).to(ACC),
+        tl.where(is_decoupled, 1.0 - lr * decay, 1.0).to(ACC),
+        tl.where(setting(group, 4) != 0.0, -1.0, 1.0).to(ACC),
+    )
+
+
+@triton.jit
+def lion(weight, gradient, state, scalars, VARIANT: tl.constexpr):
+    """As pytorch-optimizer's Lion."""
+    lr, take1, take2, penalty, decay, sign = scalars
+    g = sign * gradient + penalty * weight
+    direction = state[0] + take1 * (g - state[0])
+    step = tl.where(direction > 0.0, lr, tl.where(direction < 0.0, -lr, 0.0))
+    return tl.where(lr == 0.0, weight, weight * decay - step), (state[0] + take2 * (g - state[0]),)
+
+
+# ---------------------------------------------------------------- RMSprop
+
+
+@triton.jit
+def rmsprop_scalars(group, row, flags, ACC: tl.constexpr):
+    """lr, alpha, 1 - alpha, eps, L2 penalty, momentum, sign."""
+    alpha = setting(group, 0)
+    return (
+        learning_rate(group).to(ACC),
+        alpha.to(ACC),
+        (1.0 - alpha).to(ACC),
+        setting(group, 1).to(ACC),
+        setting(group, 2).to(ACC),
+        setting(group, 3).to(ACC),
+        tl.where(setting(group, 5) != 0.0, -1.0, 1.0).to(ACC),
+    )
+
+
+@triton.jit
+def rmsprop(weight, gradient, state, scalars, VARIANT: tl.constexpr):
+    """As torch.optim.RMSprop; bits of the variant: momentum, centered."""
+    lr, keep, take, eps, penalty, momentum, sign = scalars
+    g = sign * gradient + penalty * weight
+    square_avg = state[VARIANT // 2] * keep + take * g * g
+    new_state = (square_avg,)
+    second_moment = square_avg
+    if VARIANT // 2 == 1:
+        grad_avg = state[0] + take * (g - state[0])
+        new_state = (grad_avg, square_avg)
+        second_moment = square_avg - grad_avg * grad_avg
+    denominator = root(second_moment) + eps
+    if VARIANT % 2 == 1:
+        buffer = state[VARIANT // 2 + 1] * momentum + quotient(g, denominator)
+        new_state = new_state + (buffer,)
+        step = lr * buffer
+    else:
+        step = quotient(lr * g, denominator)
+    return tl.where(lr == 0.0, weight, weight - step), new_state
+
+
 # ---------------------------------------------------------------- the list
 
 
@@ -140,4 +207,9 @@ class Functions(NamedTuple):
     update: Any
 
 
-BASES = {"sgd": Functions(sgd_scalars, sgd), "adam": Functions(adam_scalars, adam)}
+BASES = {
+    "sgd": Functions(sgd_scalars, sgd),
+    "adam": Functions(adam_scalars, adam),
+    "lion": Functions(lion_scalars, lion),
+    "rmsprop": Functions(rmsprop_scalars, rmsprop),
+}

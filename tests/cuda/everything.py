@@ -15,7 +15,7 @@ from sam_kernels.backends.contract import (
 )
 from sam_kernels.cuda import CudaBackend, Tuning
 
-from ..kernels.cases import Problem, poisoned_snapshot, same_bits
+from ..kernels.cases import FULLEST_FORMS, Problem, poisoned_snapshot, same_bits
 
 SIZES = [1, 700, 33, 2049, 8]
 
@@ -34,8 +34,12 @@ def everything(backend: CudaBackend) -> list[Tensor]:
             report = backend.ascent(AscentArguments(plan, problem.xs, sk.Normalized(), scale, snapshot))
             results += [report.gram.clone(), report.coefficients.clone(), *(p.clone() for p in problem.params)]
             rule = sk.Deflected(alpha=0.3) if lists > 1 else sk.Normalized()
-            for base in (problem.sgd(momentum=0.9), problem.adam(amsgrad=True)):
-                report = backend.descent(DescentArguments(plan, problem.xs, base, snapshot, rule, scale, True))
+            states = problem.copy().states
+            for base, settings in FULLEST_FORMS:
+                for state, value in zip(problem.states, states, strict=True):
+                    torch._foreach_copy_(state, value)
+                update = problem.base(base, settings)
+                report = backend.descent(DescentArguments(plan, problem.xs, update, snapshot, rule, scale, True))
                 results += [report.gram.clone(), *(t.clone() for t in problem.tensors())]
             ones = torch.ones(lists, dtype=torch.float64)
             backend.perturb(CombinationArguments(plan, problem.xs, ones, scale, snapshot))

@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from sam_kernels.bases import BASES
+
 from .shim import ROOT
 from .shim import build_cuda as load_build_cuda
 
 # 65,536 registers of a multiprocessor for two blocks of 512 threads.
 REGISTERS = 65536 // (2 * 512)
-KERNELS = {"gram_kernel", "ascent_kernel", "perturb_kernel", "restore_kernel", "combine_kernel"}
-OF_EACH_BASE = {"descent_kernel", "rule_descent_kernel"}
+# By what is compiled together: the bases' descents one by one, since each takes half a minute.
+KERNELS = {
+    "gram": {"gram_kernel", "ascent_kernel"},
+    "elementwise": {"perturb_kernel", "restore_kernel", "combine_kernel"},
+    **{f"descent_{base.code}": {"descent_kernel", "rule_descent_kernel"} for base in BASES},
+}
+by_unit = pytest.mark.parametrize("unit", KERNELS)
 
 
 @pytest.fixture(scope="module")
@@ -30,44 +37,46 @@ def toolkit(build_cuda):
         pytest.skip(str(reason))
 
 
-def test_resources(build_cuda, toolkit, monkeypatch):
+def unit_named(build_cuda, name):
+    return next(unit for unit in build_cuda.units() if unit.name == name)
+
+
+def test_all_that_is_compiled_is_looked_at(build_cuda):
+    assert {unit.name for unit in build_cuda.units()} == {*KERNELS, "launch"}
+
+
+@by_unit
+def test_resources(build_cuda, toolkit, monkeypatch, unit):
     """For every kernel and every compute capability that is built by default."""
     monkeypatch.delenv("SAM_KERNELS_CUDA_ARCHS", raising=False)
     archs = build_cuda.wanted_archs(toolkit)
-    report = build_cuda.compile_kernels(toolkit, archs, ROOT / "build").report
+    report = build_cuda.compile_kernels(toolkit, archs, ROOT / "build", [unit_named(build_cuda, unit)]).report
     entries = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
         report,
         re.DOTALL,
     )
-    bases = {unit.base for unit in build_cuda.units() if unit.base is not None}
-    assert bases
     seen = set()
     for name, arch, stack, stores, loads, registers in entries:
-        kernel = max((k for k in KERNELS | OF_EACH_BASE if k in name), key=len)
-        base = next((b for b in bases if f"{len(b)}{b}E" in name), None)  # as names are mangled
-        seen.add((kernel, base, arch))
-        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), f"{kernel}<{base}> for sm_{arch} spills"
-        assert int(registers) <= REGISTERS, f"{kernel}<{base}> for sm_{arch} takes {registers} registers"
-    wanted = {(kernel, None) for kernel in KERNELS} | {(kernel, base) for kernel in OF_EACH_BASE for base in bases}
-    assert seen == {(*kernel, arch) for kernel in wanted for arch in archs}
+        kernel = max((kernel for kernel in KERNELS[unit] if kernel in name), key=len)
+        seen.add((kernel, arch))
+        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), f"{kernel} for sm_{arch} spills"
+        assert int(registers) <= REGISTERS, f"{kernel} for sm_{arch} takes {registers} registers"
+    assert seen == {(kernel, arch) for kernel in KERNELS[unit] for arch in archs}
 
 
-def test_vector_accesses(build_cuda, toolkit, tmp_path):
+@by_unit
+def test_vector_accesses(build_cuda, toolkit, tmp_path, unit):
     """The loops over vectors read and write 16 bytes at a time, past the first-level cache."""
-    for unit in build_cuda.units():
-        if unit.name == "launch":
-            continue
-        source, least = unit.name, 10 if unit.name == "elementwise" else 20
-        ptx = tmp_path / f"{source}.ptx"
-        command = [toolkit.nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx", *unit.flags]
-        subprocess.run([*command, str(unit.source), "-o", str(ptx)], check=True)
-        text = ptx.read_text()
-        assert len(re.findall(r"ld\.global\.c[sg]\.v4\.u32", text)) >= least
-        assert source == "gram" or len(re.findall(r"st\.global\.cs\.v4\.u32", text)) >= 6
-        assert ".local" not in text
-        assert not re.search(r"\b(ld|st)\.(f|b|u)\d+", text), "a generic access: its address space is not known"
+    own, ptx = unit_named(build_cuda, unit), tmp_path / f"{unit}.ptx"
+    command = [toolkit.nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx", *own.flags]
+    subprocess.run([*command, str(own.source), "-o", str(ptx)], check=True)
+    text = ptx.read_text()
+    assert len(re.findall(r"ld\.global\.c[sg]\.v4\.u32", text)) >= (10 if unit == "elementwise" else 20)
+    assert unit == "gram" or len(re.findall(r"st\.global\.cs\.v4\.u32", text)) >= 6
+    assert ".local" not in text
+    assert not re.search(r"\b(ld|st)\.(f|b|u)\d+", text), "a generic access: its address space is not known"
 
 
 def test_choice_of_architectures(build_cuda, monkeypatch):

@@ -44,7 +44,25 @@ FORMS: dict[type[Base], list[Any]] = {
         sk.AdamSettings(0.01, eps=1e-3, weight_decay=0.2, decoupled=True, amsgrad=True),
         sk.AdamSettings(0.0, weight_decay=0.1, decoupled=True),
     ],
+    sk.Lion: [
+        sk.LionSettings(0.01, weight_decay=0.1),
+        sk.LionSettings(0.01, beta1=0.4, weight_decay=0.1, decoupled=False, maximize=True),
+        sk.LionSettings(0.0, weight_decay=0.1),
+    ],
+    sk.RMSprop: [
+        sk.RMSpropSettings(0.01, weight_decay=0.1),
+        sk.RMSpropSettings(0.01, momentum=0.9, maximize=True),
+        sk.RMSpropSettings(0.01, alpha=0.7, centered=True),
+        sk.RMSpropSettings(0.01, weight_decay=0.1, momentum=0.5, centered=True),
+        sk.RMSpropSettings(0.0, momentum=0.9),
+    ],
 }
+
+# Of each base that with the most state.
+FULLEST_FORMS = [
+    (base, max(several, key=lambda settings, base=base: len(base.states(settings)))) for base, several in FORMS.items()
+]
+ALL_FORMS = [(base, settings) for base, several in FORMS.items() for settings in several]
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:

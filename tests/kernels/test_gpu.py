@@ -14,7 +14,7 @@ from sam_kernels.registry import backend_for
 from sam_optim import SAM, AgnosticSAM
 
 from ..on_gpu import kernels_of, no_waiting
-from .cases import Problem, poisoned_snapshot, same_bits
+from .cases import ALL_FORMS, Problem, poisoned_snapshot, same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -59,8 +59,8 @@ def test_norm_has_the_same_bits_for_every_grid_and_on_every_run(backend):
                 assert same_bits(gram.cpu(), wanted.cpu())
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_same_bits_as_the_cpu_backend(base):
+@pytest.mark.parametrize(("base", "settings"), ALL_FORMS, ids=str)
+def test_same_bits_as_the_cpu_backend(base, settings):
     """The formulas are the same and nothing is contracted, so only the order of sums differs; here there are none."""
     on_cpu = Problem.random(SIZES, adaptive=True, lists=2)
     on_gpu = on_cpu.to("cuda")
@@ -69,8 +69,7 @@ def test_same_bits_as_the_cpu_backend(base):
         plan = own.plan()
         snapshot = poisoned_snapshot(plan)
         sk.perturb_(plan, own.xs, [0.3, -0.1], snapshot=snapshot)
-        update = own.sgd(momentum=0.9, weight_decay=0.1) if base == "sgd" else own.adam(amsgrad=True)
-        sk.descent_(plan, own.xs, update, snapshot=snapshot)
+        sk.descent_(plan, own.xs, own.base(base, settings), snapshot=snapshot)
     for a, b in zip(on_gpu.tensors(), on_cpu.tensors(), strict=True):
         assert same_bits(a.cpu(), b)
 

@@ -8,12 +8,12 @@ import torch
 import sam_kernels as sk
 
 from .agreement import agree, by_dtypes
-from .cases import NAN, Problem, poisoned_snapshot, same_bits
+from .cases import ALL_FORMS, FULLEST_FORMS, NAN, Problem, poisoned_snapshot, same_bits
 
-LOOK_AHEAD_OPTIONS = [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, "adam"]
+by_form = pytest.mark.parametrize("form", [ALL_FORMS[0], *FULLEST_FORMS], ids=str)
 
 
-def look_ahead(problem, options, backend):
+def look_ahead(problem, form, backend):
     """Weights go where the descent would lead; state and copies stay. Returns plan, snapshot and base."""
     before = problem.copy()
     plan = problem.plan()
@@ -23,7 +23,7 @@ def look_ahead(problem, options, backend):
     # Perturbed, then without a gradient: restored. Never perturbed: left alone, though it has a gradient.
     problem.xs[0][3] = None
     problem.xs[0][-1] = torch.ones_like(problem.params[-1])
-    base = problem.adam(amsgrad=True) if options == "adam" else problem.sgd(**options)
+    base = problem.base(*form)
     sk.look_ahead_(plan, problem.xs, base, snapshot=snapshot, backend=backend)
     assert same_bits(problem.params[3], before.params[3])
     assert same_bits(problem.params[-1], before.params[-1])
@@ -33,11 +33,11 @@ def look_ahead(problem, options, backend):
 
 
 @by_dtypes
-@pytest.mark.parametrize("options", LOOK_AHEAD_OPTIONS, ids=str)
-def test_look_ahead(target, dtypes, options):
+@by_form
+def test_look_ahead(target, dtypes, form):
     def run(problem, backend):
         before = problem.copy()
-        plan, snapshot, base = look_ahead(problem, options, backend)
+        plan, snapshot, base = look_ahead(problem, form, backend)
         ahead = [p.clone() for p in problem.params]
         sk.restore_(plan, snapshot, backend=backend)
         for a, b in zip(problem.params, before.params, strict=True):
@@ -57,15 +57,15 @@ def elsewhere(problem):
 
 
 @by_dtypes
-@pytest.mark.parametrize("options", LOOK_AHEAD_OPTIONS, ids=str)
+@by_form
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_two_points_elsewhere(target, dtypes, options, adaptive):
+def test_two_points_elsewhere(target, dtypes, form, adaptive):
     """SAMPa's: where an ascent and a look-ahead lead. They have the bits of both in place; nothing else is written."""
     scale = [[0.3], [0.0]]
 
     def run(problem, backend):
         before = [t.clone() for t in problem.tensors()]
-        base = problem.adam(amsgrad=True) if options == "adam" else problem.sgd(**options)
+        base = problem.base(*form)
         x = problem.xs[0]
         (ascended, weights), (ahead, same_weights) = elsewhere(problem), elsewhere(problem)
         report = sk.ascent_(ascended, [x], scale=scale, snapshot=weights, backend=backend)
@@ -81,7 +81,7 @@ def test_two_points_elsewhere(target, dtypes, options, adaptive):
         assert report.finite and torch.equal(report.gram, own.gram)
         for a, b in zip(ascended.params, in_place.params, strict=True):
             assert same_bits(a, b)
-        own = in_place.adam(amsgrad=True) if options == "adam" else in_place.sgd(**options)
+        own = in_place.base(*form)
         sk.descent_(plan, [x], own, snapshot=snapshot, backend=backend)
         for a, b in zip(ahead.params, in_place.params, strict=True):
             assert same_bits(a, b)

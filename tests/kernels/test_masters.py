@@ -9,7 +9,7 @@ import sam_kernels as sk
 from sam_kernels.snapshot import TAKEN
 
 from .agreement import SCALES
-from .cases import FORMS, random_tensors, same_bits
+from .cases import ALL_FORMS, random_tensors, same_bits
 from .masters import LOW, Trained, both
 
 by_dtype = pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -89,9 +89,7 @@ def test_in_one_launch_and_in_two(gpu_target, launches, dtype):
 
 
 @by_dtype
-@pytest.mark.parametrize(
-    ("base", "settings"), [(base, settings) for base in FORMS for settings in FORMS[base]], ids=str
-)
+@pytest.mark.parametrize(("base", "settings"), ALL_FORMS, ids=str)
 def test_descent(target, dtype, base, settings):
     def run(problem, plan, snapshot, backend):
         sk.perturb_(plan, problem.xs, [1.0], snapshot=snapshot, backend=backend)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ AMSGRAD = Base(torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": Tr
 MAXIMIZING_ADAM = Base(torch.optim.Adam, {"lr": 0.01, "betas": (0.3, 0.9), "maximize": True, "weight_decay": 0.1})
 ADAMW = Base(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1})
 ADAMW_AMSGRAD = Base(torch.optim.AdamW, {"lr": 0.01, "amsgrad": True, "eps": 1e-3})
-RMSPROP = Base(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}, fused=False)
+RMSPROP = Base(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "centered": True, "weight_decay": 0.01})
 ADAGRAD = Base(torch.optim.Adagrad, {"lr": 0.05}, fused=False)
 RADAM = Base(torch.optim.RAdam, {"lr": 0.01}, fused=False)
 
@@ -66,6 +67,10 @@ BASES = [
     ADAGRAD,
     RADAM,
 ]
+if find_spec("pytorch_optimizer") is not None:
+    from pytorch_optimizer.optimizer.lion import Lion
+
+    BASES.append(Base(Lion, {"lr": 0.01, "weight_decay": 0.1}))
 FUSED = [base for base in BASES if base.fused]
-UNFUSED = RMSPROP
+UNFUSED = RADAM
 KINDS = [SGD, ADAMW, UNFUSED]  # fused with one state, fused with two, and not fused

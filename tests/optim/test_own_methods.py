@@ -211,7 +211,7 @@ def test_mistakes(passes, error, message, drive):
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RAdam])
 @pytest.mark.parametrize("second", [Update, Pass])
 def test_an_update_that_is_not_the_last_thing(base, second):
     """It has been made by then, and nothing else: that of one step."""
@@ -315,7 +315,7 @@ def test_a_radius_out_of_range(rho):
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RAdam])
 def test_numpys_numbers_and_rows_of_tensors_are_scales(base, maximize):
     numpy = pytest.importorskip("numpy")
 

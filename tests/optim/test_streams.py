@@ -257,7 +257,7 @@ def test_what_cannot_run_side_by_side_says_so(monkeypatch):
         step_of(named("SAM"))
     with pytest.raises(InvalidSettingError, match="one CUDA device; they are on cpu"):
         step_of(SAMPA)
-    with pytest.raises(InvalidSettingError, match="RMSprop"):
+    with pytest.raises(InvalidSettingError, match="RAdam"):
         step_of(SAMPA, UNFUSED)
     with pytest.raises(InvalidSettingError, match="perturbation of their own"):
         step_of(AGNOSTIC, micro_batches=2, perturbation="micro_batch")

@@ -40,7 +40,7 @@ METHODS = {
     "AgnosticSAM": lambda m: AgnosticSAM(m.parameters(), torch.optim.SGD, rho_train=0.1, smoothing=0.5, **SGD),
     "AlignSAM": lambda m: AgnosticSAM(m.parameters(), torch.optim.SGD, rho_train=0.1, variant="align", **SGD),
     "SAMPa": lambda m: SAMPa(m.parameters(), torch.optim.SGD, rho=0.1, **SGD),
-    "unfused": lambda m: SAM(m.parameters(), torch.optim.RMSprop, rho=0.1, lr=0.01),
+    "unfused": lambda m: SAM(m.parameters(), torch.optim.RAdam, rho=0.1, lr=0.01),
     "rho=0": lambda m: SAM(m.parameters(), torch.optim.SGD, rho=0.0, **SGD),
 }
 
@@ -626,7 +626,7 @@ def drive(driver, model, optimizer, batch):
 
 @pytest.mark.parametrize("driver", ["each_pass", "closure", "TrainStep", "clipped"])
 @pytest.mark.parametrize("on_base", [False, True], ids=["optimizer", "base"])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RAdam])
 def test_schedulers_come_after_steps_that_update_nothing(driver, on_base, base):
     """SAMPa's first, and one of infinite gradients: torch would warn of the order, and the test with it."""
     for infinite in (False, True):

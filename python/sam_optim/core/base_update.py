@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 import sam_kernels
 from sam_kernels import LaunchReport, Plan, Snapshot
-from sam_kernels.bases import Base, base_of, settings_of
+from sam_kernels.bases import KNOWN_CLASSES, Base, base_of, settings_of
 from sam_kernels.host import gradients as gradients_of
 from sam_kernels.host import inverse_of, is_set, lookup, missing, pick, same_objects
 from sam_kernels.layouts import wide_dtype
@@ -90,9 +90,9 @@ class BaseUpdate:
         """Raises :class:`InvalidSettingError` if there are masters and the base cannot update them."""
         if self.has_masters and self._fused_state.settings() is None:
             raise InvalidSettingError(
-                "master_weights needs torch.optim.SGD, Adam or AdamW as base_optimizer, not differentiable, with its "
-                "own step() and with betas, eps, momentum and weight_decay as numbers: other updates know nothing of "
-                "masters"
+                f"master_weights needs a base_optimizer that the kernels know ({', '.join(KNOWN_CLASSES)}), not "
+                "differentiable, with its own step() and with all settings but lr as numbers: other updates know "
+                "nothing of masters"
             )
 
     def settings(self) -> Settings | None:

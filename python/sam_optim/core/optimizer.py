@@ -67,8 +67,8 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
     Args:
         params: parameters, (name, parameter) pairs or group dicts, as for any torch optimizer.
         base_optimizer: a class or factory, called as ``base_optimizer(params, **base_kwargs)``, or an instance, whose
-            groups are then used as they are. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` are fused into the last pass
-            over the weights; any other runs by its own ``step()`` after the weights have been restored.
+            groups are then used as they are. The bases in :data:`sam_kernels.bases.BASES` are fused into the last
+            pass over the weights; any other runs by its own ``step()`` after the weights have been restored.
         method_defaults: default of each setting that this method keeps in the groups, besides those that its class
             declares.
         closure_runs: what ``step(closure)`` calls its closure for. ``"second_pass"``, as in other SAM classes: the
