@@ -45,6 +45,7 @@ __all__ = [
 # Names of the optimizer classes whose updates these are.
 KNOWN_CLASSES = list(dict.fromkeys(name for base in BASES for _, name in base.classes))
 
+_NUMBERS = frozenset((float, int, bool))
 _BY_NAME = {name: base for base in BASES for name in base.classes}
 
 
@@ -68,7 +69,9 @@ def settings_of(optimizer: Optimizer) -> list[Any] | None:
     for group in optimizer.param_groups:
         settings = None if group.get("differentiable") else base.settings_of(optimizer, group)
         # Tensors would have to be waited for; only the learning rate may be one.
-        if settings is None or any(isinstance(value, Tensor) for value in settings[1:]):
+        if settings is None:
+            return None
+        if not _NUMBERS.issuperset(map(type, settings[1:])) and any(isinstance(v, Tensor) for v in settings[1:]):
             return None
         found.append(settings)
     return found
