@@ -284,6 +284,14 @@ def test_copies(copied):
     one_step(twin)
 
 
+def test_a_copy_from_before_settings_were_in_the_groups():
+    """Refused at once, not where its first step looks for them."""
+    state = made(GSAM).__getstate__()
+    older = {key: value for key, value in state.items() if key not in ("_keys", "_watched", "_looked_at")}
+    with pytest.raises(ValueError, match=r"an older version of sam_optim.* save its state_dict\(\) there"):
+        GSAM.__new__(GSAM).__setstate__({**older, "alpha": 0.25, "base_optimizer": state["_base"]})
+
+
 # ---------------------------------------------------------------------- groups that differ
 
 

@@ -102,8 +102,7 @@ class Checkpoints:
         lists: Lists = state.pop("method state", {})
         masters = state.pop("masters", None)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        # An older version may have had lists that ended with the last parameter that it had met.
-        optimizer._kept.replace(params, {name: [*v, *[None] * (len(params) - len(v))] for name, v in lists.items()})
+        optimizer._kept.replace(params, lists)
         optimizer._plans.masters = masters
 
     # ------------------------------------------------------------------ as it is saved and loaded

@@ -639,10 +639,13 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         return {**own, **self._checkpoints.pickled()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_keys" not in state:
+            raise ValueError(
+                f"this {type(self).__name__} was copied or pickled by an older version of sam_optim, which kept its "
+                "settings elsewhere: save its state_dict() there, and load that into an optimizer made here"
+            )
         state = dict(state)
         kept: dict[str, Any] = {name: state.pop(name) for name in ("method state", "masters") if name in state}
-        if "base_optimizer" in state:  # of an older version
-            state["_base"] = state.pop("base_optimizer")
         super().__setstate__(state)
         self._make_parts()
         self._checkpoints.watch_base()
