@@ -1,4 +1,4 @@
-"""The base optimizer's update: fused into the descent where the kernels know it, else made by the base itself.
+"""The base optimizer's update: fused into the descent if the kernels know it, otherwise made by the base itself.
 
 The state stays in the base optimizer under torch's own keys, so that checkpoints move to and from plain torch.
 """
@@ -38,7 +38,7 @@ class Descent(NamedTuple):
     """The arguments of one descent; see :func:`sam_kernels.descent_`.
 
     Attributes:
-        is_kept: the method reads the gradients again afterwards; a base that writes into them must get others.
+        is_kept: the method reads the gradients again afterwards, so a base that writes into them must get copies.
     """
 
     plan: Plan
@@ -58,28 +58,28 @@ class Descent(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a descent did. Neither the report nor the flag is waited for unless read."""
+    """What a descent did. A GPU is waited for only when the report or the flag is read."""
 
     report: LaunchReport
     found_inf: Tensor | None
 
     @property
     def updated(self) -> bool:
-        """Whether the update was made; that the gradient was finite is not said, nor looked at by torch's updates."""
+        """Whether the update was made. It may have been made with a gradient that is not finite, as in torch."""
         return self.report.finite is not False and not is_set(self.found_inf)
 
     @property
     def is_known(self) -> bool:
-        """Whether :attr:`updated` can be told without waiting for a GPU."""
+        """Whether :attr:`updated` is known without waiting for a GPU."""
         return self.report.is_known and (self.found_inf is None or self.found_inf.device.type == "cpu")
 
 
 class BaseUpdate:
-    """Makes the last move of a step with a given base optimizer.
+    """Makes the update that ends a step, with a given base optimizer.
 
     Args:
-        has_masters: whether weights in bfloat16 and float16 have masters. Then their state is in float32 too, and only
-            a base that the kernels know can serve: others would update the weights and know nothing of the masters.
+        has_masters: whether weights in bfloat16 and float16 have masters. Then their state is in float32 too, and the
+            base must be one that the kernels know: others would update the weights and not the masters.
     """
 
     def __init__(self, base_optimizer: Optimizer, has_masters: bool = False) -> None:
@@ -96,14 +96,14 @@ class BaseUpdate:
             )
 
     def settings(self) -> Settings | None:
-        """Of each group; None where the kernels do not know the base's class, or not with its present settings."""
+        """The settings of each group; None if the kernels do not know the base's class, or not with these settings."""
         return self._fused_state.settings()
 
     def fused_settings(self, plan: Plan, backend: str | None, by_base_itself: bool) -> Settings | None:
-        """What the kernels need to make the update; None where the base's own ``step()`` makes it.
+        """What the kernels need to make the update; None if the base's own ``step()`` makes it.
 
         Args:
-            by_base_itself: never fuse, unless there are masters.
+            by_base_itself: do not fuse, unless there are masters.
         """
         self.check_masters()
         if self.has_masters or not (by_base_itself or not has_updates(plan, backend)):
@@ -113,7 +113,7 @@ class BaseUpdate:
     def descend(self, descent: Descent, settings: Settings | None) -> Outcome:
         """Restores the weights and updates them.
 
-        The base's pre-hooks have been run before a fused update, and are run by its ``step()`` otherwise.
+        Before a fused update the base's pre-hooks have been run; otherwise its ``step()`` runs them.
 
         Args:
             settings: of :meth:`fused_settings`.
@@ -121,7 +121,7 @@ class BaseUpdate:
         return self._by_base(descent) if settings is None else self._fused(descent, settings)
 
     def make_state(self, params: list[Tensor]) -> None:
-        """The state of parameters that have none yet, as it is before any update, where they have gradients."""
+        """Makes the state, as it is before any update, of parameters that have gradients and no state yet."""
         settings = self._fused_state.settings()
         if settings is not None:
             _, created = self._fused_state.prepare(params, gradients_of(params), settings)
@@ -130,7 +130,7 @@ class BaseUpdate:
             self.base_optimizer.step()
 
     def widen_state(self, saved: dict[Tensor, dict[str, Any]] | None = None) -> None:
-        """Where there are masters: see :meth:`FusedState.widen`."""
+        """If there are masters, see :meth:`FusedState.widen`."""
         if self.has_masters:
             self._fused_state.widen(saved)
 
@@ -143,12 +143,12 @@ class BaseUpdate:
         backend: str | None,
         params: list[Tensor] | None = None,
     ) -> None:
-        """w <- base(copy of w, gradients) where a copy is held, with the base's state as it was; copies stay.
+        """w <- base(copy of w, gradients) where a copy is held. The base's state and the copies stay as they are.
 
         After an overflow w <- copy of w.
 
         Args:
-            params: whose state it is, for a fused base; the plan's own by default.
+            params: the parameters whose state is used, for a fused base; by default those of the plan.
         """
         settings = self._fused_state.settings()
         if settings is not None:
@@ -164,7 +164,7 @@ class BaseUpdate:
         before = Recorded(base, plan.params)
         draws = RandomState({param.device for param in plan.params}, before.generators)
         for param, gradient, held in zip(plan.params, gradients, copies, strict=True):
-            # Of its own: some bases write into gradients, and this one is kept until the next step is through.
+            # A copy: some bases write into gradients, and this one is kept until the end of the next step.
             param.grad = gradient.clone() if held and gradient is not None else None
         with without_hooks(base):
             base.step()
@@ -193,12 +193,12 @@ class BaseUpdate:
         # apart, as SGD's dampening does; only then is the outcome waited for.
         if created and ((not outcome.is_known and not self._fused_state.first_differs(settings)) or outcome.updated):
             self._fused_state.commit(params, created)
-        # A scheduler on the base asks whether the base has stepped; it has.
+        # A scheduler on the base checks whether the base has stepped; it has.
         base._opt_called = True  # type: ignore[attr-defined]
         return outcome
 
     def _by_base(self, descent: Descent) -> Outcome:
-        """Restore, put the combined gradient into ``p.grad``, ``base.step()``."""
+        """Restores, puts the combined gradient into ``p.grad`` and calls ``base.step()``."""
         plan, snapshot, lists, rule = descent.plan, descent.snapshot, descent.lists, descent.rule
         plain = rule == _FIXED
         report = LaunchReport.without_gram(len(lists))
@@ -216,7 +216,7 @@ class BaseUpdate:
         outcome = Outcome(report, descent.found_inf)
         if skip:
             return outcome
-        # The copies stay valid until the base is through, so that its exceptions leave the weights as they were.
+        # The copies stay valid until the base has finished, so that its exceptions leave the weights as they were.
         snapshot.taken[:] = copies
         try:
             with without_global_hooks():
@@ -232,7 +232,7 @@ class BaseUpdate:
 
 
 class FusedState:
-    """The settings and state tensors of a base optimizer that the kernels know, as they want them."""
+    """The settings and state tensors of a base optimizer that the kernels know, in the form that they take."""
 
     def __init__(self, base_optimizer: Optimizer, has_masters: bool = False) -> None:
         self.base_optimizer, self._has_masters = base_optimizer, has_masters
@@ -245,7 +245,7 @@ class FusedState:
         self._states: list[dict[str, Any]] = []
 
     def settings(self) -> Settings | None:
-        """Of each group; None if the base's class or its present settings have no fused form."""
+        """The settings of each group; None if the base's class or these settings have no fused form."""
         if self._base is None or has_own_step(self.base_optimizer):
             return None
         return settings_of(self.base_optimizer)
@@ -255,7 +255,7 @@ class FusedState:
     ) -> tuple[Base, dict[int, dict[str, Any]]]:
         """The base for one descent, and the state it creates for parameters that have none yet.
 
-        The second result belongs into the base optimizer, by :meth:`commit`, once the update has been made.
+        Once the update has been made, :meth:`commit` puts the second result into the base optimizer.
         """
         base = self._base
         assert base is not None
@@ -299,7 +299,7 @@ class FusedState:
         self._keys = [key for key in (*base.state_keys, *steps) if any(key in own for own in self._keys_of)]
 
     def first_differs(self, settings: Settings) -> bool:
-        """Whether state that is new is told apart from zeros by some group's updates."""
+        """Whether the updates of some group treat new state differently from zeros."""
         base = self._base
         return base is not None and any(base.first_differs(own) for own in settings)
 
@@ -321,10 +321,10 @@ class FusedState:
         return torch.zeros_like(param, dtype=dtype, requires_grad=False)
 
     def widen(self, saved: dict[Tensor, dict[str, Any]] | None = None) -> None:
-        """Puts the state of weights that have masters into their masters' type.
+        """Converts the state of weights that have masters to the masters' type.
 
         Args:
-            saved: where to take it from; torch rounds state to its parameter's type when it is loaded.
+            saved: the state to convert; when torch loads state, it rounds it to its parameter's type.
         """
         state = self.base_optimizer.state
         for param, entries in (state if saved is None else saved).items():
@@ -346,7 +346,7 @@ def combined_gradient(
 ) -> Gradients | None:
     """sum_i scale_i c_i x_i / grad_scale in new tensors, None where no list has an entry.
 
-    None altogether if the rule needs a Gram matrix and that is not finite; this is waited for.
+    The result is None if the rule needs a Gram matrix that is not finite; to know this waits for the GPU.
     """
     coefficients = torch.ones(len(lists), dtype=torch.float64, device="cpu")
     if rule != _FIXED:
@@ -363,7 +363,7 @@ def combined_gradient(
 
 
 def added(total: Gradients | None, gradients: Gradients, factor: float, backend: str | None) -> Gradients:
-    """total + factor * gradients, in place where there is a total."""
+    """total + factor * gradients, in place if there is a total."""
     total = [None] * len(gradients) if total is None else total
     present = [i for i, gradient in enumerate(gradients) if gradient is not None]
     for i in present:
@@ -376,7 +376,7 @@ def added(total: Gradients | None, gradients: Gradients, factor: float, backend:
 
 
 def _combine_into_grad(descent: Descent, coefficients: Tensor) -> None:
-    """p.grad <- sum_i c_i x_i; None for a parameter that no list has a gradient of."""
+    """p.grad <- sum_i c_i x_i, or None for a parameter without a gradient in any list."""
     combined = dict(_combine(descent.plan, descent.lists, coefficients, descent.scale, descent.backend))
     for index, param in enumerate(descent.plan.params):
         param.grad = combined.get(index)
@@ -403,7 +403,7 @@ def _new_step(param: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def _first_of(lists: Sequence[Gradients]) -> Gradients:
-    """For each parameter some gradient of it, None if no list has one."""
+    """For each parameter the first gradient that some list has of it; None if no list has one."""
     if len(lists) == 1:
         return lists[0]
     return [next((x for x in entries if x is not None), None) for entries in zip(*lists, strict=True)]

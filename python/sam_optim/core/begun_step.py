@@ -1,4 +1,4 @@
-"""A method's step under way: its generator, what that waits for, and the gradients that were collected for it."""
+"""A method's step under way: its generator, what it waits for, and the gradients collected for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .passes import Gradients, Pass, Passes, Update
 
 
 class _Overwritten:
-    """Stands in a gradient list that its method did not ask to keep, once ``p.grad`` may be written into again."""
+    """Takes the place of a gradient that its method did not ask to keep, once ``p.grad`` may be written into again."""
 
     @classmethod
     def refuse(cls, *args: Any, **kwargs: Any) -> NoReturn:
@@ -40,17 +40,17 @@ def refuse_overwritten(lists: Sequence[Gradients]) -> None:
 
 
 class Unwritten:
-    """Notes gradients as they are, to tell later whether somebody has written into them."""
+    """Records gradients, to tell later whether somebody has written into them."""
 
     def __init__(self, gradients: Gradients) -> None:
         self.gradients = gradients
         self._versions = versions_of(gradients)
 
     def check(self, which: str) -> None:
-        """Raises :class:`StepOrderError` if they are not what they were.
+        """Raises :class:`StepOrderError` if they have changed.
 
         Args:
-            which: gradients these are, for the message.
+            which: what gradients these are, for the message.
         """
         if versions_of(self.gradients) != self._versions:
             raise StepOrderError(
@@ -68,7 +68,7 @@ def _is_lent(gradient: Tensor) -> bool:
 
 
 def versions_of(gradients: Gradients) -> list[int]:
-    """Of each tensor, how often it was written into; those made in inference mode do not know."""
+    """How often each tensor was written into; tensors made in inference mode do not count that."""
     try:
         return [-1 if g is None else g._version for g in gradients]
     except RuntimeError:
@@ -80,10 +80,10 @@ class BegunStep:
 
     Attributes:
         passes: the generator.
-        number: of gradients received.
+        number: how many gradients were received.
         expected: the passes that it has yielded together.
-        waiting: the one of them whose gradients are wanted next; None where it waits for its update, and after its end.
-        update: which then stands here.
+        waiting: the one whose gradients are wanted next; None if the method waits for its update, and at the end.
+        update: the update that it waits for.
         last: the gradients received last, and whether the method keeps them.
     """
 
@@ -94,9 +94,9 @@ class BegunStep:
         """Begins the step of the method of this name.
 
         Raises:
-            StopIteration: if it wants no gradient.
-            TypeError: if ``passes()`` is no generator, or yields something else than passes and an update.
-            StepOrderError: if what it yields comes in an order that no driver can follow.
+            StopIteration: if it needs no gradient.
+            TypeError: if ``passes()`` is not a generator, or yields anything but passes and an update.
+            StepOrderError: if it yields them in an order that no driver can follow.
         """
         if not isinstance(passes, GeneratorType):
             raise TypeError(
@@ -114,8 +114,8 @@ class BegunStep:
         """Takes the gradients of the pass that is waiting. False if the step is over.
 
         Raises:
-            StepOrderError: if a gradient that the method keeps was written into, as where ``p.grad`` is assigned one
-                tensor in all passes.
+            StepOrderError: if a gradient that the method keeps was written into, for instance because all passes
+                assign the same tensor to ``p.grad``.
         """
         for number, before in self._kept:
             before.check(f"pass {number}")
@@ -135,10 +135,10 @@ class BegunStep:
         return True
 
     def go_on(self) -> bool:
-        """After the update has been made. False, since the step is over then.
+        """Continues the method after its update. Returns False, since the step is then over.
 
         Raises:
-            StepOrderError: if the method wants more.
+            StepOrderError: if the method yields anything more.
         """
         try:
             asked = self.passes.send(None)

@@ -1,4 +1,4 @@
-"""What is saved and loaded: the base optimizer's state, with what a method keeps for parameters, and their masters."""
+"""Saving and loading: the base optimizer's state, what a method keeps for parameters, and their masters."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _LEFT_BY_OTHERS = frozenset({"old_p", "old_g", "e_w"})
 
 
 class _Loaded(NamedTuple):
-    """What a state dict has for parameters.
+    """What a state dict holds for parameters.
 
     Attributes:
         lists: what the method keeps for them, and their masters, in the order of the groups.
-        keys: of their entries in ``state``, in the same order.
-        state: the base's.
+        keys: the keys of their entries in ``state``, in the same order.
+        state: the base's state.
     """
 
     lists: Lists
@@ -50,9 +50,9 @@ class _Loaded(NamedTuple):
 
 
 class Checkpoints:
-    """An optimizer's state as it is seen, saved and loaded.
+    """An optimizer's state as users see it, and as it is saved and loaded.
 
-    It holds the optimizer weakly, since that holds it.
+    It has a weak reference to the optimizer, which holds it.
 
     Attributes:
         loads: how often state was loaded.
@@ -68,7 +68,7 @@ class Checkpoints:
 
     @property
     def optimizer(self) -> SharpnessAwareOptimizer:
-        """Whose state it is."""
+        """The optimizer whose state it is."""
         optimizer = self._owner()
         assert optimizer is not None, "the optimizer is gone"
         return optimizer
@@ -77,7 +77,7 @@ class Checkpoints:
 
     @property
     def state(self) -> Any:
-        """The base's state, and among a parameter's entries what the method keeps for it."""
+        """The base's state; a parameter's entries include what the method keeps for it."""
         optimizer = self.optimizer
         beside = self._beside()
         base: Any = optimizer._base.state
@@ -92,12 +92,12 @@ class Checkpoints:
             self.optimizer._kept.replace([], {})
 
     def pickled(self) -> dict[str, Any]:
-        """What is kept for parameters, for a pickle or a copy of the optimizer; the base's state is the base's."""
+        """What is kept for parameters, for a pickle or a copy of the optimizer. The base pickles its own state."""
         lists = self._kept_lists()
         return {"masters": lists.pop(_MASTERS, None), "method state": lists}
 
     def unpickled(self, state: dict[str, Any]) -> None:
-        """Takes over, and out of, a state what :meth:`pickled` gave."""
+        """Moves what :meth:`pickled` gave out of a state into this optimizer."""
         optimizer = self.optimizer
         lists: Lists = state.pop("method state", {})
         masters = state.pop("masters", None)
@@ -111,7 +111,7 @@ class Checkpoints:
         """What ``state_dict()`` gives, with its hooks run.
 
         Raises:
-            StepOrderError: in the middle of a step, once it has changed anything.
+            StepOrderError: in the middle of a step, once that has changed anything.
         """
         optimizer = self.optimizer
         if not optimizer.stepper.is_as_if_not_begun():
@@ -174,7 +174,7 @@ class Checkpoints:
         return packed
 
     def watch_base(self) -> None:
-        """Lets the base's own state dict be complete too: who saves and loads by the base alone loses nothing."""
+        """Makes the base's own state dict complete too, so that saving and loading it alone loses nothing."""
         if self._has_own_form or not isinstance(self.optimizer._base, Optimizer):
             return
         # What it has carried along from a checkpoint of ours may be older than its own state.
@@ -215,8 +215,8 @@ class Checkpoints:
     def _beside(self) -> dict[Tensor, dict[str, Tensor | None]]:
         """What is kept for parameters and can stand among the base's entries without being taken for them.
 
-        None stands for what the method has yet to come to keep. It has its place from the beginning, because
-        ``torch.distributed.checkpoint`` reads from a checkpoint only what the optimizer that is to load it has.
+        None stands for what the method does not keep yet. It has its place from the beginning, because
+        ``torch.distributed.checkpoint`` reads only what the optimizer that loads already has.
         """
         lists = self._kept_lists()
         if self._has_own_form or not (lists or self.optimizer.method_state_names):
@@ -236,11 +236,11 @@ class Checkpoints:
         return beside
 
     def _is_stateless(self, group: dict[str, Any]) -> bool:
-        """Whether the base has no state for a group, nor minds that of others."""
+        """Whether the base has no state for a group, and does not mind other entries in it."""
         return type(self.optimizer._base) is torch.optim.SGD and group["momentum"] == 0.0
 
     def _set_kept(self, param: Tensor, name: str, value: Tensor | None) -> None:
-        """Writes to what is kept; masters follow their weights, and are left."""
+        """Writes to what is kept. Masters follow their weights, and are left alone."""
         name = name.removeprefix(PREFIX)
         if name == _MASTERS:
             return
@@ -259,7 +259,7 @@ class Checkpoints:
         return plans.masters
 
     def is_state_asked_for(self) -> bool:
-        """Whether ``step()`` is torch's way of asking for state that is yet to come: lr 0, and zeros as gradients."""
+        """Whether torch calls ``step()`` to have state made: lr is 0 and all gradients are zeros."""
         groups = self.optimizer.param_groups
         if not all(group.get("lr") is not None and float(group["lr"]) == 0.0 for group in groups):
             return False
@@ -267,7 +267,7 @@ class Checkpoints:
         return bool(gradients) and not any(bool(local_part(g).any()) for g in gradients)
 
     def make_state(self) -> None:
-        """The state that there would be after a first step, still without anything in it."""
+        """Makes the state that there would be after a first step, without any content."""
         params = self.optimizer._params()
         update = self.optimizer._base_update
         update.make_state(params)
@@ -278,7 +278,7 @@ class Checkpoints:
             plans.begin_masters()
 
     def _take_loaded(self, loaded: _Loaded) -> None:
-        """What was beside the base's state, once that is loaded."""
+        """Takes over what stood beside the base's state, after that has been loaded."""
         params = self.optimizer._params()
         plans = self.optimizer._plans
         plans.masters = loaded.lists.pop(_MASTERS, None)
@@ -292,9 +292,9 @@ class Checkpoints:
         self.loads += 1
 
     def _unpack(self, state_dict: dict[str, Any]) -> _Loaded:
-        """Takes what is kept for parameters out of a state dict, and what other classes have left in it.
+        """Takes out of a state dict what is kept for parameters, and what other SAM classes have left in it.
 
-        Settings of the method that its groups lack are put in.
+        Settings of the method that the groups in it lack are added.
         """
         params = self.optimizer._params()
         lists: Lists = {}
@@ -330,7 +330,7 @@ class Checkpoints:
         )
 
     def _unwrap(self, state_dict: dict[str, Any], lists: Lists) -> None:
-        """Of a wrapper that saves its base's state dict within its own, as pytorch-optimizer's do: that of the base."""
+        """Unpacks the base's state dict where a wrapper saves it within its own, as pytorch-optimizer's do."""
         base = state_dict.get("base_optimizer")
         if self._has_own_form or not isinstance(base, Mapping) or not {"state", "param_groups"} <= base.keys():
             return
@@ -347,7 +347,7 @@ class Checkpoints:
         state_dict["state"] = base["state"]
 
     def _divide(self, state: Mapping[Any, Any], keys: list[Any], lists: Lists) -> dict[Any, Any]:
-        """The base's part of a state dict's state; what is kept by the method goes into the lists."""
+        """The base's part of a state dict's state; what the method keeps goes into the lists."""
         count = len(self.optimizer._params())
         places: dict[Any, list[int]] = {}
         for index, key in enumerate(keys[:count]):
@@ -378,7 +378,7 @@ class Checkpoints:
         return of_base
 
     def _loaded(self, name: str, index: int, param: Tensor, value: Tensor | None) -> Tensor | None:
-        """A copy of one entry, where its parameter lies."""
+        """A copy of one entry, on the device of its parameter."""
         if value is None or not is_there(value):
             return None
         if value.shape != param.shape:
@@ -391,9 +391,9 @@ class Checkpoints:
         return value.detach().to(device=param.device, dtype=dtype, copy=True)
 
     def adopt_kept(self, params: list[Tensor]) -> None:
-        """Takes what is kept out of the base's state, where its own ``load_state_dict()`` has put it and ran no hooks.
+        """Takes what is kept out of the base's state, where a ``load_state_dict()`` without hooks has put it.
 
-        bitsandbytes' do so, when a checkpoint is loaded by the base alone.
+        bitsandbytes' optimizers do so, if a checkpoint is loaded by the base alone.
         """
         state = self.optimizer._base.state if isinstance(self.optimizer._base, Optimizer) else {}
         found = {p: e for p, e in state.items() if isinstance(e, dict) and any(map(_is_kept, e))}

@@ -1,4 +1,4 @@
-"""Checks of values and names, so that no setting is taken that cannot be meant, or that would do nothing."""
+"""Checks of values and names: settings that cannot be meant, or that would have no effect, are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_number(
 ) -> None:
     """Raises :class:`InvalidSettingError` unless a setting is a finite number within its range.
 
-    Tensors of one element are numbers, and one on a GPU is one whose value nobody looks at. True and False are none.
+    A tensor of one element is a number; on a GPU its value is not looked at. True and False are not numbers.
 
     Args:
         at_least, at_most: the range, its ends included; None for no limit.
@@ -64,7 +64,7 @@ def whole_number(name: str, value: Any, at_least: int | None = None) -> int:
 
 
 def as_whole(value: Any) -> int | None:
-    """None for what is no whole number by its type."""
+    """The value as an int; None if its type is not that of whole numbers."""
     try:
         return None if _is_bool(value) else operator.index(value)
     except TypeError:
@@ -80,13 +80,13 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def _is_bool(value: Any) -> bool:
-    """Also of numpy and torch."""
+    """Whether it is a bool, numpy's and torch's included."""
     dtype = getattr(value, "dtype", None)
     return isinstance(value, bool) or getattr(dtype, "kind", None) == "b" or str(dtype) == "torch.bool"
 
 
 def _as_float(value: Any) -> float:
-    """NaN for what is no real number."""
+    """The value as a float; NaN if it is not a real number."""
     is_complex = getattr(getattr(value, "dtype", None), "kind", None) == "c"
     if _is_bool(value) or is_complex or isinstance(value, (str, bytes, bytearray)):
         return math.nan
@@ -100,7 +100,7 @@ def _as_float(value: Any) -> float:
 
 
 def near(name: str, known: Iterable[str]) -> str | None:
-    """Which of several names was meant; None if that cannot be told."""
+    """Which of several names was probably meant; None if that is unclear."""
     known = [k for k in known if k != name]
     plain = name.lower().strip("_")
     for candidate in known:
@@ -112,13 +112,13 @@ def near(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message."""
+    """The end of an error message."""
     meant = near(name, known)
     return "" if meant is None else f". Did you mean {meant}?"
 
 
 def keywords_of(method: type) -> list[str]:
-    """The names of what a method's constructor takes, as far as it is one of this package."""
+    """The names of the arguments of a method's constructor, as far as the classes of this package take them."""
     package = __name__.partition(".")[0]
     names: dict[str, None] = {}
     for cls in method.__mro__:
@@ -128,7 +128,7 @@ def keywords_of(method: type) -> list[str]:
 
 
 def named_parameters(call: Callable[..., Any]) -> list[str]:
-    """The parameters that a callable names, of a class those of its constructor; none if they cannot be known."""
+    """The parameters that a callable, or the constructor of a class, names; none if that cannot be known."""
     try:
         parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError):
@@ -144,14 +144,14 @@ def check_group_keys(
     is_of_base: Callable[[str], bool],
     fixed: Mapping[str, Any],
 ) -> None:
-    """Refuses keys of a group that the method would not look at, although they seem to be meant for it.
+    """Refuses keys of a group that seem to be meant for the method, but that it would not look at.
 
-    What else a group holds is its owner's business, as with any torch optimizer.
+    Other keys are left alone, as by any torch optimizer.
 
     Args:
-        of_groups: what the method keeps in groups.
+        of_groups: the keys that the method keeps in groups.
         of_base: the base optimizer's defaults.
-        is_of_base: whether another key that would be refused is one that the base optimizer uses.
+        is_of_base: whether a key that would be refused is one that the base optimizer uses.
         fixed: settings that the method's class has set for good.
 
     Raises:
@@ -178,7 +178,7 @@ def check_group_keys(
 
 
 def _is_torchs(key: str) -> bool:
-    """Whether it is a setting of some optimizer of torch's, and so no other's misspelt."""
+    """Whether it is a setting of some optimizer of torch, and so not a misspelt one."""
     return any(key in named_parameters(cls) for cls in vars(torch.optim).values() if isinstance(cls, type))
 
 
@@ -186,7 +186,7 @@ def _is_torchs(key: str) -> bool:
 
 
 def radius(rho: Any, name: str = "rho") -> float | Tensor:
-    """A radius as the kernels take it. A tensor on a GPU stays there, and nobody looks at its value.
+    """A radius as the kernels take it. A tensor on a GPU stays there, and its value is not looked at.
 
     Raises:
         InvalidSettingError: unless it is a finite number of at least 0.

@@ -32,7 +32,7 @@ def run_closures(stepper: Stepper, closures: dict[str, Closure | None], closure_
         closures: for each batch that a pass may be on; None where there is none.
 
     Returns:
-        What the first of them returned; None if no pass was left.
+        What the first call returned; None if no pass was left.
     """
     optimizer = stepper.optimizer
     draws = Draws(stepper.devices(), generators=optimizer.generators)
@@ -62,7 +62,7 @@ def run_closures(stepper: Stepper, closures: dict[str, Closure | None], closure_
 
 @untraced
 def refuse_what_trainers_do_between(stepper: Stepper, closure: Closure) -> None:
-    """Looks at what a trainer's closure does besides forward and backward.
+    """Checks what a trainer's closure does besides forward and backward passes.
 
     Raises:
         InvalidSettingError: for what cannot be right with this method.

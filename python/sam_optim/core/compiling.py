@@ -18,7 +18,7 @@ _callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_fr
 
 
 def untraced(method: Method) -> Method:
-    """A method that runs as it is when a compiled function calls it: one break in the graph, and no warning.
+    """Keeps the compiler out of a method: a compiled function that calls it has one break in its graph, and no warning.
 
     It needs :func:`prepare` first, which imports the compiler; importing this package does not.
     """
@@ -39,14 +39,14 @@ def untraced(method: Method) -> Method:
 
 
 def _is_compiler_looking() -> bool:
-    """Whether a compiled function is being traced, or runs and has called what is not compiled."""
+    """Whether a compiled function is being traced, or has called code that is not compiled."""
     return torch.compiler.is_dynamo_compiling() or _callback() is not None
 
 
 def prepare() -> None:
-    """To be called before anything can be compiled that calls an untraced method.
+    """Must be called before anything is compiled that calls an untraced method.
 
-    It imports the compiler; torch's own optimizers do so too when they are made.
+    It imports the compiler, as torch's own optimizers do when they are constructed.
     """
     while _waiting:
         _waiting.pop()()

@@ -24,7 +24,7 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
     """The base optimizer: the instance given, or ``base_optimizer(params, **base_kwargs)``.
 
     Args:
-        method: the class that it is to be the base of.
+        method: the class whose base it will be.
 
     Raises:
         TypeError, InvalidSettingError: for what cannot serve as a base, and for keywords that nobody knows.
@@ -37,7 +37,7 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
         if base_kwargs:
             raise TypeError(f"base_optimizer is an instance, so {', '.join(base_kwargs)} cannot be set here")
         base: Any = base_optimizer
-        # Frozen ones that the instance was not given, as a model's under LoRA, are none of its business.
+        # The instance need not hold frozen parameters, as a model under LoRA has.
         given = list(_tensors(params))
         wanted = {id(p) for p in given}
         trained = {id(p) for p in given if p.requires_grad}
@@ -72,10 +72,10 @@ def make_base(params: Any, base_optimizer: BaseOptimizer, base_kwargs: dict[str,
 
 
 def _complete(base: Any) -> None:
-    """Gives a wrapper that is one of torch's optimizers, but has not called their constructor, what is asked of them.
+    """Completes a wrapper that derives from torch's Optimizer but has not called its constructor.
 
-    Many a Lookahead is written so; it steps, and fails where torch looks for its hooks. Its class is left as it is:
-    torch's own way, ``__setstate__``, would let the ``step()`` of all its instances look for them.
+    Many a Lookahead is written so. It can step, but fails where torch looks for its hooks. Its class is not changed:
+    torch's own way, ``__setstate__``, would make the ``step()`` of all its instances look for hooks.
     """
     if isinstance(base, Optimizer):
         for kind in ("step", "state_dict", "load_state_dict"):
@@ -86,7 +86,7 @@ def _complete(base: Any) -> None:
 
 
 def made_of(base: Any) -> list[Any]:
-    """An optimizer, and those that it wraps: its attributes, and what is in lists and dicts among them."""
+    """An optimizer and those that it wraps, as attributes or in attributes that are lists and dicts."""
     found = [base]
     for each in found:
         for value in list(getattr(each, "__dict__", {}).values()):
@@ -96,12 +96,12 @@ def made_of(base: Any) -> list[Any]:
 
 
 def defaults_of(base: Any) -> dict[str, Any]:
-    """What the groups of an optimizer have by default, also where it only wraps the one that says so."""
+    """What the groups of an optimizer have by default, also if it only wraps the one with the defaults."""
     return {name: value for each in reversed(made_of(base)) for name, value in getattr(each, "defaults", {}).items()}
 
 
 def puts_into_groups(base: Any, name: str) -> bool:
-    """Whether a key of a group is the base's own, although it does not stand among its defaults."""
+    """Whether a key of a group is the base's own, although it is not among its defaults."""
     kinds = [cls for each in made_of(base) for cls in type(each).__mro__ if cls.__module__.partition(".")[0] != "torch"]
     return any(_mentions(cls, name) for cls in kinds if cls is not object)
 
@@ -113,10 +113,10 @@ def reads_from_groups(base: Any, name: str) -> bool:
 
 
 def _refuse_unknown(keywords: Iterable[str], maker: Callable[..., Optimizer], base: Optimizer, method: type) -> None:
-    """Refuses keywords that a base has swallowed by its own ``**kwargs`` and looks at no more.
+    """Refuses keywords that a base has swallowed with its ``**kwargs`` and does not use.
 
-    That some put whatever they are given into their groups says nothing. So a keyword has to be named by a constructor,
-    or occur in the code that makes the base or is its class's.
+    Some bases put whatever they are given into their groups, so its being there proves nothing. A keyword must be named
+    by a constructor, or occur in the code that makes the base or in that of its class.
     """
     kinds = [cls for each in made_of(base) for cls in type(each).__mro__ if cls not in (Optimizer, object)]
     calls: list[Callable[..., Any]] = [maker, *kinds]
@@ -133,7 +133,7 @@ def _mentions(owner: Callable[..., Any], name: str, *, words_only: bool = False)
     """Whether a word occurs in the code of a function, or of a class's functions.
 
     Args:
-        words_only: as a string, such as a dict's key, and not as an attribute's name.
+        words_only: only as a string, such as a dict's key, and not as an attribute's name.
     """
     functions = vars(owner).values() if isinstance(owner, type) else [owner]
     plain = [f.func if isinstance(f, partial) else f for f in functions]
@@ -148,15 +148,15 @@ def _mentions(owner: Callable[..., Any], name: str, *, words_only: bool = False)
 
 
 def _is_optimizer(candidate: Any) -> TypeGuard[Optimizer]:
-    """Also one that is none of torch's."""
+    """Whether it is an optimizer, torch's or another."""
     return not isinstance(candidate, type) and hasattr(candidate, "param_groups") and hasattr(candidate, "step")
 
 
 def _obstacle_to_being_base(base: Any, is_wrapped: bool) -> str | None:
-    """What its update needs and a step of ours cannot give: it has gradients, once, in ``p.grad``.
+    """What its update needs besides gradients in ``p.grad``, once a step; None if nothing.
 
     Args:
-        is_wrapped: by the base itself, which may call its ``step()`` with whatever that needs.
+        is_wrapped: the base itself wraps it, and may call its ``step()`` with whatever that needs.
     """
     names = {cls.__name__.lower() for cls in type(base).__mro__}
     takes: Mapping[str, inspect.Parameter] = {}
@@ -200,7 +200,7 @@ WRAP_AROUND = (
 
 
 def takes_single_samples(optimizer: Any) -> bool:
-    """Whether it is one of differential privacy, as opacus' DPOptimizer, which clips the gradient of each sample."""
+    """Whether it is for differential privacy, as opacus' DPOptimizer, and clips the gradient of each sample."""
     return hasattr(type(optimizer), "grad_samples")
 
 
@@ -218,9 +218,9 @@ def _tensors(params: Any) -> Iterable[Tensor]:
 
 
 def names_of(number: int, group: dict[str, Any]) -> list[str]:
-    """Names of a group's parameters: their own if given with the parameters, else made up.
+    """Names of a group's parameters: those given with the parameters, or else made up.
 
-    Also made up after somebody has changed the list of parameters but not that of their names.
+    They are also made up if somebody has changed the list of parameters but not the list of names.
     """
     names, count = group.get("param_names"), len(group["params"])
     return list(names) if names and len(names) == count else [f"parameter {i} of group {number}" for i in range(count)]

@@ -1,4 +1,4 @@
-"""An optimizer's groups: those of its base optimizer, with the settings that its method adds to them."""
+"""An optimizer's groups: those of its base optimizer, with the settings that the method adds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add(optimizer: SharpnessAwareOptimizer, group: dict[str, Any]) -> None:
-    """Adds a group to the base optimizer; what is refused, by the base too, changes nothing."""
+    """Adds a group to the base optimizer. If it is refused, by the base or here, nothing changes."""
     base = optimizer._base
     if not isinstance(group, dict):
         base.add_param_group(group)  # torch says what it wants
@@ -45,7 +45,7 @@ def add(optimizer: SharpnessAwareOptimizer, group: dict[str, Any]) -> None:
 
 
 def complete_all(optimizer: SharpnessAwareOptimizer) -> None:
-    """Groups that somebody has added to the base optimizer get its defaults and this method's."""
+    """Gives groups that were added to the base optimizer its defaults and those of this method."""
     known = optimizer._plans.known_groups
     if known:
         optimizer.stepper.refuse_mid_step("param_groups were changed")
@@ -68,7 +68,7 @@ def complete(
     """Gives one group the settings that it lacks.
 
     Args:
-        is_first: the constructor does, whose settings take the place of those that another optimizer has left.
+        is_first: called by the constructor, whose settings replace those that another optimizer has left.
     """
     if not isinstance(group, dict):
         raise TypeError(f"a parameter group is a dict, got {group!r}")
@@ -81,7 +81,7 @@ def complete(
 
 
 def defaults_now(optimizer: SharpnessAwareOptimizer) -> dict[str, Any]:
-    """``defaults``, with the present value of settings that have to be the same in all groups."""
+    """``defaults``, with the present value of settings that must be the same in all groups."""
     groups = optimizer._base.param_groups
     first = groups[0] if groups else {}
     keys = [optimizer._keys[name] for name, setting in optimizer._declared.items() if not setting.per_group]
@@ -89,7 +89,7 @@ def defaults_now(optimizer: SharpnessAwareOptimizer) -> dict[str, Any]:
 
 
 def check_keys(optimizer: SharpnessAwareOptimizer, group: dict[str, Any]) -> None:
-    """Raises :class:`InvalidSettingError` for a key that would do nothing."""
+    """Raises :class:`InvalidSettingError` for a key that would have no effect."""
     if group.get(METHOD, optimizer._method) != optimizer._method:  # another method's settings may be there still
         return
     kept = optimizer._kept_in_groups

@@ -1,4 +1,4 @@
-"""What a method keeps from step to step: a tensor for each parameter, which belongs to it wherever it stands."""
+"""What a method keeps from step to step: a tensor for each parameter, which stays with it if groups change."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Lists = dict[str, list[Tensor | None]]
 class KeptState:
     """Lists of tensors by name, with an entry for each parameter in the order of the groups.
 
-    The lists are rearranged when the parameters are others than before. What belongs to a parameter that is in no group
-    waits for it to come back, and goes with it.
+    The lists are rearranged when the parameters change. An entry of a parameter that is in no group is put aside until
+    the parameter comes back, and is freed with it.
 
     Attributes:
-        is_awaited: torch has asked for state before there was any, to load it or to save it: whatever a method may
-            keep has a place in ``state_dict()`` then.
-        stays_in_place: new values have to be written over the old ones, as a captured step needs it.
+        is_awaited: torch has asked for state before there was any, to load or to save it. Then whatever the method
+            may keep has a place in ``state_dict()``.
+        stays_in_place: new values must be written over the old ones, as a captured step needs.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class KeptState:
 
     @property
     def names(self) -> list[str]:
-        """Of which a parameter has an entry."""
+        """The names of lists in which some parameter has an entry."""
         return [name for name in self._lists if self.has(name)]
 
     def entries(self, name: str) -> list[Tensor | None]:
@@ -63,26 +63,26 @@ class KeptState:
         return self._plan
 
     def forget_others(self, name: str) -> None:
-        """Drops what waits for parameters that are in no group now."""
+        """Drops entries of this name that were put aside for parameters that are in no group now."""
         self._aside.pop(name, None)
 
     def replace(self, params: list[Tensor], lists: Lists) -> None:
-        """Other lists, of these parameters; nothing of before is kept."""
+        """Replaces all lists by others, of these parameters."""
         self.is_awaited = False
         self._params, self._sizes = params, _sizes_of(params)
         self._lists, self._aside, self._plan = lists, {}, None
 
     def follow(self, params: list[Tensor]) -> None:
-        """Puts entries where their parameters are now.
+        """Moves entries to where their parameters are now.
 
         Args:
-            params: a list that is never written into, so that it need not be compared.
+            params: a list that nobody changes later, so that identity says whether it is the same.
         """
         if params is not self._params:
             self._rearrange(params)
 
     def follow_shapes(self) -> bool:
-        """Drops entries whose parameters have got another shape. Whether some have."""
+        """Drops entries of parameters whose shape has changed. Returns whether there were any."""
         if not self._lists or _sizes_of(self._params) == self._sizes:
             return False
         self._rearrange(self._params)
@@ -115,7 +115,7 @@ def _sizes_of(params: list[Tensor]) -> list[int]:
 
 
 def _places_of(params: list[Tensor]) -> list[tuple[int, int]]:
-    """For each place whose it is, and how many places before it are the same parameter's."""
+    """For each place, the parameter's id, and how many earlier places hold the same parameter."""
     counts: dict[int, int] = {}
     places = []
     for param in params:
@@ -128,13 +128,14 @@ SetKept = Callable[[Any, str, Tensor | None], None]
 
 
 class StateOfBoth(MutableMapping[Any, Any]):
-    """The base optimizer's state as users and torch see it, with what the method keeps among each parameter's entries.
+    """The base optimizer's state as users and torch see it: each parameter's entries include what the method keeps.
 
-    Entries of the method are not in the base's own dicts, where some bases would take their state for complete.
+    Entries of the method are not in the base's own dicts, where they would make some bases think that their state is
+    complete.
 
     Args:
         state: the base's.
-        beside: for parameters what is kept for them, by names with :data:`PREFIX`; None for what there is not yet.
+        beside: what is kept for each parameter, under names with :data:`PREFIX`; None for what does not exist yet.
         set_kept: keeps something; takes parameter, name and value.
         comes: whether the base has state once it has made an update.
     """
@@ -171,7 +172,7 @@ class StateOfBoth(MutableMapping[Any, Any]):
         return key in self._state or key in self._beside
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """As a dict's: a base's state may make an entry for whatever it is asked for by index."""
+        """As that of a dict. (By index, a base's state may make an entry for whatever it is asked for.)"""
         return self[key] if key in self else default  # noqa: SIM401  is this very method
 
     def keep(self, key: Any, name: str, value: Tensor | None) -> None:
@@ -198,7 +199,7 @@ class StateOfBoth(MutableMapping[Any, Any]):
         return sum(1 for _ in self)
 
     def __bool__(self) -> bool:
-        """What torch takes for a sign that there is no state to be made any more."""
+        """False while state is still to be made: torch looks at this."""
         return bool(self._state) or not self._comes
 
     def __repr__(self) -> str:
@@ -209,7 +210,7 @@ class StateOfBoth(MutableMapping[Any, Any]):
 
 
 class Entries(dict[str, Any]):
-    """One parameter's entries; what is written into them is written where it belongs."""
+    """One parameter's entries. Writes go on to the base's state or to what the method keeps."""
 
     _place: tuple[StateOfBoth, Any] | None = None
 
@@ -243,12 +244,12 @@ class Entries(dict[str, Any]):
 
 
 def not_there(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """What stands in a state dict for an entry that there is not yet: no number at all."""
+    """Stands in a state dict for an entry that does not exist yet: all NaN."""
     return torch.full_like(like, torch.nan, dtype=dtype, requires_grad=False)
 
 
 def is_there(entry: Tensor) -> bool:
-    """Whether an entry of a state dict is more than :func:`not_there`; all ranks that share it must ask."""
+    """Whether an entry of a state dict is not :func:`not_there`. All ranks that share it must call this."""
     if not (entry.is_floating_point() or entry.is_complex()) or entry.numel() == 0:
         return True
     return not bool(torch.isnan(entry.detach()).all())

@@ -1,6 +1,6 @@
-"""The optimizer that all methods share: what its user calls, and what a method's class says and overrides.
+"""The optimizer that all methods share: what a user calls, and what the class of a method declares and overrides.
 
-A method is a generator of gradient passes (:meth:`SharpnessAwareOptimizer.passes`); everything here serves to run it.
+A method is a generator of gradient passes (:meth:`SharpnessAwareOptimizer.passes`). Everything here serves to run it.
 """
 
 from __future__ import annotations
@@ -74,64 +74,65 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         closure_runs: what ``step(closure)`` calls its closure for. ``"second_pass"``, as in other SAM classes: the
             first gradient is already in ``p.grad``. ``"every_pass"``, as in L-BFGS: the closure is called once for
             each pass, each time with the same random state.
-        backend: name of the kernels' backend; by default the best there is.
+        backend: name of the kernels' backend; by default the best one available.
         master_weights: keep float32 masters of weights in bfloat16 and float16, and the base optimizer's state in
-            float32. Weights so coarse lose most of a perturbation and of a small update; with masters the model holds
-            the roundings of w and of w + e. The masters take the place of the copies that a perturbation needs
-            otherwise. For ``SGD``, ``Adam`` and ``AdamW``; part of ``state_dict()``.
+            float32. Weights of such low precision lose most of a perturbation and of a small update; with masters the
+            model holds the rounded w or w + e. The masters take the place of the copies that a perturbation
+            otherwise needs. For ``SGD``, ``Adam`` and ``AdamW``; part of ``state_dict()``.
         process_group: of the ranks that hold other parameters of the same model, as plain tensors: the stages of a
-            pipeline, experts, parts that are not DTensors. Norms and products are then of all their parameters
-            together, and all of them have to make the same steps. DTensors and replicas need nothing.
-        counts_in_norm: for a parameter, whether this rank counts it in those sums; by default all are counted. Of a
-            parameter that several ranks of the group hold, one has to.
-        **base_kwargs: of the base optimizer's class.
+            pipeline, experts, parts that are not DTensors. Norms and products are then taken over all their
+            parameters together, and all ranks must make the same steps. DTensors and replicas need no group.
+        counts_in_norm: whether this rank counts a parameter in those sums; by default all are counted. If several
+            ranks of the group hold a parameter, one of them must count it.
+        **base_kwargs: arguments of the base optimizer's class.
 
     Attributes:
-        base_optimizer: the base; ``param_groups`` and ``state`` are its own.
+        base_optimizer: the base optimizer, whose ``param_groups`` and ``state`` this optimizer shares.
         last_step: a :class:`StepReport`.
-        generators: random generators of the program's own from which passes draw, see :class:`RandomState`; to be set.
-            What runs a step's passes (closures, ``TrainStep``, the glue for trainers) lets them draw alike, as it does
-            with the global ones. They are not copied or saved with the optimizer.
+        generators: the program's own random generators from which passes draw, see :class:`RandomState`; set it if you
+            have any. Closures, ``TrainStep`` and the glue for trainers then let the passes of a step draw the same
+            numbers from them, as from the global generators. They are not copied or saved with the optimizer.
 
     Raises:
-        InvalidSettingError: for a setting out of range, and for a group's key that would do nothing.
-        ValueError, BackendUnavailableError: for a backend that there is not.
-        TypeError: for a base that cannot serve, keywords with an instance, or a keyword that nobody knows.
+        InvalidSettingError: for a setting out of range, and for a group's key that would have no effect.
+        ValueError, BackendUnavailableError: for a backend that does not exist or cannot be used.
+        TypeError: for an object that cannot be a base, keywords with an instance, or an unknown keyword.
     """
 
     # GradScaler.step then hands the gradient's scale to step() and leaves unscaling and skipping to it.
     _step_supports_amp_scaling = True
 
-    # Whether passes on the batch of the step before are asked for.
+    # Whether the method asks for passes on the batch of the step before.
     uses_previous_batch = False
 
     # Whether passes() yields passes together, which a driver may run side by side.
     yields_passes_together = False
 
-    # What passes() promises. Each holds for the passes() that it is declared with, or after; see __init_subclass__.
+    # What passes() promises. A promise holds for the passes() of the class that declares it, or of a class above it:
+    # see __init_subclass__.
 
-    # GradScaler may be used: gradients c times as large, in all passes of a step, make the perturbation that they would
-    # make without c and an update c times as large, and nothing that is kept from step to step depends on c.
+    # GradScaler may be used: gradients c times as large, in all passes of a step, give the same perturbation and an
+    # update c times as large, and nothing that is kept from step to step depends on c.
     takes_scaled_gradients: bool = False
 
-    # Every step makes the same moves, so that one can be recorded and replayed for all.
+    # Every step makes the same launches, so that one can be recorded and replayed for all.
     is_capturable: bool = False
 
-    # Micro-batches may be perturbed each along its own gradient, one step of the method for each.
+    # Each micro-batch may be perturbed along its own gradient, with one step of the method for each.
     perturbs_micro_batches: bool = False
 
-    # A step with radius 0 in all groups does nothing but the base's update with the gradient at w, so that this one
-    # gradient is enough for drivers that ask how many passes there are. Whoever keeps averages cannot promise it.
+    # A step with radius 0 in all groups does nothing but the base's update with the gradient at w. Drivers that ask how
+    # many passes there are then make only this one. Methods that keep averages cannot promise it.
     plain_steps_take_one_pass: bool = False
 
     # Why GradScaler may not be used.
     _scaling_obstacle = _UNDECLARED
 
-    # What the method keeps under names of other packages: from theirs to ours.
+    # Names of kept state in other packages, mapped to ours.
     _names_elsewhere: Mapping[str, str] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Promises of a class hold for its own ``passes()``, not for one that a class derived from it puts in place."""
+        """Takes back promises that were made for another ``passes()`` than the one of this class."""
         super().__init_subclass__(**kwargs)
         owners = cls.__mro__
         passes = next(number for number, owner in enumerate(owners) if "passes" in vars(owner))
@@ -198,10 +199,10 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         self._checkpoints.watch_base()
 
     def _make_parts(self) -> None:
-        """What the optimizer has: a stepper, plans for the kernels, the base's update, what is kept, checkpoints.
+        """Makes the parts: a stepper, plans for the kernels, the base's update, what is kept, checkpoints.
 
-        None of them is replaced later, and what changes is in them: wrappers share an optimizer's ``__dict__``, and
-        some swallow the writing of attributes.
+        None of them is replaced later; all that changes is inside them. Wrappers share an optimizer's ``__dict__``,
+        and some swallow assignments to attributes.
         """
         self.stepper = Stepper(self)
         self._plans = PlanCache(self.master_weights, self.process_group, self.counts_in_norm)
@@ -214,10 +215,10 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
 
     @abstractmethod
     def passes(self) -> Passes:
-        """One step of the method: yields :class:`Pass` objects and is sent their gradients, and yields its update."""
+        """One step of the method: yields :class:`Pass` objects, is sent their gradients, and last yields its update."""
 
     def geometry_of(self, group: dict[str, Any]) -> Sequence[float | None]:
-        """For each parameter of a group None for T = 1, or eta for T(w) = |w| + eta."""
+        """The geometry of each parameter of a group: None for T = 1, or eta for T(w) = |w| + eta."""
         return [None] * len(group["params"])
 
     def is_perturbed_group(self, group: dict[str, Any]) -> bool:
@@ -231,12 +232,12 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         return f"{type(self).__name__} has no passes that can run side by side: each needs the gradient before it"
 
     def _needs_no_step_call(self) -> bool:
-        """Whether nobody would notice that :meth:`step` is not called."""
+        """Whether :meth:`step` can be left out without anybody noticing."""
         is_own = type(self).step is SharpnessAwareOptimizer.step and not has_own_step(self)
         return is_own and not is_profiled() and not hasattr(self, "grad_scale")
 
     def _is_plain_step(self) -> bool:
-        """Whether this step is the base's own, bit for bit, and must therefore be made by the base itself."""
+        """Whether this step equals the base's own, and is therefore left to the base, to have the same bits."""
         return False
 
     # ------------------------------------------------------------------ steps
@@ -244,9 +245,9 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturbs the weights along the gradient in ``p.grad``.
 
-        With GradScaler the gradient may stay scaled: the perturbation does not depend on the scale. In a step of one
-        pass, of methods that have such steps, the gradient is not used: ``second_step()`` updates with its own, which
-        is right and costs the pass that other drivers save.
+        With GradScaler the gradient may stay scaled: the perturbation does not depend on the scale. Some methods have
+        steps of one pass. There this gradient is not used: ``second_step()`` updates with its own. The result is right,
+        but costs the pass that other drivers save.
 
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored), or there is no gradient.
@@ -257,7 +258,7 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         stepper.advance(zero_grad, to_last=True)
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """Restores the weights and updates them with the gradient in ``p.grad``; runs hooks as ``step()`` does.
+        """Restores the weights and updates them with the gradient in ``p.grad``. Runs hooks as ``step()`` does.
 
         Raises:
             StepOrderError: if no step is begun.
@@ -295,7 +296,7 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         """Begins a step, for drivers that hand each gradient over by :meth:`advance`. Clears the gradients.
 
         Returns:
-            The pass whose gradient the method wants first; None if it wants none for this step, which is over then.
+            The pass whose gradient the method wants first; None if it wants none, in which case the step is over.
 
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored).
@@ -310,19 +311,19 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
                 loss_fn(model(x), y).backward()
 
         Gradients are cleared before the first pass and after each, so accumulate within the body. If the body raises,
-        or is left by break, the weights are restored and the gradients cleared. To clip, do it after the backward of
-        the pass that is ``last``. Passes of two optimizers go one within the other or one after the other: ``zip()``
-        leaves the second before its update, and a warning says so.
+        or is left by break, the weights are restored and the gradients cleared. To clip, do so after the backward of
+        the pass that is ``last``. Loops of two optimizers may be nested or follow each other. ``zip()`` would leave the
+        second before its update; a warning says so.
 
         Args:
-            step: what makes the update, called when the last pass is through; by default this optimizer's ``step()``.
-                For wrappers whose own step() must be called, ``accelerated_optimizer.step``, and for GradScaler,
-                ``lambda: scaler.step(optimizer)``. Where it changes ``p.grad`` before, the update takes what is there
-                then; with methods that combine gradients, after :meth:`combine_gradients` alone.
+            step: makes the update, and is called after the last pass; by default this optimizer's ``step()``. Give
+                ``accelerated_optimizer.step`` for a wrapper whose own step() must be called, and
+                ``lambda: scaler.step(optimizer)`` for GradScaler. If it changes ``p.grad``, the update uses what is
+                there then; with methods that combine gradients, only after :meth:`combine_gradients`.
 
         Raises:
-            StepOrderError: if a step is already begun (the weights are then restored), or ``step`` is of a wrapper that
-                has to be called in every pass.
+            StepOrderError: if a step is already begun (the weights are then restored), or ``step`` is that of a wrapper
+                which must be called in every pass.
         """
         stepper, state = self.stepper, self.stepper.step
         wrapper = getattr(step, "__self__", None)
@@ -391,9 +392,10 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         """Makes or completes a step.
 
         Args:
-            closure: clears nothing, runs forward and backward, and returns the loss. Which passes it runs is said by
-                ``closure_runs``. None completes a step begun with ``first_step``; this is how GradScaler calls it.
-                With lr 0 in all groups and gradients of zeros it makes state for a checkpoint, as torch's tools ask.
+            closure: runs forward and backward, and returns the loss; it need not clear gradients. ``closure_runs`` says
+                which passes it runs. Without a closure, a step begun with ``first_step`` is completed; this is how
+                GradScaler calls it. With lr 0 in all groups and zero gradients, the call makes state for a checkpoint,
+                as torch's tools expect.
             validation_closure: the same for the validation batch, for methods that use one.
             previous_closure: the same for the batch of the step before, for methods that use it; by default the
                 closure that was given for that step.
@@ -401,15 +403,15 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
             closure_runs: overrides the constructor's.
 
         Returns:
-            What the closure returned: for its only pass, or for the first of several (the loss at the weights
-            themselves). None without a closure, and where no pass was left for it, as in steps of one pass by
+            What the closure returned for its only pass, or for the first of several (the loss at the unperturbed
+            weights). None without a closure, and if no pass was left for it, as in steps of one pass with
             ``"second_pass"``.
 
         Raises:
-            StepOrderError: without closure if no step is begun or passes are missing; with a closure that cannot run
-                again, or under GradScaler, which some methods cannot take at all; without a validation closure where
-                the method needs one. Whatever is raised, also by a closure, the weights are then as they were before
-                the step, and gradients of its passes are cleared.
+            StepOrderError: without a closure, if no step is begun or passes are missing; for a closure that cannot run
+                again; for a closure under GradScaler; under GradScaler with a method that cannot be used with it; if a
+                validation closure is missing. Whatever is raised, also by a closure, the weights are as they were
+                before the step, and the gradients are cleared.
         """
         stepper, state = self.stepper, self.stepper.step
         grad_enabled = torch.is_grad_enabled()
@@ -466,12 +468,11 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         )
 
     def combine_gradients(self) -> None:
-        """After the backward of a step's last pass: puts the gradient that the update will take into ``p.grad``.
+        """Puts the gradient that the update will use into ``p.grad``. Call it after the last backward pass of a step.
 
-        For clipping by hand, and before GradScaler's ``unscale_``, with methods whose update combines gradients of
-        several passes: to clip the last one alone would change their weights against each other. The step's end,
-        ``second_step()`` or ``step()``, then takes what ``p.grad`` holds. Where the update takes the last gradient as
-        it is, nothing has to be done, and nothing is.
+        It is needed to clip by hand, and before GradScaler's ``unscale_``, with methods whose update combines gradients
+        of several passes: clipping only the last one would change their proportions. ``second_step()`` or ``step()``
+        then uses what ``p.grad`` holds. For an update that uses the last gradient as it is, nothing is done.
 
         Raises:
             StepOrderError: before the last pass, or if there is no gradient (the weights are then restored).
@@ -479,15 +480,16 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         self.stepper.combine_gradients()
 
     def restore(self) -> None:
-        """Abandons a step under way: the weights are as they were before it, bit for bit, and gradients are cleared.
+        """Abandons a step under way: the weights are restored, bit for bit, and gradients are cleared.
 
-        They belong to a pass that is given up, and would be added to the next one's. Between steps nothing is done.
+        These gradients belong to the abandoned pass, and would be added to those of the next. Between steps this does
+        nothing.
         """
         self.stepper.restore()
 
     @contextmanager
     def restore_on_error(self) -> Iterator[None]:
-        """For passes driven by hand: if the body raises, calls :meth:`restore` and clears the gradients."""
+        """For passes driven by hand: calls :meth:`restore` and clears the gradients if the body raises."""
         try:
             yield
         except BaseException:
@@ -505,7 +507,7 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
 
     @property
     def is_step_begun(self) -> bool:
-        """Whether a step is under way; the weights may be perturbed then."""
+        """Whether a step is under way. If so, the weights may be perturbed."""
         return self.stepper.step.run is not None
 
     @property
@@ -515,16 +517,16 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
 
     @property
     def last_step(self) -> StepReport:
-        """What the last step, or the one under way, did."""
+        """A report of the last step, or of the one under way."""
         return self.stepper.step.report
 
     def watch(self, model: nn.Module) -> RemovableHandle:
-        """From now on ``model.state_dict()`` holds the weights themselves, also in the middle of a step.
+        """From now on ``model.state_dict()`` holds the unperturbed weights, also in the middle of a step.
 
-        For checkpoints that are written when something went wrong: of an exception in a pass driven by hand this
-        optimizer knows nothing, and the model is left at its perturbed weights until :meth:`restore` is called. In the
-        middle of a step the entries are copies, and of a sharded model refused. Whatever else reads the model, such as
-        ``torch.save(model)``, finds what it holds.
+        This is for checkpoints that are written after an error. If a pass driven by hand raises, this optimizer does
+        not know, and the model stays at its perturbed weights until :meth:`restore` is called. In the middle of a step
+        the entries are copies; for a sharded model ``state_dict()`` is then refused. Whatever else reads the model,
+        such as ``torch.save(model)``, gets the weights that it holds.
 
         Returns:
             A handle; its ``remove()`` ends this.
@@ -533,13 +535,13 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         return handle
 
     def catch_up(self, *, unseen: bool = False) -> None:
-        """Lets master weights follow what somebody else has written into the weights since the last step.
+        """Brings master weights up to date with what somebody else has written into the weights since the last step.
 
-        Every step begins with it. Elements that still are their masters' roundings keep them.
+        Every step begins with it. Where a weight still is its master rounded, the master is kept.
 
         Args:
-            unseen: look at all weights, also at those that seem unchanged. What is written through ``p.data`` cannot
-                be seen.
+            unseen: compare all weights, also those that seem unchanged. Writes through ``p.data`` cannot be noticed
+                otherwise.
         """
         self._plans.catch_up(unseen)
 
@@ -547,7 +549,7 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
 
     @property
     def base_optimizer(self) -> Optimizer:
-        """Makes the updates. It stays what it was made or given as; whatever it has can be changed.
+        """The base optimizer, which makes the updates. It cannot be exchanged, but its attributes can be changed.
 
         Raises:
             InvalidSettingError: if another one is assigned.
@@ -575,9 +577,9 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The base optimizer's state, and among a parameter's entries what the method keeps for it.
+        """The base optimizer's state; a parameter's entries include what the method keeps for it.
 
-        Names of the latter begin with ``sam_optim_``. Masters can be read there, and are set by ``load_state_dict()``.
+        The names of the latter begin with ``sam_optim_``. Masters can be read here; ``load_state_dict()`` sets them.
         """
         return self._checkpoints.state
 
@@ -586,22 +588,23 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         self._checkpoints.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, with the ``defaults`` of both where it does not say otherwise.
+        """Adds a group to the base optimizer. What it lacks is taken from the ``defaults`` of both.
 
-        Groups that were added to the base optimizer itself, or to ``param_groups``, get them when the next step begins.
+        Groups that were added to the base optimizer itself, or to ``param_groups``, get these when the next step
+        begins.
 
         Raises:
             StepOrderError: in the middle of a step.
-            InvalidSettingError: for a setting out of range. What is refused, by the base too, changes nothing.
+            InvalidSettingError: for a setting out of range. If a group is refused, by the base too, nothing changes.
         """
         self.stepper.refuse_mid_step("add_param_group() was called")
         groups.add(self, param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Base and method state, loadable by the plain base optimizer too. The perturbation is never part of it.
+        """The state of base and method, which the plain base optimizer can load too. A perturbation is no part of it.
 
         What the method keeps for a parameter, and its master, stand among the base's entries for it, under names that
-        begin with ``sam_optim_``; for parameters without state of the base they are in ``"method_state"``.
+        begin with ``sam_optim_``. For parameters of which the base has no state they are in ``"method_state"``.
 
         Raises:
             StepOrderError: in the middle of a step, once it has changed anything.
@@ -609,10 +612,10 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         return self._checkpoints.save()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this optimizer or of the plain base optimizer; all of it, or nothing if it raises.
+        """Loads a state dict of this optimizer or of the plain base optimizer. If it raises, nothing has changed.
 
-        Settings of the method that it lacks stay as they are. Copies of weights, as other SAM classes leave them in
-        their state, are left out.
+        Settings of the method that it lacks stay as they are. Copies of weights, which other SAM classes leave in their
+        state, are not loaded.
 
         Raises:
             StepOrderError: in the middle of a step.
@@ -676,16 +679,16 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
 
     @property
     def train(self) -> Callable[[], None]:
-        """``train()`` of a base optimizer that has two modes, as schedule-free ones do; missing where it has none.
+        """Calls ``train()`` of a base optimizer that has two modes, as schedule-free ones do. Other bases lack it.
 
         Raises:
-            StepOrderError: if called in the middle of a step, unless it changes nothing.
+            StepOrderError: if it would change anything in the middle of a step.
         """
         return self._switch("train")
 
     @property
     def eval(self) -> Callable[[], None]:
-        """As :attr:`train`; the model then holds the weights that are to be evaluated and saved."""
+        """As :attr:`train`, for ``eval()``: the model then holds the weights to evaluate and to save."""
         return self._switch("eval")
 
     def _switch(self, mode: str) -> Callable[[], None]:

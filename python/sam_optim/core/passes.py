@@ -1,4 +1,4 @@
-"""What a method asks of whoever runs its gradient passes."""
+"""What a method asks of the driver that runs its gradient passes."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Pass(_Fields):
             training batch of the step before; ``"memory"`` for a batch of samples of earlier tasks.
         perturbed: the model holds perturbed weights. Such a pass uses the random draws of the unperturbed pass on the
             same data (dropout), and leaves BatchNorm's running statistics alone.
-        may_be_empty: there may be no such batch; the pass then leaves no gradients.
-        kept: the method reads this gradient again after later passes, so that ``p.grad`` must not be written into
-            before the step ends. Whoever runs the passes takes the gradients away from the parameters.
-        last: no pass follows in this step: what ``p.grad`` holds then, the base optimizer's update is made from, alone
-            or with gradients of earlier passes. Methods have to say so for drivers that leave the update to somebody
-            else's ``step()``.
-        weights: where to take the gradient: a tensor for each parameter; None for where the model's weights are. Only
-            of passes yielded together, to a driver that runs them side by side.
+        may_be_empty: there may be no such batch; then the pass leaves no gradients.
+        kept: the method reads this gradient again after later passes, so ``p.grad`` must not be written into before
+            the step ends. The driver takes the gradients away from the parameters.
+        last: no pass follows in this step. The base optimizer's update is made from what ``p.grad`` then holds, alone
+            or with gradients of earlier passes. Drivers that leave the update to somebody else's ``step()`` need to
+            know this.
+        weights: the weights to take the gradient at, a tensor for each parameter; None for those of the model. Only for
+            passes that are yielded together, to a driver that runs them side by side.
 
     Raises:
-        InvalidSettingError: for other data; no driver would know which batch is meant.
+        InvalidSettingError: for any other data, since no driver would know which batch is meant.
     """
 
     __slots__ = ()
@@ -72,7 +72,7 @@ class Pass(_Fields):
 
     @property
     def updates_statistics(self) -> bool:
-        """Whether running statistics are to learn from this pass: once a step from each batch that is trained on."""
+        """Whether running statistics learn from this pass: once a step from each batch that is trained on."""
         return not self.perturbed and self.data in (TRAIN, MEMORY)
 
 
@@ -81,7 +81,7 @@ class PassGroup:
 
     Attributes:
         passes: one or more.
-        gradients: of each pass, an entry for each parameter; to be filled by whoever runs them.
+        gradients: of each pass, an entry for each parameter; filled by the driver.
     """
 
     def __init__(self, passes: Sequence[Pass]) -> None:
@@ -90,11 +90,11 @@ class PassGroup:
 
 
 class Update:
-    """The base optimizer's update, of the weights themselves: what a method yields once it has all gradients.
+    """The base optimizer's update of the unperturbed weights: what a method yields once it has all gradients.
 
     Args:
-        *lists: gradient lists; the update takes sum_i scale_i c_i x_i.
-        rule: makes the coefficients c of the lists' Gram matrix; ones by default.
+        *lists: gradient lists x_i; the update uses sum_i scale_i c_i x_i.
+        rule: computes the coefficients c from the lists' Gram matrix; ones by default.
         scale: a number, or one for each group and list.
     """
 
@@ -106,10 +106,10 @@ class Update:
 
     @property
     def is_one_gradient(self) -> bool:
-        """Whether it takes a single list as it is."""
+        """Whether it uses a single list as it is."""
         return len(self.lists) == 1 and self.rule == FIXED and isinstance(self.scale, float) and self.scale == 1.0
 
 
-# A method yields a pass and is sent its gradients, one entry for each parameter, None where there is none. Or it yields
-# several passes that do not depend on each other, and is sent a list of as many gradients. Last comes the update.
+# A method yields a pass and is sent its gradients: an entry for each parameter, None where there is none. Or it yields
+# several passes that do not depend on each other, and is sent a list of as many gradients. Last it yields the update.
 Passes = Generator[Pass | Sequence[Pass] | Update, Any, None]

@@ -1,4 +1,4 @@
-"""The kernels' view of an optimizer's groups, made anew only when they change."""
+"""The kernels' view of an optimizer's groups, which is made anew only when they change."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Group = dict[str, Any]
 class PlanCache:
     """Plan and snapshot of all parameters, and which of them stay unperturbed.
 
-    It does not know the optimizer: the two would hold each other, and their memory would wait for Python's collector.
+    It has no reference to the optimizer: the two would hold each other, and their memory would wait for the collector.
 
     Args:
         has_masters: whether weights in bfloat16 and float16 have masters, see :class:`sam_kernels.Snapshot`.
-        process_group: of the ranks that hold other parameters of the same model.
-        is_counted: whether this rank counts a parameter in sums over them.
+        process_group: the ranks that hold other parameters of the same model.
+        is_counted: whether this rank counts a parameter in sums over these ranks.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class PlanCache:
         geometry_of: Callable[[Group], Sequence[float | None]],
         is_perturbed: Callable[[Group], bool],
     ) -> Plan:
-        """The plan of all parameters of all groups, as they are now.
+        """The plan of all parameters of all groups as they are now.
 
         Args:
-            geometry_of: from a group to T of each of its parameters, see :class:`sam_kernels.Plan`.
+            geometry_of: gives T of each parameter of a group, see :class:`sam_kernels.Plan`.
             is_perturbed: whether a group takes part in the perturbation.
 
         Raises:
@@ -124,7 +124,7 @@ class PlanCache:
 
     @property
     def snapshot(self) -> Snapshot:
-        """Where the plan's weights are copied to; allocated when first needed."""
+        """Holds copies of the plan's weights; allocated when first needed."""
         if self._snapshot is None:
             self._snapshot = Snapshot(self.plan, self.has_masters)
             if self._waiting_masters is not None:
@@ -134,7 +134,7 @@ class PlanCache:
 
     @property
     def masters(self) -> list[Tensor | None] | None:
-        """The masters, None for parameters without; None altogether while there are none."""
+        """The masters, with None for parameters that have none; None while there are no masters at all."""
         if self._waiting_masters is not None:
             return list(self._waiting_masters)
         if self._snapshot is None or not self.has_masters:
@@ -152,11 +152,11 @@ class PlanCache:
 
     @property
     def has_waiting_masters(self) -> bool:
-        """Whether masters were loaded that no step has compared to the weights yet."""
+        """Whether masters were loaded that no step has compared with the weights yet."""
         return self._waiting_masters is not None
 
     def begin_masters(self) -> None:
-        """Makes masters of weights that have none."""
+        """Makes masters for weights that have none yet."""
         if self.has_masters:
             _ = self.snapshot
 
@@ -164,7 +164,7 @@ class PlanCache:
         """Brings masters up to date with weights that somebody else has written since :meth:`remember_writes`.
 
         Args:
-            unseen: also with writes of which nothing can be seen but the values.
+            unseen: also with writes that only a comparison of values can show.
         """
         if not self.has_masters:
             return
@@ -179,13 +179,13 @@ class PlanCache:
         self._known_writes = writes
 
     def remember_writes(self) -> None:
-        """What has been written into the weights so far was written by way of their masters."""
+        """Notes that everything written into the weights so far was written through their masters."""
         if self.has_masters:
             self._known_writes = self._writes()
 
     @torch.no_grad()
     def renew_copies(self) -> None:
-        """Copies, where they are held, become what the weights are now."""
+        """Copies the weights anew wherever copies are held."""
         if self.holds_copies:
             held = [index for index, flag in enumerate(self.snapshot.taken) if flag == TAKEN]
             for index in held:
@@ -210,10 +210,10 @@ class PlanCache:
         return [self.snapshot.tensors[i] if i in masters else p for i, p in enumerate(self.plan.tensors)]
 
     def point(self, name: str) -> tuple[Plan, Snapshot]:
-        """Memory for other weights than the model's: its plan, and the model's weights as what to start from.
+        """Memory for a second set of weights: its plan, and the model's weights as a snapshot to start from.
 
         Raises:
-            InvalidSettingError: if parameters share memory, of which each would have its own here.
+            InvalidSettingError: if parameters share memory, because here each would have its own.
         """
         own = self._points.get(name)
         if own is None or own.layouts != self.plan.layouts:
@@ -229,17 +229,17 @@ class PlanCache:
         return own, Snapshot.of(own, self._unperturbed_weights())
 
     def weights_at(self, point: Plan) -> list[Tensor]:
-        """The weights of such a point, a tensor for each parameter: those that no kernel can read are the model's."""
+        """The weights of such a point, a tensor for each parameter; those that no kernel can read are the model's."""
         unreadable = self.plan.unreadable
         if not unreadable:
             return point.params
         return [self.plan.params[i] if i in unreadable else own for i, own in enumerate(point.params)]
 
     def weights_to_restore(self) -> dict[int, Tensor]:
-        """In the middle of a step: copies of the weights that it will restore, by the identities of their parameters.
+        """In the middle of a step: copies of the weights that it will restore, by the ids of their parameters.
 
         Raises:
-            StepOrderError: where a perturbed parameter is a DTensor, of whose weights this rank has a part.
+            StepOrderError: if a perturbed parameter is a DTensor, of which this rank has only a part.
         """
         if not self.holds_copies:
             return {}

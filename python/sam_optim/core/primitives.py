@@ -48,7 +48,7 @@ class Primitives:
     backend: str | None
     method_state_names: tuple[str, ...] = ()
     stepper: Stepper
-    # None of these is ever replaced: some wrappers of optimizers swallow the writing of attributes.
+    # None of these is ever replaced: some wrappers of optimizers swallow assignments to attributes.
     _base: Optimizer
     _plans: PlanCache
     _kept: KeptState
@@ -61,12 +61,12 @@ class Primitives:
 
     @abstractmethod
     def _params(self) -> list[Tensor]:
-        """All parameters, group by group, as the kernels' plan of this moment holds them."""
+        """All parameters, group by group, as the present plan holds them."""
 
     # ------------------------------------------------------------------ moves
 
     def radii(self, setting: str = "rho") -> list[list[float | Tensor]]:
-        """Each group's radius, as :meth:`ascend` takes it for its scale with one gradient list.
+        """Each group's radius, in the form of the ``scale`` of :meth:`ascend` with one gradient list.
 
         Args:
             setting: its name in the groups.
@@ -77,24 +77,23 @@ class Primitives:
         return [[radius(group[setting], setting)] for group in self.param_groups]
 
     def gram(self, *lists: Gradients) -> Tensor:
-        """The Gram matrix of gradient lists, float64, shape (k, k), with T = 1 and of all ranks' parts together."""
+        """The Gram matrix of gradient lists: float64, shape (k, k), with T = 1, summed over all ranks."""
         refuse_overwritten(lists)
         return sam_kernels.gram(lists, self._plans.without_geometry, backend=self.backend)
 
     def ascend(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0, follows_maximize: bool = True) -> None:
-        """Perturbs the weights along a combination of gradient lists, keeping their copies.
+        """Perturbs the weights along a combination of gradient lists, and keeps copies of the weights.
 
-        From the weights themselves, also where they are perturbed: a second call takes the place of the first. To go on
+        It always starts from the unperturbed weights: a second call replaces the perturbation of the first. To go on
         from w + e1, keep the gradient that led there and give both: ``ascend(g1, g2, rule=Normalized(), ...)`` leads to
         w + rho g1 / |g1| + rho g2 / |g2|, with norms in the geometry of w.
 
         Args:
-            *lists: one to three gradient lists; those of earlier passes have to be kept, ``Pass(kept=True)``.
-            rule: makes the coefficients of the lists' Gram matrix.
+            *lists: one to three gradient lists; those of earlier passes must be kept, ``Pass(kept=True)``.
+            rule: computes the coefficients from the lists' Gram matrix.
             scale: a number, or one for each group and list, ``[[rho, rho], ...]``.
-            follows_maximize: take the lists with the other sign in groups that maximise, as is right for gradients and
-                averages of them. False for lists that have the sign of what is minimised already, as the base
-                optimizer's momentum.
+            follows_maximize: flip the lists' sign in groups that maximise, as is right for gradients and averages of
+                them. False for lists that have that sign already, as the base optimizer's momentum.
         """
         refuse_overwritten(lists)
         if follows_maximize:
@@ -107,10 +106,10 @@ class Primitives:
         self.stepper.step.report = StepReport(ascent)
 
     def look_ahead(self, gradients: Gradients) -> None:
-        """To where the base optimizer's next update with these gradients would lead, its state untouched.
+        """Moves the weights to where the base optimizer's update with these gradients would lead. Its state stays.
 
-        Comes after :meth:`ascend` along the same gradients, and starts from the copies that it has taken. If they were
-        not finite, the weights are restored instead.
+        Call it after :meth:`ascend` along the same gradients: it starts from the copies that this has made. If the
+        gradients were not finite, the weights are restored instead.
         """
         plans = self._plans
         others = plans.unperturbed_only(gradients)
@@ -120,9 +119,9 @@ class Primitives:
         self._base_update.look_ahead(plans.plan, plans.snapshot, gradients, self._overflow(), self.backend)
 
     def return_to_copies(self) -> None:
-        """Puts the weights themselves back, bit for bit, where copies of them are held.
+        """Restores the weights, bit for bit, where copies of them are held.
 
-        A model that was converted or moved meanwhile gets them converted.
+        If the model was converted or moved meanwhile, the copies are converted.
         """
         plans = self._plans
         if plans.holds_copies:
@@ -132,7 +131,7 @@ class Primitives:
                 plans.snapshot.put_back(plans.plan)
 
     def add_to_weights(self, *lists: Gradients, scale: Scale) -> None:
-        """w <- w + sum of scaled gradient lists, plainly: no geometry, no copies, nothing of the base optimizer's."""
+        """w <- w + sum of scaled gradient lists: without geometry, copies or the base optimizer."""
         refuse_overwritten(lists)
         scale = self._uphill(scale, len(lists))
         plans = self._plans
@@ -148,7 +147,7 @@ class Primitives:
         return self.stepper.step.runs_in_parallel
 
     def ascent_point(self, *lists: Gradients, rule: RuleLike, scale: Scale = 1.0) -> list[Tensor]:
-        """Where :meth:`ascend` would lead, in memory of its own, kept from step to step; the weights stay."""
+        """The point where :meth:`ascend` would lead, in memory that is kept from step to step. The weights stay."""
         refuse_overwritten(lists)
         scale = self._uphill(scale, len(lists))
         plans = self._plans
@@ -159,9 +158,9 @@ class Primitives:
         return plans.weights_at(plan)
 
     def look_ahead_point(self, gradients: Gradients) -> list[Tensor]:
-        """Where :meth:`look_ahead` would lead, in memory of its own, as :meth:`ascent_point` says, and after it.
+        """The point where :meth:`look_ahead` would lead, in memory of its own. Call it after :meth:`ascent_point`.
 
-        For fused base optimizers; others can update the model's weights alone.
+        For fused base optimizers; others can only update the model's weights.
         """
         plans = self._plans
         plan, weights = plans.point("look-ahead")
@@ -172,12 +171,12 @@ class Primitives:
     # ------------------------------------------------------------------ state of the method's own
 
     def method_state(self, name: str) -> list[Tensor | None]:
-        """State of the method's own: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
+        """State of the method: an entry for each parameter, in the order of the groups. Part of ``state_dict()``.
 
-        An entry belongs to its parameter, wherever that stands: it moves with it when the groups change, and new
-        parameters have None. Name what a method keeps in ``method_state_names``.
+        An entry belongs to its parameter and moves with it when the groups change; new parameters have None. List the
+        names of what a method keeps in ``method_state_names``.
 
-        It lives apart from the base's state, where a foreign key would make some bases believe theirs is complete.
+        It is held apart from the base's state, where a foreign key would make some bases think that theirs is complete.
         """
         kept = self._kept
         kept.follow(self._params())
@@ -190,9 +189,9 @@ class Primitives:
         return kept.has(name)
 
     def set_method_state(self, name: str, gradients: Gradients) -> None:
-        """The state becomes these gradients themselves, None where there is none.
+        """Makes these gradients the state, without copying them; None where there is none.
 
-        A captured step gets them copied to where its state lies.
+        In a captured step they are copied to where its state lies.
         """
         new = [None if g is None else g.detach() for g in gradients]
         state, kept = self.method_state(name), self._kept
@@ -211,10 +210,10 @@ class Primitives:
     def moving_average(
         self, name: str, gradients: Gradients, kept: float, starts_at_gradient: bool = False
     ) -> list[Tensor | None]:
-        """m <- kept m + (1 - kept) g in the method's own state, and m where there is a g; without one m stays.
+        """m <- kept m + (1 - kept) g in the method's state. Returns m where there is a g; without a g, m stays.
 
         Args:
-            starts_at_gradient: m is the first gradient; otherwise it starts at zero.
+            starts_at_gradient: m starts at the first gradient; otherwise at zero.
         """
         refuse_overwritten([gradients])
         average = self.method_state(name)
@@ -230,7 +229,7 @@ class Primitives:
         return [None if g is None else m for g, m in zip(gradients, average, strict=True)]
 
     def store_combination(self, state: list[Tensor | None], lists: Sequence[Gradients], coefficients: Any) -> None:
-        """state <- the lists combined, where some list has an entry; entries of the state come into being as needed."""
+        """state <- the lists combined, where some list has an entry. Missing entries of the state are created."""
         refuse_overwritten(lists)
         index = [i for i, entries in enumerate(zip(*lists, strict=True)) if any(e is not None for e in entries)]
         params = self._params()
@@ -245,7 +244,7 @@ class Primitives:
     # ------------------------------------------------------------------ the rest
 
     def refuse_grad_scaler(self, reason: str) -> None:
-        """For methods that can tell only within a step; others say ``takes_scaled_gradients`` in their class.
+        """For methods that can tell only within a step; others declare ``takes_scaled_gradients`` in their class.
 
         Raises:
             StepOrderError: if GradScaler drives the step.
@@ -261,9 +260,9 @@ class Primitives:
         return False if ascent is None else ascent.overflow
 
     def _uphill(self, scale: Scale, lists: int) -> Scale:
-        """The scale, with the other sign in groups that maximise. A tensor's value is not looked at."""
+        """The scale, with its sign flipped in groups that maximise. A tensor's value is not looked at."""
         base = self._base
-        # Bases that keep it as an attribute do not look for it in their groups.
+        # Bases that keep `maximize` as an attribute do not look for it in their groups.
         own = getattr(base, "maximize", None)
         if isinstance(own, bool):
             flags = [own] * len(base.param_groups)
@@ -272,7 +271,7 @@ class Primitives:
         if not any(flags):
             return scale
         rows = [[scale] * lists] * len(flags) if isinstance(scale, NUMBER) else scale
-        # A row that is none is complained of where scales are read.
+        # A row that is not a list is left alone; reading the scale refuses it.
         turned = [up and not isinstance(row, (int, float, Real)) for row, up in zip(rows, flags, strict=False)]
         return [[-x for x in row] if turn else row for row, turn in zip(rows, turned, strict=False)]
 

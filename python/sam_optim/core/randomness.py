@@ -1,4 +1,4 @@
-"""The same random draws in two passes, so that dropout and Mixup do not count as a difference between them."""
+"""The same random draws in two passes, so that they do not differ by dropout or Mixup."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class RandomState:
     """The state of the random generators that passes draw from, as it is now.
 
     They are torch's generators of the CPU and of the accelerators among ``devices``, Python's ``random``, and the
-    global one of ``numpy.random`` where it has been imported. Generators that a program has made for itself cannot be
-    found: hand them over.
+    global one of ``numpy.random`` if that has been imported. Generators that a program has made itself cannot be
+    found: pass them.
 
     Args:
-        devices: that passes draw on; of the CPU nothing need be said.
+        devices: the accelerators that passes draw on; the CPU is always included.
         generators: made by the program: ``torch.Generator``, ``numpy.random.Generator``, ``numpy.random.RandomState``
             or ``random.Random``.
 
@@ -72,7 +72,7 @@ class RandomState:
 
         Args:
             state_dict: on whatever device it was loaded to.
-            generators: as many as were handed over then, in the same order.
+            generators: as many as were passed then, in the same order.
 
         Raises:
             ValueError: for another number of them.
@@ -159,8 +159,8 @@ class _NumpyState(NamedTuple):
 class _NumpyGenerator:
     """The global generator of ``numpy.random``.
 
-    To read its state takes 40 microseconds, and as long to set it; few programs draw from it within passes. So its
-    memory is looked at first, whose place numpy tells, and nothing is done where it is as it was.
+    Reading its state takes 40 microseconds, and setting it takes as long; few programs draw from it within passes. So
+    its memory, whose address numpy tells, is looked at first, and nothing is done if it has not changed.
     """
 
     # Of MT19937: 624 words and the position among them.
@@ -172,7 +172,7 @@ class _NumpyGenerator:
         self._last: _NumpyState | None = None
 
     def read(self) -> _NumpyState | None:
-        """None if ``numpy.random`` has not been imported."""
+        """The present state; None if ``numpy.random`` has not been imported."""
         module: Any = sys.modules.get("numpy.random")
         if not hasattr(module, "get_bit_generator"):  # also while it is being imported
             return None
@@ -184,14 +184,14 @@ class _NumpyGenerator:
         return self._last
 
     def set(self, state: _NumpyState) -> None:
-        """Makes a state that was read that of now."""
+        """Sets the generator to a state that was read."""
         now = self.read()
         if now is not None and not (self._is(now.memory, state)):
             sys.modules["numpy.random"].set_state(state.values)
 
     @staticmethod
     def _is(memory: bytes | None, state: _NumpyState | None) -> bool:
-        # A second normal number, which is kept for the next call, is elsewhere, and taking it does not move the rest.
+        # numpy keeps a second normal number for the next call elsewhere; taking it does not change this memory.
         return state is not None and memory is not None and memory == state.memory and not state.values["has_gauss"]
 
     def _find_memory(self, module: Any) -> None:
@@ -211,7 +211,7 @@ class Draws:
     """The random draws of one step's passes.
 
     Args:
-        devices: that passes draw on.
+        devices: the devices that passes draw on.
         known: the generators' states that batches were first used with, by the batches' names.
         generators: see :class:`RandomState`.
     """

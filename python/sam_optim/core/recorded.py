@@ -1,4 +1,4 @@
-"""What an object holds, to be put back after something that was only tried."""
+"""Records what an object holds, to put it back after something was tried."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Recorded:
     """What an optimizer holds besides weights: state, groups, counts, and the like of optimizers that it wraps.
 
     Some keep their counts in the groups or in themselves, and wrappers have state of their own, so everything is
-    recorded that can be reached through lists, dicts and attributes. Every object stays where it is: what is put back
-    are the values of tensors and the contents of containers.
+    recorded that can be reached through lists, dicts and attributes. All objects stay the same: only
+    values of tensors and contents of containers are put back.
 
     Args:
         owner: the optimizer.
-        leave: tensors that are none of its own, the weights.
+        leave: tensors that do not belong to it: the weights.
 
     Attributes:
         generators: random generators that were found.

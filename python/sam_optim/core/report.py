@@ -10,18 +10,18 @@ from .base_update import Outcome
 
 
 class StepReport(NamedTuple):
-    """What the last step did. Nothing in it is computed, and no GPU is waited for, unless read.
+    """What the last step did. Its entries are computed, and a GPU is waited for, only when they are read.
 
-    Norms are those that the kernels took: |T g| in the geometry of the perturbation, which is |g| but for ASAM, over
-    the parameters that are perturbed. Until the update they are of gradients as scaled as ``p.grad`` was, afterwards of
-    unscaled ones where GradScaler has said its scale (it does not after ``unscale_``).
+    Norms are those that the kernels have taken: |T g| in the geometry of the perturbation, which is |g| except with
+    ASAM, over the parameters that are perturbed. Until the update they are norms of gradients scaled as ``p.grad`` was.
+    Afterwards they are unscaled, if GradScaler has told its scale (it does not after ``unscale_``).
 
     Attributes:
         ascent: scalars of the perturbation: norms, coefficients, and ``finite``, False if the gradient was not finite
             and the weights were therefore left unperturbed.
-        descent: scalars of the update; None before it. Of an update that takes the last gradient as it is, as SAM's,
-            nobody looks at the numbers, as in torch's own optimizers: ``finite`` and ``norms`` are None then, and a
-            gradient that is not finite makes weights that are not. To know, look before the update
+        descent: scalars of the update; None before it. If the update uses the last gradient as it is, as that of SAM,
+            nobody looks at its numbers, as in torch's own optimizers. ``finite`` and ``norms`` are then None, and a
+            gradient that is not finite makes the weights so. To know, check before the update
             (``clip_grad_norm_(..., error_if_nonfinite=True)``), or use GradScaler.
     """
 
@@ -31,10 +31,10 @@ class StepReport(NamedTuple):
 
     @property
     def updated(self) -> bool:
-        """Whether the base optimizer's update was made, be its gradient finite or not.
+        """Whether the base optimizer's update was made, with a finite gradient or not.
 
-        False after an overflow that GradScaler found, or where the gradients of the descent were needed in a Gram
-        matrix and were not finite.
+        False after an overflow that GradScaler found, or if the descent needed a Gram matrix and its gradients were
+        not finite.
         """
         return self.outcome is not None and self.outcome.updated
 

@@ -42,13 +42,13 @@ _REQUIRED: Any = object()
 
 
 def handed_on(given: dict[str, Any], leave_out: str = "") -> dict[str, Any]:
-    """What a method's constructor was given, as that of the class which it is derived from takes it.
+    """The arguments of a method's constructor, in the form that the constructor of its parent class takes.
 
-    Constructors name every setting, for type checkers and whoever reads the signature.
+    Constructors name every setting, for type checkers and for readers of the signature.
 
     Args:
         given: the constructor's ``locals()``.
-        leave_out: what it has dealt with itself.
+        leave_out: an argument that it has dealt with itself.
     """
     kept = {name: value for name, value in given.items() if name not in ("self", "__class__", "base_kwargs", leave_out)}
     return {**kept, **given["base_kwargs"]}
@@ -65,15 +65,15 @@ class Setting(Generic[T]):
         class GSAM(SAM):
             alpha = Number(at_least=0)
 
-    ``optimizer.alpha`` is the value that all groups have; to write it is to set it in all of them, and in ``defaults``.
+    ``optimizer.alpha`` is the value that all groups have; assigning to it sets all of them, and ``defaults``.
 
     Args:
         per_group: whether groups may have different values.
-        default: for constructors that do not name it.
+        default: the value if the constructor does not name it.
         of_groups_only: no constructor takes it.
 
     Raises:
-        InvalidSettingError: where it is read although the groups differ, or written with a value that is none.
+        InvalidSettingError: if it is read although the groups differ, or if an invalid value is assigned.
     """
 
     def __init__(self, *, per_group: bool = False, default: Any = _REQUIRED, of_groups_only: bool = False) -> None:
@@ -140,7 +140,7 @@ class Setting(Generic[T]):
 
 
 class Number(Setting[float]):
-    """A finite number within a range, see :func:`check_number`. A tensor stays one, for who writes into it."""
+    """A finite number within a range, see :func:`check_number`. A tensor stays one, and can be written to."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class Number(Setting[float]):
 
 
 class Radius(Setting[float | Tensor]):
-    """A finite number of at least 0. It is looked at where it is used, and a tensor on a GPU never is."""
+    """A finite number of at least 0. It is checked where it is used; the value of a tensor on a GPU never is."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(per_group=True, **how)
@@ -215,7 +215,7 @@ class Maybe(Setting[T | None]):
 
 
 class Fixed(Setting[T]):
-    """A setting of the class that a method is derived from, which has one value here. Groups do not hold it."""
+    """A setting of the parent class that has one fixed value here. Groups do not hold it."""
 
     def __init__(self, value: T) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Fixed(Setting[T]):
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two values of a setting are the same; waits for a GPU where it has to."""
+    """Whether two values of a setting are the same; waits for a GPU if necessary."""
     if a is b:
         return True
     try:
@@ -252,7 +252,7 @@ class SettingsInGroups:
 
     Attributes:
         param_groups: the groups.
-        defaults: for groups to come.
+        defaults: the values for new groups.
     """
 
     param_groups: Any
@@ -262,7 +262,7 @@ class SettingsInGroups:
     _fixed: ClassVar[dict[str, Any]] = {}
     _method: ClassVar[str | None] = None  # the name of the class whose settings these are: the last that declares any
 
-    # What a method keeps in the groups besides, and how it begins.
+    # What else a method keeps in the groups, with initial values.
     _kept_in_groups: Mapping[str, Any] = MappingProxyType({})
 
     _keys: dict[str, str]  # of the groups, by the settings' names
@@ -292,7 +292,7 @@ class SettingsInGroups:
         return [name for name, setting in cls._declared.items() if not setting.of_groups_only]
 
     def settings(self) -> dict[str, Any]:
-        """Those of :meth:`setting_names`: ``METHOD(params, base_optimizer, **settings, lr=...)`` is such a method.
+        """The settings by name. ``METHOD(params, base_optimizer, **settings, lr=...)`` makes an equal method.
 
         Raises:
             InvalidSettingError: if the groups differ.
@@ -302,8 +302,8 @@ class SettingsInGroups:
     def group_key(self, setting: str) -> str:
         """The key under which the groups hold a setting: its name, or ``sam_optim_`` and its name.
 
-        The latter where the base optimizer has a setting of that name itself, as RMSprop has an ``alpha``: the key
-        ``alpha`` is RMSprop's then, and GSAM's is ``sam_optim_alpha``.
+        The latter if the base optimizer has a setting of that name itself, as RMSprop has an ``alpha``. Then the key
+        ``alpha`` is RMSprop's, and GSAM's is ``sam_optim_alpha``.
 
         Raises:
             KeyError: if the method has no such setting.
@@ -311,7 +311,7 @@ class SettingsInGroups:
         return self._keys[setting]
 
     def per_group(self, *settings: str) -> list[list[Any]]:
-        """For each group the values of some settings, as they are now.
+        """The present values of some settings, for each group.
 
         Raises:
             InvalidSettingError: for a value out of range.
@@ -322,8 +322,8 @@ class SettingsInGroups:
     def validate_group(self, group: Group) -> None:
         """Raises :class:`InvalidSettingError` if a group's settings are out of range.
 
-        Called for a group that is new, and when a step begins for all, if somebody has changed a setting. Of methods
-        that declare no settings it looks at ``rho``. Classes derived from these may add to it.
+        It is called for a new group, and for all groups when a step begins after somebody has changed a setting. For
+        methods that declare no settings it checks ``rho``. Derived classes may extend it.
         """
         for name, setting in self._declared.items():
             setting.checked(group[self._keys[name]])
@@ -331,7 +331,7 @@ class SettingsInGroups:
             radius(group["rho"])
 
     def _check_settings(self) -> None:
-        """Looks at the settings, if one of them is another than when the last step began."""
+        """Checks the settings if one of them is another object than when the last step began."""
         if not self._watched:
             return
         groups = self.param_groups
@@ -341,7 +341,7 @@ class SettingsInGroups:
         for group in groups:
             self.validate_group(group)
         self._refuse_differences()
-        # What can be written into may be another value next time.
+        # A tensor can be written into, and have another value next time.
         self._looked_at[:] = [] if any(isinstance(value, Tensor) for value in values) else values
 
     def _refuse_differences(self) -> None:
@@ -349,7 +349,7 @@ class SettingsInGroups:
             setting.refuse_differences(self.param_groups, self._keys[name])
 
     def _taken(self, given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-        """Takes what is declared out of a constructor's keywords, or else out of defaults that were given in a dict.
+        """Takes declared settings out of a constructor's keywords, or else out of a dict of defaults.
 
         Raises:
             InvalidSettingError: for a value out of range. Those that groups had before there were declarations are
@@ -375,7 +375,7 @@ class SettingsInGroups:
             of_base: names that are the base optimizer's.
         """
         self._keys = {name: PREFIX + name if name in of_base else name for name in self._declared}
-        # All others are looked at where they are used: radii, and geometry when the kernels' plan is made anew.
+        # The others are checked where they are used: radii, and geometry when the kernels' plan is made anew.
         self._watched = [key for name, key in self._keys.items() if name not in EVERYWHERE]
         if self._watched == ["perturb_eps"]:  # which is, too, before anything has changed
             self._watched = []
@@ -384,14 +384,14 @@ class SettingsInGroups:
         return {**named, METHOD: self._method} if named else {}
 
     def _shared_with(self, method: Any) -> Collection[str]:
-        """The settings that another method has in common with this one, as this one is derived from it."""
+        """The settings that this method shares with another one, from which it is derived."""
         for cls in type(self).__mro__:
             if cls.__name__ == method and issubclass(cls, SettingsInGroups):
                 return cls._declared.keys() & self._declared.keys()
         return ()
 
     def _left_by_others(self, group: Group, *, also_own: bool = False) -> set[str]:
-        """The keys of what another method has left in a group, for which this method has a setting.
+        """The keys in a group that another method has left there and for which this method has a setting.
 
         Args:
             also_own: also those of an optimizer of the same method.
@@ -402,7 +402,7 @@ class SettingsInGroups:
         return {METHOD, *(key for name, key in self._keys.items() if name not in EVERYWHERE and name not in shared)}
 
     def _with_loaded_settings(self, saved: Mapping[str, Any], own: Group) -> Group:
-        """A group of a state dict, with its settings if they are this method's, and else those of this one's group.
+        """A group of a state dict, with its own settings if they are this method's, otherwise with those of ``own``.
 
         It may have been saved with a base optimizer that had other keys than this one.
         """

@@ -15,12 +15,12 @@ from .errors import StepOrderError
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
-# What step() was called with, the optimizer first, as torch gives it to its hooks.
+# The arguments of step(), the optimizer first, as torch passes them to its hooks.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def runs_its_own_hooks(step: Step) -> Step:
-    """A ``step()`` whose hooks run around its update, which torch's own wrapper would run around all of its passes."""
+    """Makes a ``step()`` run its hooks around its update; torch's own wrapper would run them around all passes."""
 
     @functools.wraps(step)
     def recorded_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,12 +44,12 @@ def runs_its_own_hooks(step: Step) -> Step:
 
 
 def is_profiled() -> bool:
-    """Whether a profiler of torch's is looking; to name a step to it takes as long as a kernel for a small model."""
+    """Whether torch's profiler is running. To announce a step to it takes as long as a kernel on a small model."""
     return getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
 
 
 def has_own_step(optimizer: Any) -> bool:
-    """Whether somebody has put another ``step()`` in place of the class's; a scheduler's only notes that it ran."""
+    """Whether somebody has replaced the ``step()`` of the class. (That of a scheduler only notes that it ran.)"""
     step = vars(optimizer).get("step")
     if step is None:
         return False
@@ -58,7 +58,7 @@ def has_own_step(optimizer: Any) -> bool:
 
 
 def pre_hooks_of(optimizer: Any, with_global: bool = True) -> list[Callable[..., Any]]:
-    """Those of one optimizer, in torch's order; an optimizer that is none of torch's has none."""
+    """The pre-hooks of one optimizer, in torch's order; an optimizer that does not derive from torch's has none."""
     own = getattr(optimizer, "_optimizer_step_pre_hooks", None)
     if not own and not (with_global and _global_optimizer_pre_hooks):
         return []
@@ -66,7 +66,7 @@ def pre_hooks_of(optimizer: Any, with_global: bool = True) -> list[Callable[...,
 
 
 def post_hooks_of(optimizer: Any, with_global: bool = True) -> list[Callable[..., Any]]:
-    """As :func:`pre_hooks_of`, of the hooks that run after the update."""
+    """As :func:`pre_hooks_of`, for hooks that run after the update."""
     own = getattr(optimizer, "_optimizer_step_post_hooks", None)
     if not own and not (with_global and _global_optimizer_post_hooks):
         return []
@@ -77,8 +77,8 @@ def run_pre_hooks(optimizer: Any, hooks: Iterable[Callable[..., Any]], arguments
     """Runs hooks that may edit or assign ``p.grad``.
 
     Raises:
-        RuntimeError: for a hook that returns something else than torch's hooks may.
-        StepOrderError: for one that gives ``step()`` other arguments.
+        RuntimeError: if a hook returns what torch's hooks may not return.
+        StepOrderError: if a hook changes the arguments of ``step()``.
     """
     args, kwargs = arguments
     for hook in hooks:
@@ -104,14 +104,14 @@ def run_post_hooks(optimizer: Any, hooks: Iterable[Callable[..., Any]], argument
 
 @contextmanager
 def without_global_hooks() -> Iterator[None]:
-    """Around the base's ``step()``, which is a part of a step whose hooks have run: to torch it is a step by itself."""
+    """For the base's ``step()`` within a step whose global hooks have run already: torch would run them again."""
     with _silenced(_global_optimizer_pre_hooks, _global_optimizer_post_hooks):
         yield
 
 
 @contextmanager
 def without_hooks(optimizer: Optimizer) -> Iterator[None]:
-    """Around a ``step()`` that is none, because everything that it does is undone."""
+    """For a ``step()`` without hooks, because all that it does is undone afterwards."""
     names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     own = [getattr(optimizer, name, {}) for name in names]
     with _silenced(_global_optimizer_pre_hooks, _global_optimizer_post_hooks, *own):

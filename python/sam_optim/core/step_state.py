@@ -1,4 +1,4 @@
-"""The state of the step under way, and of what drivers have said of it."""
+"""The state of the step under way, and what drivers have said about it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class LeftUpdate(NamedTuple):
     """An update that is left to whoever calls ``step()``.
 
     Attributes:
-        gradients: what ``p.grad`` held when it was left, None where nobody else comes between.
-        versions: how often these were written into.
+        gradients: what ``p.grad`` held when it was left; None if nobody can have changed it.
+        versions: how often these had been written into.
     """
 
     update: Update
@@ -30,18 +30,18 @@ class LeftUpdate(NamedTuple):
 
 @dataclass(slots=True)
 class StepState:
-    """Of one optimizer.
+    """The step of one optimizer.
 
     Attributes:
         run: the method's step; None between steps.
-        report: of what was done so far, or by the last step.
+        report: what has been done so far, or by the last step.
         is_in_step_call: ``step()`` is running, so that an update need not be made through it.
-        caller: what makes the update in place of ``step()``; None for that.
+        caller: makes the update in place of ``step()``; None if ``step()`` makes it.
         left: the update that somebody is about to call ``step()`` for.
-        arguments: of the call of ``step()`` under way, for step hooks.
-        post_hooks_due: the arguments for step hooks that run once the method has done what it does after its update.
-        is_combining: the method is asked for its update by ``combine_gradients()``, and may not make it.
-        skips_combined: the combination was not finite, so the update is to be left out.
+        arguments: the arguments of the call of ``step()`` under way, for step hooks.
+        post_hooks_due: arguments of post-hooks, which run after what the method does after its update.
+        is_combining: ``combine_gradients()`` wants the update, which must not be made yet.
+        skips_combined: the combination was not finite, so there will be no update.
         has_clipped_passes: a trainer clips the gradient of each pass.
         runs_in_parallel: passes yielded together may name weights of their own.
         handler: takes updates in place of the optimizer.

@@ -1,4 +1,4 @@
-"""How a step is made: drivers begin it, hand its gradients over, and have its update made, combined or abandoned."""
+"""How a step is made: drivers begin it, pass gradients to it, and have its update made, combined or abandoned."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _under_way: dict[int, weakref.ref[SharpnessAwareOptimizer]] = {}
 
 
 class Stepper:
-    """The side of an optimizer that drivers talk to: its own methods, :class:`TrainStep`, the glue for trainers.
+    """The side of an optimizer that drivers use: its own methods, :class:`TrainStep`, the glue for trainers.
 
-    It holds the optimizer weakly, since that holds it: what an optimizer holds is given back when it goes.
+    It has a weak reference to the optimizer, which holds it, so that memory is freed as soon as the optimizer is.
 
     Attributes:
         step: the state of the step under way.
@@ -51,7 +51,7 @@ class Stepper:
 
     @property
     def optimizer(self) -> SharpnessAwareOptimizer:
-        """Whose steps these are."""
+        """The optimizer whose steps these are."""
         optimizer = self._owner()
         assert optimizer is not None, "the optimizer is gone"
         return optimizer
@@ -73,10 +73,10 @@ class Stepper:
         """Begins a step, for drivers that hand each gradient over by :meth:`advance`. Clears the gradients.
 
         Args:
-            action: what was called, for messages.
+            action: the name of what was called, for messages.
 
         Returns:
-            The pass whose gradient the method wants first; None if it wants none for this step, which is over then.
+            The pass whose gradient the method wants first; None if it wants none, in which case the step is over.
 
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored).
@@ -95,15 +95,15 @@ class Stepper:
             to_last: leave a step's last gradient where it is, for drivers that leave the update to ``step()``.
 
         Returns:
-            The pass whose gradient the method wants next, or None if the step is complete. With ``to_last`` that is
-            the one that it wants now where that is the last.
+            The pass whose gradient the method wants next, or None if the step is complete. With ``to_last``, if the
+            present pass is the last, it is returned again.
 
         Raises:
-            StepOrderError: if there is no gradient, or if, with ``to_last``, the method makes its update although no
-                pass was said to be the last. The weights are then restored.
+            StepOrderError: if there is no gradient; or with ``to_last``, if the method makes its update although it
+                declared no pass to be the last. The weights are then restored.
         """
         optimizer, step = self.optimizer, self.step
-        # An interrupt may strike between the entering of no_grad() and its block, which then never leaves it.
+        # An interrupt may strike after no_grad() was entered and before its block, and it is then never left.
         grad_enabled = torch.is_grad_enabled()
         try:
             if self._followers:
@@ -132,7 +132,7 @@ class Stepper:
         return self.waiting
 
     def each_group(self) -> Iterator[PassGroup]:
-        """As :meth:`each_pass`, for drivers that run passes side by side; the body sets each group's ``gradients``.
+        """As ``each_pass()``, for drivers that run passes side by side; the body sets each group's ``gradients``.
 
         Raises:
             StepOrderError: if a step is already begun (the weights are then restored), or gradients are missing.
@@ -166,7 +166,7 @@ class Stepper:
         """Begins a step with the plan as it is; None if the method wants no gradient for it.
 
         Args:
-            is_told_of_passes: the driver makes as many as are asked for, and not two whatever they are.
+            is_told_of_passes: the driver makes as many passes as are asked for; others always make two.
         """
         step = self.step
         plans = optimizer._plans
@@ -203,26 +203,26 @@ class Stepper:
             )
         self.step.run = None
         _under_way.pop(id(self), None)
-        # Schedulers ask whether step() has come before them. A step that updates nothing (SAMPa's first, or one whose
-        # gradients are not finite) need not have called it, nor the base's.
+        # Schedulers check that step() was called before them. A step that updates nothing (SAMPa's first, or one with
+        # gradients that are not finite) need not have called it, nor that of the base.
         optimizer._opt_called = optimizer._base._opt_called = True  # type: ignore[attr-defined]
         plans.remember_writes()
 
     @untraced
     def has_gradients(self) -> bool:
-        """Whether some parameter has one in ``p.grad``."""
+        """Whether some parameter has a gradient in ``p.grad``."""
         gradients = gradients_of(self.optimizer._params())
         return len(missing(gradients)) < len(gradients)
 
     def _clear_leftovers(self) -> None:
-        """What a pass of a step before left behind would be added to the first gradient of this one."""
+        """Clears what an earlier step has left in ``p.grad``: it would be added to the first gradient of this one."""
         if self.has_gradients():
             self.optimizer.zero_grad()
 
     # ------------------------------------------------------------------ the update
 
     def _make_updates(self, run: BegunStep, goes_on: bool, is_expected: bool = True) -> bool:
-        """Makes the update if it is its turn. False if the step is over."""
+        """Makes updates that the method has yielded. Returns False if the step is over."""
         if goes_on and run.update is not None:
             if not is_expected:
                 raise StepOrderError(
@@ -239,9 +239,9 @@ class Stepper:
         return goes_on
 
     def update(self, update: Update) -> None:
-        """Restores the weights and updates them by the base optimizer, through ``step()`` where that is not running.
+        """Restores the weights and updates them with the base optimizer, through ``step()`` unless that is running.
 
-        A handler of :meth:`updates_to` gets it instead.
+        If there is a handler of :meth:`updates_to`, that gets the update instead.
         """
         optimizer, step = self.optimizer, self.step
         refuse_overwritten(update.lists)
@@ -260,7 +260,7 @@ class Stepper:
         elif step.is_in_step_call:
             updating.make(self, optimizer, update)
         elif step.caller is None and optimizer._needs_no_step_call():
-            # As through step(), which would only come back here.
+            # step() would only come back here.
             step.arguments = (optimizer,), {}
             try:
                 updating.make(self, optimizer, update)
@@ -270,9 +270,9 @@ class Stepper:
             self.update_through(step.caller or optimizer.step, update)
 
     def update_through(self, call: Callable[[], object], update: Update) -> None:
-        """As :meth:`update`, by the ``step()`` that ``call`` calls, which is ``step`` itself or GradScaler's.
+        """As :meth:`update`, with the ``step()`` that ``call`` calls, directly or by GradScaler.
 
-        Through ``step()``, so that step hooks fire and schedulers see it, however the passes are driven.
+        The update goes through ``step()`` so that step hooks run and schedulers see it, however passes are driven.
         """
         optimizer, step = self.optimizer, self.step
         step.left = LeftUpdate(update)
@@ -291,13 +291,13 @@ class Stepper:
             step.left = None
 
     def make_left_update(self, left: LeftUpdate) -> None:
-        """The update that :meth:`update_through` has left to somebody who now calls ``step()``.
+        """Makes the update that :meth:`update_through` has left to somebody, who now calls ``step()``.
 
-        He may have changed ``p.grad`` before: where the update takes that as it is, it takes what is there now.
+        The caller may have changed ``p.grad``. An update that uses that as it is uses what is there now.
         """
         optimizer, update = self.optimizer, left.update
         self.step.left = None
-        # GradScaler looks for infinities, which it writes as if it changed something.
+        # GradScaler's search for infinities counts as a write, although it changes nothing.
         if left.gradients is not None and not hasattr(optimizer, "grad_scale"):
             gradients = gradients_of(optimizer._params())
             if update.is_one_gradient and same_objects(update.lists[0], left.gradients):
@@ -312,9 +312,9 @@ class Stepper:
 
     @contextmanager
     def updates_to(self, handler: UpdateHandler) -> Iterator[None]:
-        """Within the block, updates go to ``handler``, which hands them to :meth:`update` when it has done its part.
+        """Within the block, updates go to ``handler``, which passes them to :meth:`update` when it has done its part.
 
-        A handler that does not has to restore the weights, by the optimizer's ``return_to_copies()``.
+        A handler that does not must restore the weights, with the optimizer's ``return_to_copies()``.
         """
         step = self.step
         before, step.handler = step.handler, handler
@@ -348,16 +348,16 @@ class Stepper:
                 param.grad = gradient
 
     def _make_combined_update(self, run: BegunStep, gradients: Gradients) -> bool:
-        """The update with what :meth:`combine_gradients` has left in ``p.grad``. False if the step is over."""
+        """Makes the update with what :meth:`combine_gradients` left in ``p.grad``. Returns False if the step is over."""
         if run.update is None:
             return False
         self.update(Update(gradients, rule=updating.ones if self.step.skips_combined else FIXED))
         return run.go_on()
 
     def combination(self, update: Update) -> Gradients | None:
-        """The gradient that an update takes, in new tensors, None where no list has an entry.
+        """The gradient that an update uses, in new tensors; None where no list has an entry.
 
-        None altogether if the rule needs a Gram matrix and that is not finite: the update would change nothing.
+        The result is None if the rule needs a Gram matrix that is not finite: the update would change nothing.
         """
         optimizer = self.optimizer
         refuse_overwritten(update.lists)
@@ -365,7 +365,7 @@ class Stepper:
         return combined_gradient(plan, update.lists, update.rule, update.scale, optimizer.backend)
 
     def writable_gradient(self, update: Update) -> Gradients | None:
-        """As :meth:`combination`, but the last pass's gradient itself where that is all and nobody keeps it."""
+        """As :meth:`combination`, but the last pass's gradient itself if the update is that alone and nobody needs it."""
         run = self.step.run
         if run is not None and update.is_one_gradient:
             last, is_kept = run.last
@@ -383,7 +383,7 @@ class Stepper:
         _under_way.pop(id(self), None)
         step.left = step.post_hooks_due = None
         self._tell(None)
-        # A generator that is running is the one that the exception comes from, and ends by it.
+        # If the generator is running, the exception comes from it and ends it.
         if run is not None and inspect.getgeneratorstate(run.passes) != inspect.GEN_RUNNING:
             run.passes.close()
         plans = optimizer._plans
@@ -396,7 +396,7 @@ class Stepper:
             optimizer.zero_grad()
 
     def is_as_if_not_begun(self) -> bool:
-        """Whether the step under way still waits for its first gradient, at the weights themselves."""
+        """Whether the step under way still waits for its first gradient, at the unperturbed weights."""
         run = self.step.run
         return run is not None and run.number == 0 and not self.optimizer._plans.holds_copies
 
@@ -409,7 +409,7 @@ class Stepper:
             )
 
     def refuse_second_begin(self, action: str) -> None:
-        """As :meth:`refuse_mid_step`, for what begins a step; abandons the one under way."""
+        """As :meth:`refuse_mid_step`, for calls that begin a step; abandons the step under way."""
         if self.step.run is not None:
             self.restore()
             raise StepOrderError(
@@ -419,7 +419,7 @@ class Stepper:
             )
 
     def _refuse_shared_parameters(self) -> None:
-        """Two perturbations of one weight would each take the other for the weight itself, and lose its update."""
+        """Refuses perturbations of one weight by two optimizers: each would take the other's for the weight itself."""
         own = {id(p) for p in self.optimizer._params()}
         for number, reference in list(_under_way.items()):
             other = reference()
@@ -433,7 +433,7 @@ class Stepper:
                 )
 
     def _refuse_no_gradient(self, gradients: Gradients, run: BegunStep) -> None:
-        """Torch's optimizers make no step then. Here a backward pass has been forgotten, unless all is frozen."""
+        """Refuses a step without gradients, in which torch does nothing: a backward pass was forgotten."""
         if gradients and gradients[0] is not None:
             return
         assert run.waiting is not None
@@ -461,7 +461,7 @@ class Stepper:
         return f"{name} cannot be used with GradScaler: {reason}. Use bfloat16, which needs no scaling."
 
     def refuse_scaler(self, scaler: Any) -> None:
-        """For drivers that know the scaler before a step begins, which otherwise is refused at its end.
+        """For drivers that know the scaler before a step begins; otherwise it is refused at the end.
 
         Args:
             scaler: a GradScaler, or None.
@@ -491,9 +491,9 @@ class Stepper:
     # ------------------------------------------------------------------ followers, captured steps
 
     def follow_passes(self, call: Follower) -> None:
-        """Calls back whenever a gradient is taken, or a step abandoned: with the pass that is wanted next.
+        """Registers a function that is called with the next pass whenever a gradient is taken or a step abandoned.
 
-        None is for the end of a step, and may come before the call with the next pass of the same step.
+        None stands for the end of a step, and may come before a call with another pass of the same step.
         """
         self._followers.append(call)
 
@@ -503,31 +503,31 @@ class Stepper:
             self._followers.remove(call)
 
     def gradients_are_cleared(self) -> None:
-        """By hand they are cleared where a step begins: what forward passes have done before is none of its passes."""
+        """Notes that a step by hand begins here: earlier forward passes do not belong to it."""
         if self.step.run is None:
             self._tell(None)
 
     def _tell(self, waiting: Pass | None) -> None:
-        """The gradient of the pass under way is taken, and this one is wanted next."""
+        """Tells followers that a gradient was taken, and which pass is wanted next."""
         for call in self._followers:
             call(waiting)
 
     def keep_state_in_place(self) -> None:
-        """From now on the method's own state stays where it is in memory, as a captured step needs it."""
+        """From now on the method's state keeps its place in memory, as a captured step needs."""
         self.optimizer._kept.stays_in_place = True
 
     @property
     def loads(self) -> int:
-        """How often state was loaded: what was recorded before works on tensors that are no longer the state."""
+        """How often state was loaded. A graph recorded before that works on tensors that are no longer the state."""
         return self.optimizer._checkpoints.loads
 
     def replayed(self, report: StepReport) -> None:
-        """A CUDA graph has made a step that reported this when it was recorded."""
+        """Notes that a CUDA graph has made a step again, which gave this report when it was recorded."""
         self.optimizer._plans.remember_writes()
         self.step.report = report.unread()
 
 
 def _plain_passes() -> Passes:
-    """The base optimizer's step."""
+    """The passes of a step that is the base optimizer's own."""
     g = yield Pass(last=True)
     yield Update(g)

@@ -1,4 +1,4 @@
-"""What Lightning and skorch do in the closures that they hand to ``step()``: they do not say so, but it can be seen."""
+"""What Lightning and skorch do in the closures that they pass to ``step()``. They do not tell, but it can be seen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def accumulated_by(closure: Callable[[], Any]) -> int:
-    """How many micro-batches Lightning accumulates, of which its closure runs the last alone."""
+    """How many micro-batches Lightning accumulates. Its closure runs only the last of them."""
     return int(getattr(_trainer_of(_lightning_module_of(closure)), "accumulate_grad_batches", 1))
 
 

@@ -26,12 +26,12 @@ Hooks = list[Callable[..., Any]]
 
 
 def ones(gram: Tensor) -> Tensor:
-    """As :class:`Fixed`, but of a Gram matrix, which skips the update if a gradient list is not finite."""
+    """As :class:`Fixed`, but with a Gram matrix, so that the update is skipped if a gradient list is not finite."""
     return torch.ones_like(gram[0])
 
 
 def make(stepper: Stepper, optimizer: SharpnessAwareOptimizer, update: Update) -> None:
-    """Restores the weights and updates them by the base optimizer, within its ``step()``; runs the step's hooks."""
+    """Restores the weights, updates them with the base optimizer, and runs the step's hooks."""
     step = stepper.step
     lists, rule = update.lists, update.rule
     # GradScaler sets its scale and overflow flag as attributes around step().
@@ -68,7 +68,7 @@ def make(stepper: Stepper, optimizer: SharpnessAwareOptimizer, update: Update) -
     outcome = base_update.descend(descent, settings)
     ascent = step.report.ascent
     if grad_scale is not None:
-        # Norms of gradients that were scaled alike; those of a combination after the hooks are unscaled already.
+        # These norms are of gradients with one scale; those of a combination after hooks are unscaled already.
         ascent = None if ascent is None else ascent.unscaled(grad_scale)
         if descent.grad_scale is not None:
             outcome = outcome._replace(report=outcome.report.unscaled(grad_scale))
@@ -82,7 +82,7 @@ def make(stepper: Stepper, optimizer: SharpnessAwareOptimizer, update: Update) -
 
 
 def run_due_post_hooks(stepper: Stepper) -> None:
-    """Those of the update that was made last, once the method has done what it does after it."""
+    """Runs the post-hooks of the last update, after what the method does after it."""
     arguments = stepper.step.post_hooks_due
     if arguments is not None:
         optimizer = stepper.optimizer
@@ -92,7 +92,7 @@ def run_due_post_hooks(stepper: Stepper) -> None:
 
 
 def not_a_number(stepper: Stepper, lists: Sequence[Gradients]) -> Gradients:
-    """NaN in place of a combination that is not finite, for GradScaler to find, and whoever looks at the norm."""
+    """NaN in place of a combination that is not finite, for GradScaler and for whoever looks at the norm."""
     optimizer = stepper.optimizer
     combined = combined_gradient(optimizer._plans.plan, lists, FIXED, 1.0, optimizer.backend) or []
     for gradient in combined:
@@ -102,10 +102,9 @@ def not_a_number(stepper: Stepper, lists: Sequence[Gradients]) -> Gradients:
 
 
 def _after_pre_hooks(stepper: Stepper, descent: Descent, hooks: Hooks, hooks_of_base: Hooks, fused: bool) -> Descent:
-    """Runs hooks with what the update will take in ``p.grad``, and the weights themselves in the model.
+    """Runs hooks with the gradient of the update in ``p.grad``, and with unperturbed weights in the model.
 
-    What ``p.grad`` holds afterwards is what the update takes. Gradients that the method reads again are not given
-    away: they stay those of their passes.
+    The update uses what ``p.grad`` holds afterwards. For gradients that the method reads again, hooks get copies.
     """
     optimizer, arguments = stepper.optimizer, stepper.step.arguments
     assert arguments is not None  # step() is running
@@ -124,7 +123,7 @@ def _after_pre_hooks(stepper: Stepper, descent: Descent, hooks: Hooks, hooks_of_
         plans.snapshot.taken[:] = copies  # until the hooks are through, for what they may raise
     run_pre_hooks(optimizer, hooks, arguments)
     run_pre_hooks(optimizer._base, hooks_of_base, ((optimizer._base,), {}))
-    # What hooks have written into weights counts.
+    # Hooks may have written into the weights.
     if fused:
         plans.forget_copies()
         plans.catch_up(unseen=True)
@@ -136,7 +135,7 @@ def _after_pre_hooks(stepper: Stepper, descent: Descent, hooks: Hooks, hooks_of_
 
 
 def _gradient_in_place(stepper: Stepper, descent: Descent) -> Gradients | None:
-    """What a descent takes, unscaled: ``p.grad`` itself if that is all, and no method keeps it."""
+    """The gradient that a descent uses, unscaled: ``p.grad`` itself if that is all and the method does not keep it."""
     lists, run = descent.lists, stepper.step.run
     if descent.grad_scale is None and Update(*lists, rule=descent.rule, scale=descent.scale).is_one_gradient:
         is_kept = run is not None and run.last[1] and same_objects(lists[0], run.last[0])

@@ -1,4 +1,4 @@
-"""Checkpoints of a model whose weights are perturbed hold the weights themselves."""
+"""Makes checkpoints of a model hold the unperturbed weights, also while they are perturbed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class UnperturbedEntries:
     """A hook of a module: its state dict gets the weights that a step under way will restore.
 
-    A copy or a pickle of the module belongs to no optimizer, and its hook does nothing.
+    A copy or a pickle of the module belongs to no optimizer, so its hook does nothing.
     """
 
     _from_public_api = True  # what register_state_dict_post_hook tells torch of a hook
