@@ -348,7 +348,7 @@ class Stepper:
                 param.grad = gradient
 
     def _make_combined_update(self, run: BegunStep, gradients: Gradients) -> bool:
-        """Makes the update with what :meth:`combine_gradients` left in ``p.grad``. Returns False if the step is over."""
+        """Makes the update with what :meth:`combine_gradients` left in ``p.grad``. False if the step is over."""
         if run.update is None:
             return False
         self.update(Update(gradients, rule=updating.ones if self.step.skips_combined else FIXED))
@@ -365,7 +365,7 @@ class Stepper:
         return combined_gradient(plan, update.lists, update.rule, update.scale, optimizer.backend)
 
     def writable_gradient(self, update: Update) -> Gradients | None:
-        """As :meth:`combination`, but the last pass's gradient itself if the update is that alone and nobody needs it."""
+        """As :meth:`combination`, but the last pass's gradient itself if the update is that alone and not kept."""
         run = self.step.run
         if run is not None and update.is_one_gradient:
             last, is_kept = run.last
