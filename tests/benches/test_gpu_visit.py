@@ -14,6 +14,9 @@ pytest.importorskip("benches.gpu")
 from benches.gpu import records, stages
 from benches.gpu.stages import Command, Program, Stages
 
+# A stage is a fork, of which Python 3.12 warns where there are threads. Here it computes nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 
