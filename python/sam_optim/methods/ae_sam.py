@@ -27,17 +27,19 @@ class AESAM(IntermittentSAM):
         variance <- decay variance + (1 - decay) (|g|^2 - mean)^2
         SAM if |g|^2 >= mean + c sqrt(variance), else the base optimizer with g
 
-    Mean and variance are in the first group, ``aesam_mean`` and ``aesam_variance``, and part of ``state_dict()``. Their
-    start is our reading: the mean begins at the first gradient's square, the variance at zero, so the first step is
-    SAM's. The decision waits for the GPU.
+    Mean and variance are in the first group, as ``aesam_mean`` and ``aesam_variance``, and part of ``state_dict()``.
+    How they start is our reading: the mean at the first squared norm, the variance at zero, so that the first step is a
+    SAM step. The decision waits for the GPU.
 
     Args:
-        c: how far above the mean; the authors let it fall from 1 to -1 over training: set ``optimizer.c``.
-        decay: of the averages, from 0 to below 1.
+        c: the threshold's distance from the mean. The authors let it fall from 1 to -1 over training: set
+            ``optimizer.c``.
+        decay: decay of the averages, from 0 to below 1.
         all others: as for :class:`SAM`.
 
-    GradScaler is refused: squared norms of different scales cannot be compared. So are trainers that call ``step()``
-    by themselves, and ``first_step()`` with ``second_step()``: whether a pass is the last is known only after it.
+    GradScaler is refused: squared norms of different scales cannot be compared. Trainers that call ``step()``
+    themselves are refused, and so are ``first_step()`` and ``second_step()``: only after a pass is it known whether it
+    is the last.
     """
 
     takes_scaled_gradients = False

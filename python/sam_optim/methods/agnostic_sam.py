@@ -27,24 +27,24 @@ class AgnosticSAM(SAM):
 
         g_t  = gradient on B_t at w             g_v = gradient on B_v at w
         g_v' = gradient on B_v at w + rho_val g_v / |g_v|
-        e    = rho_train g_t / |g_t| - rho_val g_v' / |g_v'|      up-hill on B_t, down-hill on B_v
+        e    = rho_train g_t / |g_t| - rho_val g_v' / |g_v'|      uphill on B_t, downhill on B_v
         w   <- base_optimizer(w, gradient on B_t at w + e)
 
-    ``variant="align"`` uses g_v in place of g_v' and saves one gradient. The validation batch enters through the
-    perturbation alone. No code of the authors is public; the formulas are as we read the paper.
+    ``variant="align"`` uses g_v in place of g_v' and saves one gradient. The validation batch enters only through
+    the perturbation. No code of the authors is public; the formulas are as we read the paper.
 
     Args:
         all others: as for :class:`SAM`; ASAM's geometry is that at w.
-        rho: radius up-hill on the training batch, rho_train in the formula; by default 0.05.
-        rho_val: radius down-hill on the validation batch, and of the perturbation under g_v'; the groups' ``rho_val``.
-            None, the default, is half of rho, also when that follows a schedule. At 0 the method is SAM.
-        rho_train: another name of rho.
+        rho: radius uphill on the training batch, rho_train in the formula; by default 0.05.
+        rho_val: radius downhill on the validation batch, and of the perturbation at which g_v' is taken. None, the
+            default, is half of rho, also while that follows a schedule. At 0 the method is SAM.
+        rho_train: another name for rho.
         variant: ``"agnostic"`` (four gradients a step) or ``"align"`` (three).
         normalizer: what divides g_v'. ``"own"`` is |g_v'|; ``"first"`` is |g_v|, the literal reading of the form in
             which both perturbations share one factor.
-        smoothing: beta of a moving average m <- beta m + (1 - beta) g_v' that takes the place of g_v'; 0 for none. A
-            beta of 0.9 has been reported; what exactly is smoothed is our reading. With smoothing GradScaler is
-            refused: the average would mix gradients of different scales.
+        smoothing: beta of a moving average m <- beta m + (1 - beta) g_v' that replaces g_v'; 0 for none. A beta of 0.9
+            has been reported; what exactly is smoothed is our reading. With smoothing GradScaler is refused: the
+            average would mix gradients of different scales.
 
     Passes: training and validation at w (independent of each other), for ``"agnostic"`` validation at its perturbation,
     and training at w + e. Drive them by ``each_pass()``, or by ``step(closure, validation_closure)``::

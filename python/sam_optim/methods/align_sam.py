@@ -25,12 +25,13 @@ class AlignSAM(AgnosticSAM):
         e    = rho g_t / |g_t| - rho_val g_v / |g_v|
         w   <- base_optimizer(w, gradient on B_t at w + e)
 
-    In the paper's letters rho_val is rho, and rho is lambda rho, with lambda = 2. :class:`AgnosticSAM` with
-    ``variant="align"``, whose batches and passes it has; the formula is our reading, see there.
+    The paper writes rho for our rho_val, and lambda rho for our rho, with lambda = 2. The method is
+    :class:`AgnosticSAM` with ``variant="align"``, and has the same batches and passes. The formula is our reading of
+    the paper, see there.
 
     Args:
-        rho: radius up-hill on the training batch.
-        rho_val: radius down-hill on the validation batch; None, the default, is half of rho. At 0 the method is SAM.
+        rho: radius uphill on the training batch.
+        rho_val: radius downhill on the validation batch; None, the default, is half of rho. At 0 the method is SAM.
         smoothing: beta of a moving average in place of g_v, as for :class:`AgnosticSAM`.
         all others: as for :class:`SAM`.
     """

@@ -28,9 +28,9 @@ class CRSAM(SAM):
     ``each_pass()``, closures or ``TrainStep``.
 
     Args:
-        gamma: weight of the change of the gradient's change, which stands for the Hessian's trace; at least 0.
-        beta: weight of the gradient's change, which stands for its norm; at least 0. Groups may have a gamma and a beta
-            of their own.
+        gamma: weight of g+ + g- - 2 g, which stands for the Hessian's trace; at least 0.
+        beta: weight of g+ - g-, which stands for the gradient's norm; at least 0. Groups may have their own gamma and
+            beta.
         all others: as for :class:`SAM`.
     """
 

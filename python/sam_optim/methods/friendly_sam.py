@@ -19,7 +19,7 @@ from .sam import SAM
 
 
 class FriendlySAM(SAM):
-    """Friendly SAM (Li et al. 2024, arXiv 2403.12350): perturbs along the part of g that is this batch's own.
+    """Friendly SAM (Li et al. 2024, arXiv 2403.12350): perturbs along g minus an average of gradients.
 
     ::
 
@@ -29,8 +29,8 @@ class FriendlySAM(SAM):
     The average m is state of the method, and part of ``state_dict()``.
 
     Args:
-        sigma: share of the average that is taken away.
-        lmbda: how much of the average is kept, from 0 to 1.
+        sigma: weight of the average that is subtracted.
+        lmbda: how much of the average is kept from step to step, from 0 to 1.
         all others: as for :class:`SAM`.
 
     GradScaler is refused: the average would mix gradients of different scales.
@@ -71,7 +71,7 @@ class FriendlySAM(SAM):
         if not self.has_method_state("average"):
             self.ascend(g, rule=self._rule, scale=self.radii())
         else:
-            # Parameters that had no gradient so far have no average to take away.
+            # Parameters that had no gradient so far have no average to subtract.
             average = [None if x is None else m for x, m in zip(g, self.method_state("average"), strict=True)]
             self.ascend(g, average, rule=self._difference, scale=[[rho, rho] for [rho] in self.radii()])
         self.moving_average("average", g, self.lmbda, starts_at_gradient=True)

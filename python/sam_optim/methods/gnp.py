@@ -23,8 +23,8 @@ class GNP(SAM):
 
         g+ at w + e, e = rho g / |g|        w <- base_optimizer(w, (1 - alpha) g + alpha g+)
 
-    In the paper's letters r is rho, and alpha = lambda / r, with lambda the penalty's weight. With alpha 1 it is SAM,
-    with 0 the base optimizer. :class:`WSAM` with ``decouple=False`` and gamma = alpha / (1 + alpha) is the same.
+    The paper writes r for rho, and alpha = lambda / r, with lambda the penalty's weight. With alpha 1 it is SAM, with 0
+    the base optimizer. :class:`WSAM` with ``decouple=False`` and gamma = alpha / (1 + alpha) is the same.
 
     Args:
         rho: 0.1, as in most of the authors' recipes (github.com/zhaoyang-0204/gnp).

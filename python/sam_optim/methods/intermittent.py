@@ -1,4 +1,4 @@
-"""SAM in some of the steps, and the base optimizer in the others: who wants most of SAM for less than two gradients."""
+"""SAM in some of the steps and the base optimizer in the others: most of SAM for less than two gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .sam import SAM
 
 
 class IntermittentSAM(SAM):
-    """Steps with one pass, and steps with two: driven by ``each_pass()``, closures or ``TrainStep``, to save passes."""
+    """Has steps with one pass and steps with two; ``each_pass()``, closures and ``TrainStep`` save the passes."""
 
     def _is_plain_step(self) -> bool:
         return super()._is_plain_step() or not self.last_step.ascent
@@ -26,7 +26,7 @@ class ScheduledSAM(IntermittentSAM):
 
     @property
     def step_number(self) -> int:
-        """Of the step under way, or of the next; from 0."""
+        """The number of the step under way, or of the next; from 0."""
         return int(self.param_groups[0]["occasional_step"])
 
     @abstractmethod

@@ -21,11 +21,11 @@ class IntervalSAM(ScheduledSAM):
     """SAM in every k-th step from a given one on; the steps between are the base optimizer's, bit for bit.
 
     Args:
-        every: SAM's share of the steps is one in so many; at least 1.
-        start: number of the first step that may be SAM's, counted from 0; or, with ``total_steps``, a share of them, a
-            float from 0 to below 1. SAM late in training alone does nearly as well as SAM throughout in some settings
-            (Zhou et al. 2024, arXiv 2410.10373).
-        total_steps: of the whole training. ``start=0.8, total_steps=10_000`` is ``start=8_000``.
+        every: k, at least 1.
+        start: number of the first SAM step, counted from 0; or, with ``total_steps``, a share of these, a float from 0
+            to below 1. In some settings SAM only late in training does nearly as well as SAM throughout (Zhou et al.
+            2024, arXiv 2410.10373).
+        total_steps: number of steps of the whole training. ``start=0.8, total_steps=10_000`` is ``start=8_000``.
         all others: as for :class:`SAM`.
     """
 
@@ -60,7 +60,7 @@ class IntervalSAM(ScheduledSAM):
 
 
 def _first_step(start: float, total_steps: int | None) -> int:
-    """The number of a step, of which ``start`` may be the share of all."""
+    """``start`` as the number of a step; it may be given as a share of all steps."""
     number = as_whole(start)
     if total_steps is None:
         if number is None:

@@ -20,20 +20,20 @@ from .sam import SAM
 
 
 class LookSAM(SAM):
-    """LookSAM (Liu et al. 2022, arXiv 2203.02714, algorithm 1): SAM every k steps, and its direction reused between.
+    """LookSAM (Liu et al. 2022, arXiv 2203.02714, algorithm 1): SAM every k steps, whose direction the others reuse.
 
     ::
 
         every k-th step:  SAM;  u = the part of g+ orthogonal to g
         between:          w <- base_optimizer(w, g + alpha |g| / |u| u)
 
-    Norms run over all parameters together. The steps between take one pass, driven by ``TrainStep``, ``each_pass()`` or
-    closures; by ``first_step()`` and ``second_step()`` they are right too, but save nothing. u is state of the method,
-    the count of steps is each group's ``looksam_step``; both are part of ``state_dict()``.
+    Norms are taken over all parameters together. The steps between take one pass with ``TrainStep``, ``each_pass()``
+    and closures. With ``first_step()`` and ``second_step()`` they are right too, but save nothing. u is state of the
+    method, and the count of steps is ``looksam_step`` in each group; both are part of ``state_dict()``.
 
     Args:
-        k: SAM's share of the steps is 1 / k; at least 1.
-        alpha: weight of the reused direction. 0.7 is the authors'; independent runs found it large. Groups may have
+        k: one step in k is a SAM step; at least 1.
+        alpha: weight of the reused direction. The authors use 0.7; independent runs found that large. Groups may have
             their own.
         all others: as for :class:`SAM`.
     """
@@ -81,7 +81,7 @@ class LookSAM(SAM):
                 self._keep_direction(g_plus, g)
         else:
             g = yield Pass(last=True)
-            # A parameter without a gradient is not updated, as by any torch optimizer.
+            # As with any torch optimizer, a parameter without a gradient is not updated.
             direction = [None if x is None else u for x, u in zip(g, self.method_state("direction"), strict=True)]
             yield Update(g, direction, rule=_norm_ratio, scale=[[1.0, alpha] for [alpha] in self.per_group("alpha")])
         for group in self.param_groups:
@@ -98,12 +98,12 @@ class LookSAM(SAM):
 
 
 def _norm_ratio(gram: Tensor) -> Tensor:
-    """Of lists (g, u): 1, and abs(g) / abs(u)."""
+    """The coefficients 1 and abs(g) / abs(u) of the lists (g, u)."""
     ratio = torch.where(gram[1, 1] > 0.0, (gram[0, 0] / gram[1, 1]).sqrt(), 0.0)
     return torch.stack([torch.ones_like(ratio), ratio])
 
 
 def _orthogonal(gram: Tensor) -> Tensor:
-    """Of lists (a, b): the part of a that is orthogonal to b."""
+    """The coefficients that make the part of a orthogonal to b from the lists (a, b)."""
     along = torch.where(gram[1, 1] > 0.0, gram[0, 1] / gram[1, 1], 0.0)
     return torch.stack([torch.ones_like(along), -along])

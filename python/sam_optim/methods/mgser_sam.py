@@ -29,16 +29,16 @@ class MGSERSAM(SAM):
     The memory's gradient at the unperturbed weights keeps the perturbations of task and memory from working against
     each other. No code of the authors is public; this is our reading of the paper's abstract and of summaries of it.
 
-    Two batches, two losses: the pass named ``"memory"`` is on a batch from memory, with whatever loss is that of the
-    memory, such as :func:`dark_experience_loss`. :class:`ReservoirMemory` keeps one. While the memory is empty, leave
-    the gradients of that pass alone, and the step is SAM's on the current batch. With rho and mu 0 the method is the
-    base optimizer on L_t + L_s: experience replay as it is without SAM.
+    There are two batches and two losses. The pass named ``"memory"`` is on a batch from memory, with the memory's loss,
+    such as :func:`dark_experience_loss`. :class:`ReservoirMemory` is such a memory. While it is empty, compute nothing
+    in that pass; the step is then a SAM step on the current batch. With rho and mu 0 the method is the base optimizer
+    on L_t + L_s: plain experience replay.
 
     Args:
         mu: weight of the memory's gradient at the unperturbed weights; at least 0. Groups may have their own.
         all others: as for :class:`SAM`.
 
-    Passes: on the batch and on the memory at w, which do not depend on each other, and the same two at w + e. ::
+    It takes passes on the batch and on the memory at w, which do not depend on each other, and the same at w + e. ::
 
         for p in optimizer.each_pass():
             if p.data == "train":

@@ -18,22 +18,23 @@ from .sam import SAM
 
 
 class MomentumSAM(SAM):
-    """Momentum-SAM (Becker et al. 2024, arXiv 2401.12033): SAM's second gradient alone, at w - rho v / abs(v).
+    """Momentum-SAM (Becker et al. 2024, arXiv 2401.12033): only SAM's second gradient, at w - rho v / abs(v).
 
-    v is the base optimizer's momentum: SGD's ``momentum_buffer``, or ``exp_avg`` of Adam and its kin. So a step takes
-    one pass. The authors leave the model at the perturbed weights between steps and take the perturbation away to
-    evaluate and to save; here it is taken away when a step ends, and the model always holds w itself. Until there is
-    momentum, steps are the base optimizer's.
+    v is the base optimizer's momentum: SGD's ``momentum_buffer``, or ``exp_avg`` of Adam and the like. So a step takes
+    one pass. The authors leave the model at the perturbed weights between steps, and remove the perturbation to
+    evaluate and to save. Here it is removed when a step ends, so that the model holds w. Until there is momentum, steps
+    are those of the base optimizer.
 
-    Weight decay is our reading: the base optimizer's, of w. In the authors' code, an optimizer by itself, SGD's acts on
-    the perturbed weights, and AdamW's on the weights after the update. Without weight decay there is no difference.
+    Weight decay is our reading: it is the base optimizer's and acts on w. The authors' code is an optimizer by itself:
+    there that of SGD acts on the perturbed weights, and that of AdamW on the weights after the update. Without weight
+    decay there is no difference.
 
     Args:
-        rho: radius; 3, with which the authors' published commands run, CIFAR-100 and ImageNet alike (github.com/
-            MarlonBecker/MSAM; as defaults their classes have 0.3 for SGD and 1 for AdamW).
+        rho: radius; by default 3, which the authors' published commands use, for CIFAR-100 and ImageNet alike
+            (github.com/MarlonBecker/MSAM; the defaults of their classes are 0.3 for SGD and 1 for AdamW).
         all others: as for :class:`SAM`; the base must keep a momentum.
 
-    Drive it by closures, ``each_pass()`` or ``TrainStep``: the perturbation comes before the only backward pass. By
+    Drive it with closures, ``each_pass()`` or ``TrainStep``: the perturbation comes before the only backward pass. With
     ``first_step()`` and ``second_step()`` it is right too, but the first gradient is computed for nothing.
     """
 
@@ -63,7 +64,7 @@ class MomentumSAM(SAM):
             raise InvalidSettingError(f"MomentumSAM perturbs along the base optimizer's momentum, and {base} has none")
 
     def advance(self, zero_grad: bool = False) -> Pass | None:
-        """As for all methods, but only of a step that is begun.
+        """As for all methods, but a step must have been begun.
 
         Raises:
             StepOrderError: if none is: the gradient would have been taken before the perturbation.
@@ -95,7 +96,7 @@ class MomentumSAM(SAM):
         return found
 
     def _refuse_other_state(self) -> None:
-        """Before a first step there is no state; where there is some, steps without a perturbation would go on."""
+        """Refuses state without a momentum, with which no step would be perturbed. (Before the first there is none.)"""
         names = {str(name) for own in self.base_optimizer.state.values() for name in own}
         others = sorted(names - {"momentum_buffer", "exp_avg", "step"})
         if others:

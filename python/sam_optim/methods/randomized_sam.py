@@ -1,4 +1,4 @@
-"""SAM in steps that a coin chooses."""
+"""SAM in steps chosen at random."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .intermittent import ScheduledSAM
 
 
 class RandomizedSAM(ScheduledSAM):
-    """SAM in steps that a coin chooses (Zhao et al. 2022, arXiv 2203.09962, RST with its weight at 1).
+    """SAM in steps chosen at random (Zhao et al. 2022, arXiv 2203.09962, RST with its weight at 1).
 
-    The coin depends on seed and step alone, so all ranks toss alike and a resumed run goes on as it would have.
+    The choice depends only on seed and step: all ranks choose alike, and a resumed run goes on as it would have.
 
     Args:
-        probability: of a step to be SAM's, from 0 to 1; a tensor or a number that a schedule may change,
+        probability: that a step is a SAM step, from 0 to 1; a tensor or a number. A schedule may change
             ``optimizer.probability``.
-        seed: of the coin.
+        seed: seed of the choice.
         all others: as for :class:`SAM`.
     """
 
@@ -52,7 +52,7 @@ class RandomizedSAM(ScheduledSAM):
         super().__init__(**handed_on(locals()))
 
     def is_sharpness_aware(self, step: int) -> bool:
-        # Seeds that differ in little give generators whose first numbers are alike.
+        # Similar seeds give generators whose first numbers are similar.
         mixed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
         coin = torch.Generator("cpu").manual_seed(mixed)
         return torch.rand((), generator=coin, dtype=torch.float32, device="cpu").item() < self.probability

@@ -30,8 +30,8 @@ class SAM(SharpnessAwareOptimizer):
         g  = gradient at w                      e = rho g / |g|                (eq. 2)
         g+ = gradient at w + e                  w <- base_optimizer(w, g+)
 
-    The norm runs over all parameters together. Weight decay is the base optimizer's and does not enter e. With the base
-    optimizer's ``maximize``, in all groups or in some, the steps are those that minimise -f.
+    The norm is taken over all parameters together. Weight decay is the base optimizer's and does not enter e. With the
+    base optimizer's ``maximize``, in all groups or in some, the steps are those that minimise -f.
 
     Args:
         params: parameters, (name, parameter) pairs or group dicts. A group may set ``rho``, ``adaptive``, ``eta``, and
@@ -107,7 +107,7 @@ class SAM(SharpnessAwareOptimizer):
         _refuse_unnamed(group)
 
     def geometry_of(self, group: dict[str, Any]) -> Sequence[float | None]:
-        # Asked for where one of these has changed; a radius is looked at where it is used.
+        # Needed if one of these has changed; a radius is checked where it is used.
         for name in ("adaptive", "eta", "perturb"):
             self._declared[name].checked(group[name])
         _refuse_unnamed(group)
@@ -122,12 +122,12 @@ class SAM(SharpnessAwareOptimizer):
 
 @lru_cache(maxsize=16)
 def _normalized(epsilon: float) -> Normalized:
-    """Made once: it is asked for in every step."""
+    """Made only once, since every step asks for it."""
     return Normalized(epsilon=epsilon)
 
 
 def _refuse_unnamed(group: dict[str, Any]) -> None:
-    """Raises :class:`InvalidSettingError` where a group's parameters have no names to be chosen by."""
+    """Raises :class:`InvalidSettingError` if a group's parameters have no names to choose them by."""
     if group["adaptive"] == "weights":
         names = group.get("param_names") or [entry[0] for entry in group["params"] if isinstance(entry, tuple)]
         if len(names) != len(group["params"]):

@@ -29,14 +29,13 @@ def sam_on(
 
         optimizer = sam_on(model, torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
 
-    It is SAM on groups that :func:`perturb_normalization_only` makes; give these to another method for the same with
-    that.
+    It is SAM on groups that :func:`perturb_normalization_only` makes. These groups also work with other methods.
 
     Args:
-        model: whose parameters are trained; which are perturbed is told by the modules that they belong to.
-        rho: 0.5, the default of the authors' code; fewer parameters take a larger one than SAM's.
-        normalizations: types of modules that normalise, besides those of torch; subclasses count.
-        **settings: of :class:`SAM` and of the base optimizer. ``adaptive=True`` makes it ASAM-ON.
+        model: the model to train. The module that a parameter belongs to decides whether it is perturbed.
+        rho: 0.5, the default of the authors' code; fewer parameters need a larger rho than all of them.
+        normalizations: types of modules that normalise, besides those of torch, with their subclasses.
+        **settings: settings of :class:`SAM` and of the base optimizer. ``adaptive=True`` makes it ASAM-ON.
 
     Raises:
         ValueError: if no parameter belongs to such a module.
@@ -45,16 +44,16 @@ def sam_on(
 
 
 def perturb_normalization_only(model: nn.Module, *more: type[nn.Module]) -> list[dict[str, Any]]:
-    """Groups for :func:`sam_on`, and for any other method whose perturbation is to be that of normalisation layers.
+    """Groups for :func:`sam_on`, and for any other method that is to perturb only normalisation layers.
 
     ::
 
         optimizer = GSAM(perturb_normalization_only(model), torch.optim.SGD, rho=0.5, lr=0.1)
 
-    Chosen by the type of the module, not by the parameter's name.
+    Parameters are chosen by the type of their module, not by their names.
 
     Args:
-        more: types of modules that normalise, besides those of torch; subclasses count.
+        more: types of modules that normalise, besides those of torch, with their subclasses.
 
     Returns:
         Two groups of (name, parameter) pairs; the second, of all other parameters, with ``perturb=False``.

@@ -24,23 +24,23 @@ class SAMPa(SAM):
     ::
 
         x~_t    = x_t + rho <gradient on B_t at y_t>
-        y_{t+1} = where the base optimizer would go from x_t with that same gradient, its state untouched
+        y_{t+1} = where the base optimizer would go from x_t with the same gradient; its state stays
         x_{t+1} = base_optimizer(x_t, (1 - lam) gradient on B_t at x~_t + lam gradient on B_{t+1} at y_{t+1})
 
-    The first step starts the method: with ``warm_start="gradient"`` one gradient is taken on its batch and nothing is
-    updated. Each later step makes one update, with one pass on the batch of the step before and one on its own. Between
+    The first step only starts the method: with ``warm_start="gradient"`` it takes one gradient on its batch and updates
+    nothing. Each later step makes one update, with one pass on the batch of the step before and one on its own. Between
     steps the model holds x. The gradient at y is part of ``state_dict()``.
 
     Args:
         all others: as for :class:`SAM`; rho is 0.1 here.
-        lam: share of the gradient at y in the update, from 0 to 1. 0.2 is the authors'. With 1 the method is the past
+        lam: weight of the gradient at y in the update, from 0 to 1. The authors use 0.2. With 1 the method is the past
             extra-gradient method, with 0 and rho 0 the base optimizer. Groups may have their own.
-        warm_start: ``"gradient"``, or ``"zero"`` for a first y-gradient of zero, as in the authors' code; the first
-            step then takes no gradient at all.
+        warm_start: ``"gradient"``, or ``"zero"`` for a first y-gradient of zero, as in the authors' code. Then the
+            first step takes no gradient at all.
 
     GradScaler is refused: a scaled gradient would be taken for a step.
 
-    Drive it by closures, each of which is used again for the next step, or by passes::
+    Drive it with closures, each of which is used again in the next step, or with passes::
 
         for p in optimizer.each_pass():
             x, y = previous_batch if p.data == "previous" else batch

@@ -11,7 +11,7 @@ from .sam import SAM
 class StableSAM(SAM):
     """Stable SAM (Tan et al. 2024, arXiv 2401.07250): w <- base_optimizer(w, g+ abs(g) / abs(g+)).
 
-    The update has the length that the gradient at the weights has.
+    The update's gradient has the length of the gradient at w.
 
     Args:
         all others: as for :class:`SAM`.

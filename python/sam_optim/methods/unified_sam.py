@@ -19,15 +19,14 @@ from .sam import SAM
 class UnifiedSAM(SAM):
     """Between the plain and the normalised perturbation: e = rho (1 - k + k / abs(g)) g.
 
-    k = 0 is USAM (Andriushchenko & Flammarion 2022, arXiv 2206.06232), k = 1 is SAM, and what lies between is Unified
-    SAM (2025, arXiv 2503.02225). With ``adaptive`` the norm is that in ASAM's geometry.
+    k = 0 is USAM (Andriushchenko & Flammarion 2022, arXiv 2206.06232), k = 1 is SAM, and between them
+    lies Unified SAM (2025, arXiv 2503.02225). With ``adaptive`` the norm is that in ASAM's geometry.
 
     Args:
         k: from 0 to 1.
-        all others: as for :class:`SAM`; a plain perturbation wants a smaller rho
-            the larger the gradients are.
+        all others: as for :class:`SAM`; without normalisation, larger gradients need a smaller rho.
 
-    GradScaler is refused with k below 1: the perturbation has the gradient's scale.
+    GradScaler is refused with k below 1: the perturbation would depend on the scale.
     """
 
     is_capturable = True

@@ -22,11 +22,10 @@ class USAM(UnifiedSAM):
     :class:`UnifiedSAM` with k = 0.
 
     Args:
-        rho: as for :class:`SAM`, whose perturbation it is where the gradient's norm is 1; it wants a smaller one the
-            larger the gradients are.
+        rho: the perturbation is that of :class:`SAM` if the gradient's norm is 1. Larger gradients need a smaller rho.
         all others: as for :class:`SAM`.
 
-    GradScaler is refused: the perturbation has the gradient's scale.
+    GradScaler is refused: the perturbation would depend on the scale.
     """
 
     k: Setting[float] = Fixed(0.0)

@@ -23,10 +23,11 @@ class VaSSO(SAM):
 
         d <- (1 - theta) d + theta g,  d = g in the first step        e = rho d / |d|
 
-    d is state of the method, and part of ``state_dict()``; one that began at zero, as it did here once, goes on.
+    d is state of the method, and part of ``state_dict()``. (In old checkpoints it started at zero; it is used as it
+    is.)
 
     Args:
-        theta: weight of the new gradient, above 0 and at most 1, where the method is SAM.
+        theta: weight of the new gradient, above 0 and at most 1. At 1 the method is SAM.
         all others: as for :class:`SAM`.
 
     GradScaler is refused: the average would mix gradients of different scales.

@@ -24,15 +24,15 @@ class WSAM(SAM):
         decoupled:  w <- base_optimizer(w, g);  w <- w - lr a (g+ - g)      (algorithm 2)
         coupled:    w <- base_optimizer(w, (1 - a) g + a g+)
 
-    Coupled, with a at most 1, it is the penalty on the gradient's norm of Zhao et al. (2022, arXiv 2202.03599) with the
-    weight a.
+    Coupled, with a at most 1, it is :class:`GNP`, the penalty on the gradient's norm of Zhao et al. (2022, arXiv
+    2202.03599), with the weight a.
 
     Args:
-        gamma: from 0 to below 1; 0.9 is the authors'. Groups may have their own.
+        gamma: from 0 to below 1; the authors use 0.9. Groups may have their own.
         decouple: keep the sharpness out of the base optimizer's moments.
         all others: as for :class:`SAM`.
 
-    GradScaler is refused if decoupled: the sharpness is not the base optimizer's to unscale.
+    GradScaler is refused if decoupled: the base optimizer would not unscale the sharpness term.
     """
 
     is_capturable = True
@@ -86,6 +86,6 @@ class WSAM(SAM):
 
 
 def _learning_rate(group: dict[str, Any]) -> Any:
-    """A copy, if it is a tensor that a scheduler writes into."""
+    """The learning rate; a copy if it is a tensor, since a scheduler may write into it."""
     lr = group["lr"]
     return lr.detach().clone() if isinstance(lr, Tensor) else lr
