@@ -40,6 +40,8 @@ class ForeachSAM:
     def __init__(self, params: list[Tensor], base: type, rho: float, adaptive: bool, **settings: Any) -> None:
         self.params, self.rho, self.adaptive = params, rho, adaptive
         self.copies = [torch.empty_like(p) for p in params]
+        # Lists that are allocated anew in each step cost as much again, where the allocator gives memory back.
+        self.operators, self.direction = ([torch.empty_like(p) for p in params if adaptive] for _ in range(2))
         self.base = base(params, fused=True, **settings)
 
     @torch.no_grad()
@@ -47,11 +49,14 @@ class ForeachSAM:
         torch._foreach_copy_(self.copies, self.params)
         direction = [p.grad for p in self.params]
         if self.adaptive:
-            operators = torch._foreach_abs(self.params)
-            direction = torch._foreach_mul(operators, direction)
+            torch._foreach_copy_(self.operators, self.params)
+            torch._foreach_abs_(self.operators)
+            torch._foreach_copy_(self.direction, direction)
+            torch._foreach_mul_(self.direction, self.operators)
+            direction = self.direction
         norm = torch.stack(torch._foreach_norm(direction)).norm()
         if self.adaptive:
-            torch._foreach_mul_(direction, operators)
+            torch._foreach_mul_(direction, self.operators)
         scale = self.rho / (norm + 1e-12)
         if scale.is_cuda:  # reading the number would wait for the GPU
             torch._foreach_add_(self.params, torch._foreach_mul(direction, scale))
