@@ -78,7 +78,7 @@ class SharpnessAwareOptimizer(SettingsInGroups, Primitives, Optimizer):
         master_weights: keep float32 masters of weights in bfloat16 and float16, and the base optimizer's state in
             float32. Weights of such low precision lose most of a perturbation and of a small update; with masters the
             model holds the rounded w or w + e. The masters take the place of the copies that a perturbation
-            otherwise needs. For ``SGD``, ``Adam`` and ``AdamW``; part of ``state_dict()``.
+            otherwise needs. For base optimizers that are fused; part of ``state_dict()``.
         process_group: of the ranks that hold other parameters of the same model, as plain tensors: the stages of a
             pipeline, experts, parts that are not DTensors. Norms and products are then taken over all their
             parameters together, and all ranks must make the same steps. DTensors and replicas need no group.
