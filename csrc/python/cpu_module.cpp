@@ -221,19 +221,24 @@ PYBIND11_MODULE(_cpu, module) {
                       const std::vector<double>&>(),
              py::arg("shapes"), py::arg("strides"), py::arg("numels"), py::arg("dtypes"), py::arg("groups"),
              py::arg("etas"))
-        .def("gram", &Table::gram)
-        .def("perturb", &Table::perturb)
-        .def("restore", &Table::restore)
-        .def("combine", &Table::combine)
-        .def("ascent", &Table::ascent)
-        .def("descent", &Table::descent);
+        .def("gram", &Table::gram, py::arg("lists"), py::arg("weighted"), py::arg("taken"), py::arg("threads"))
+        .def("perturb", &Table::perturb, py::arg("lists"), py::arg("scale"), py::arg("taken"), py::arg("threads"))
+        .def("restore", &Table::restore, py::arg("taken"), py::arg("threads"))
+        .def("combine", &Table::combine, py::arg("lists"), py::arg("scale"), py::arg("threads"))
+        .def("ascent", &Table::ascent, py::arg("lists"), py::arg("rule"), py::arg("epsilon"), py::arg("alpha"),
+             py::arg("scale"), py::arg("taken"), py::arg("threads"))
+        .def("descent", &Table::descent, py::arg("lists"), py::arg("rule"), py::arg("epsilon"), py::arg("alpha"),
+             py::arg("needs_gram"), py::arg("weighted"), py::arg("scale"), py::arg("taken"), py::arg("base"),
+             py::arg("settings"), py::arg("lr"), py::arg("first"), py::arg("inverse_grad_scale"),
+             py::arg("skip_update"), py::arg("preview"), py::arg("threads"));
 
     PointerTable::define(module);
 
-    module.def("gradients", &gradients, "The .grad of each parameter.");
-    module.def("same_objects", &same_objects, "Whether two lists hold the same objects.");
-    module.def("lookup", &lookup, "The value of a key in each of a list of dicts, None where it is missing.");
-    module.def("missing", &missing, "The indices at which a list holds None.");
+    module.def("gradients", &gradients, py::arg("params"), "The .grad of each parameter.");
+    module.def("same_objects", &same_objects, py::arg("a"), py::arg("b"), "Whether two lists hold the same objects.");
+    module.def("lookup", &lookup, py::arg("dictionaries"), py::arg("key"),
+               "The value of a key in each of a list of dicts, None where it is missing.");
+    module.def("missing", &missing, py::arg("entries"), "The indices at which a list holds None.");
     module.def("instruction_set", [] { return kernels().name; }, "The instruction set the kernels run with.");
 
     define_columns(module);

@@ -343,20 +343,28 @@ PYBIND11_MODULE(SAMK_CUDA_MODULE, module) {
                       const std::vector<double>&>(),
              py::arg("device"), py::arg("shapes"), py::arg("strides"), py::arg("numels"), py::arg("dtypes"),
              py::arg("groups"), py::arg("etas"))
-        .def("tune", &Table::tune)
+        .def("tune", &Table::tune, py::arg("chunk_size"), py::arg("threads"), py::arg("blocks_per_multiprocessor"),
+             py::arg("one_launch"))
         .def("scratch_size", &Table::scratch_size)
-        .def("set_scratch", &Table::set_scratch)
-        .def("gram", &Table::gram)
-        .def("perturb", &Table::perturb)
-        .def("restore", &Table::restore)
-        .def("combine", &Table::combine)
-        .def("ascent", &Table::ascent)
-        .def("descent", &Table::descent)
+        .def("set_scratch", &Table::set_scratch, py::arg("pointer"))
+        .def("gram", &Table::gram, py::arg("lists"), py::arg("rule"), py::arg("weighted"), py::arg("taken"),
+             py::arg("report"))
+        .def("perturb", &Table::perturb, py::arg("lists"), py::arg("scale"), py::arg("coefficients"), py::arg("taken"))
+        .def("restore", &Table::restore, py::arg("taken"))
+        .def("combine", &Table::combine, py::arg("lists"), py::arg("scale"), py::arg("coefficients"))
+        .def("ascent", &Table::ascent, py::arg("lists"), py::arg("rule"), py::arg("scale"), py::arg("taken"),
+             py::arg("report"))
+        .def("descent", &Table::descent, py::arg("lists"), py::arg("rule"), py::arg("needs_gram"), py::arg("weighted"),
+             py::arg("scale"), py::arg("taken"), py::arg("base"), py::arg("settings"), py::arg("lr"), py::arg("first"),
+             py::arg("grad_scale"), py::arg("found_inf"), py::arg("skip_update"), py::arg("preview"),
+             py::arg("coefficients"), py::arg("report"))
         .def_property_readonly("launches", &Table::launches, "Kernel launches of the last operation.")
         .def_property_readonly("paths", &Table::paths, "How the rows of the last launch were read.");
 
-    module.def("why_unusable", &why_unusable, "Empty if the kernels can run on a device, else why they cannot.");
-    module.def("launch_count", &launch_count, "Launches of an operation over tensors with that many columns.");
+    module.def("why_unusable", &why_unusable, py::arg("device"),
+               "Empty if the kernels can run on a device, else why they cannot.");
+    module.def("launch_count", &launch_count, py::arg("tensors"), py::arg("columns"),
+               "Launches of an operation over tensors with that many columns.");
 
     define_columns(module);
     module.attr("REPORT_SIZE") = int(kReportSize);

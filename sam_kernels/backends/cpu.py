@@ -90,22 +90,22 @@ class CpuBackend(NativeBackend):
         binding = self._bound(plan, lists, snapshot, WEIGHTS_AND_STATE, base, is_preview=is_preview)
         skip_update = is_set(found_inf)
         finite, matrix, coefficients = binding.table.descent(
-            len(lists),
-            rule.code,
-            rule.epsilon,
-            rule.alpha,
-            rule.needs_gram,
-            weighted,
-            scale if factors is None else times(scale, factors),
-            None if snapshot is None else snapshot.taken,
-            base.code,
-            base.settings,
-            [float(settings.lr) for settings in base.settings],
-            base.first,
-            inverse_of(grad_scale),
-            skip_update,
-            is_preview,
-            _threads(),
+            lists=len(lists),
+            rule=rule.code,
+            epsilon=rule.epsilon,
+            alpha=rule.alpha,
+            needs_gram=rule.needs_gram,
+            weighted=weighted,
+            scale=scale if factors is None else times(scale, factors),
+            taken=None if snapshot is None else snapshot.taken,
+            base=base.code,
+            settings=base.settings,
+            lr=[float(settings.lr) for settings in base.settings],
+            first=base.first,
+            inverse_grad_scale=inverse_of(grad_scale),
+            skip_update=skip_update,
+            preview=is_preview,
+            threads=_threads(),
         )
         binding.finish(plan)
         if skip_update or not rule.needs_gram:

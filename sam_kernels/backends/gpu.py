@@ -152,22 +152,22 @@ class GpuBackend(NativeBackend):
         numbers = self._new_report(plan) if needs_gram else None
         factors = _Factors(plan, scale, coefficients)
         table.descent(
-            len(lists),
-            self._rule(rule),
-            needs_gram,
-            weighted,
-            factors.scale,
-            None if snapshot is None else snapshot.taken,
-            base.code,
-            base.settings,
-            [_scalar(settings.lr, plan) for settings in base.settings],
-            base.first,
-            1.0 if grad_scale is None else _scalar(grad_scale, plan),
-            0 if found_inf is None else found_inf.data_ptr(),
-            skip,
-            is_preview,
-            factors.address,
-            0 if numbers is None else numbers.data_ptr(),
+            lists=len(lists),
+            rule=self._rule(rule),
+            needs_gram=needs_gram,
+            weighted=weighted,
+            scale=factors.scale,
+            taken=None if snapshot is None else snapshot.taken,
+            base=base.code,
+            settings=base.settings,
+            lr=[_scalar(settings.lr, plan) for settings in base.settings],
+            first=base.first,
+            grad_scale=1.0 if grad_scale is None else _scalar(grad_scale, plan),
+            found_inf=0 if found_inf is None else found_inf.data_ptr(),
+            skip_update=skip,
+            preview=is_preview,
+            coefficients=factors.address,
+            report=0 if numbers is None else numbers.data_ptr(),
         )
         binding.finish(plan)
         return report if numbers is None else self._report(numbers, len(lists))
