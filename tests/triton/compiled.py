@@ -139,7 +139,8 @@ def facts(name: str, kernel: Any, constants: dict[str, Any], target: str) -> dic
         text = compiled.asm["amdgcn"]
         row["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
         row["wide_stores"] = len(re.findall(r"(?:global|buffer)_store_dwordx4", text))
-        row["spills"] = sum(map(int, re.findall(r"(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)))
+        # Scalar registers spill into vector registers; what would go to memory is in "stack".
+        row["spills"] = sum(map(int, re.findall(r"vgpr_spill_count:\s*(\d+)", text)))
         found = re.search(r"\.vgpr_count:\s*(\d+)", text)
         row["registers"] = int(found[1]) if found else -1
         row["stack"] = sum(map(int, re.findall(r"private_segment_fixed_size:\s*(\d+)", text)))
