@@ -50,9 +50,10 @@ def test_kernels_for_nvidia():
     assert len(rows) > 30
     is_old = output_of("tests.triton.compiled")["triton"].startswith(("3.6.", "3.7."))
     for row in rows:
-        # Adam with a maximum, its form 1, on 16-bit types, is short of registers. And the compiler that comes with
-        # Triton 3.6 keeps one number of some kernels on the stack, though there are registers left.
-        allowed = 64 if "adam 1 bf16" in row["name"] else 8 if is_old else 0
+        # Some on 16-bit types keep numbers on the stack: Adam with a maximum, its form 1, which is short of registers,
+        # and RMSprop, though there are registers left. The compiler that comes with Triton 3.6 does so with more.
+        allowed = 64 if "adam 1 bf16" in row["name"] else 16 if re.search(r"rmsprop \d bf16", row["name"]) else 0
+        allowed = max(allowed, 8) if is_old else allowed
         assert not row["local"] and row["spills"] == 0 and row["stack"] <= allowed, row
         assert row["fused"] == 0, row
         assert row["registers"] <= 224, row  # three lists in one launch; two programs to a multiprocessor otherwise
