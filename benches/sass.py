@@ -199,7 +199,8 @@ def what_of(texts: list[str]) -> tuple[str, int]:
         ahead = 1
         if "kPairsAhead>" in joined:
             ahead = 4 if lists[1] == "1" and not weighted else 2
-        return f"Gram matrix, {lists[1]} lists{', weighted' if weighted else ''}", ahead
+        count = "1 list" if lists[1] == "1" else f"{lists[1]} lists"
+        return f"Gram matrix, {count}{', weighted' if weighted else ''}", ahead
     return "", 1
 
 

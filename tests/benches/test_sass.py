@@ -42,7 +42,7 @@ def loop_of(listing, **changes):
     [(_, found, _)] = sass.instructions_of(listing)
     settings = {
         "kernel": "gram_kernel",
-        "what": "Gram matrix, 1 lists",
+        "what": "Gram matrix, 1 list",
         "path": "float32",
         "vectors": 1,
         "registers": 64,
@@ -71,11 +71,20 @@ def test_the_slowest_rate_decides(listing):
 @pytest.mark.parametrize(
     ("lines", "wanted"),
     [
-        (["i = walk<A, true, kPairsAhead>(work, share, i);", "case 2: gram_phase_of<2>(p, shared);"], (2, True, 2)),
-        (["kGradientsAhead : kPairsAhead>(work, share, i);", "case 1: gram_phase_of<1>(p, shared);"], (1, False, 4)),
-        (["walk<A, false, 1>(work, share, i);", "case 3: gram_phase_of<3>(p, shared);"], (3, False, 1)),
+        (
+            ["i = walk<A, true, kPairsAhead>(work, share, i);", "case 2: gram_phase_of<2>(p, shared);"],
+            ("Gram matrix, 2 lists", True, 2),
+        ),
+        (
+            ["kGradientsAhead : kPairsAhead>(work, share, i);", "case 1: gram_phase_of<1>(p, shared);"],
+            ("Gram matrix, 1 list", False, 4),
+        ),
+        (
+            ["walk<A, false, 1>(work, share, i);", "case 3: gram_phase_of<3>(p, shared);"],
+            ("Gram matrix, 3 lists", False, 1),
+        ),
     ],
 )
 def test_names_of_loops(lines, wanted):
     what, ahead = sass.what_of(lines)
-    assert (what, ahead) == (f"Gram matrix, {wanted[0]} lists{', weighted' if wanted[1] else ''}", wanted[2])
+    assert (what, ahead) == (wanted[0] + (", weighted" if wanted[1] else ""), wanted[2])
